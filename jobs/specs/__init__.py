@@ -1,0 +1,1 @@
+"""One TOML per published number, and the embedded default (mnist*.toml)."""

@@ -1,0 +1,127 @@
+"""Votes -> p_A lower bound, abstain, certified radius (Cohen et al. 2019, arXiv 1902.02918, Algorithm 2: CERTIFY).
+
+The selection votes choose the top class c_A and never enter the bound; the estimation votes give its count n_A among n:
+
+    p_A lower bound  = inf{p : P(Bin(n, p) >= n_A) > alpha}    one-sided Clopper-Pearson
+    abstain          iff p_A lower bound < 1/2
+    certified radius = sigma * Phi^-1(p_A lower bound)         (equation 3 with p_B = 1 - p_A)
+
+Both are computed from the upper tail q = 1 - p_A, which keeps its digits where p_A is close to 1.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv, ndtri
+
+ABSTAINED, NO_PREDICTION = -1, -2
+
+COLUMNS = (
+    "sample", "label", "status", "prediction", "top_class", "n0", "n", "n_A", "p_A_lower", "p_B_upper", "radius",
+    "correct", "sigma", "alpha", "certificate", "mode", "order", "post_hoc",
+)  # fmt: skip
+
+
+def _upper_tail(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """q = 1 - p_A lower bound: the 1 - alpha quantile of Beta(n - n_A + 1, n_A), and 1 where n_A = 0."""
+    count, total = np.broadcast_arrays(np.asarray(n_A), np.asarray(n))
+    for name, values in (("n_A", count), ("n", total)):
+        if not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"{name} must be whole numbers, got {values.dtype}")
+    if (total < 1).any() or (count < 0).any() or (count > total).any():
+        raise ValueError("n_A and n must satisfy 0 <= n_A <= n and n >= 1")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha = {alpha} must lie between 0 and 1")
+    q = betaincinv(total - count + 1.0, np.maximum(count, 1).astype(float), 1 - alpha)
+    q = np.where(count == total, -np.expm1(np.log(alpha) / total), q)
+    return np.where(count == 0, 1.0, q)
+
+
+def lower_confidence_bound(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """One-sided Clopper-Pearson lower bound at confidence 1 - alpha, over arrays of whole numbers.
+
+    0 where n_A = 0, alpha^(1/n) where n_A = n. Raises: ValueError unless 0 <= n_A <= n, n >= 1 and 0 < alpha < 1.
+    """
+    return 1 - _upper_tail(n_A, n, alpha)
+
+
+def certified_radius(n_A: ArrayLike, n: ArrayLike, alpha: float, sigma: float) -> NDArray[np.float64]:
+    """l2 radius in [0, 1] pixel units, over arrays; 0 where the bound lies below 1/2 (abstain).
+
+    Raises: ValueError as `lower_confidence_bound`, and unless sigma > 0.
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma = {sigma} must be above 0")
+    q = _upper_tail(n_A, n, alpha)
+    return np.where(q <= 0.5, -sigma * ndtri(np.minimum(q, 0.5)), 0.0) + 0.0
+
+
+def least_certifying_n(alpha: float) -> int:
+    """The least n with which any count certifies: alpha^(1/n) >= 1/2."""
+    return int(np.ceil(np.log(alpha) / np.log(0.5)))
+
+
+def certify(
+    votes: pd.DataFrame,
+    *,
+    sigma: float,
+    alpha: float,
+    n0: int,
+    n: int,
+    samples: Sequence[int] | None = None,
+    order: str = "",
+    mode: str = "fixed",
+    post_hoc: Callable[[int], bool] = lambda sample: False,
+) -> pd.DataFrame:
+    """Certificates of samples (all that have votes, unless some are named) from the first n0 and n draws of each.
+
+    A sample that lacks draws is `incomplete`; ties at selection go to the lowest class. Returns one row a sample with
+    COLUMNS: `status` is certified, abstained or incomplete; `prediction` is -1 for abstained, -2 where none was made.
+    `post_hoc` tells of a sample whether an earlier order has looked at it with other settings.
+    """
+    votes = votes.astype({"stage": str})
+    index = pd.Index(sorted(set(votes["sample"])) if samples is None else list(samples), name="sample", dtype="int64")
+    selection = _counts(votes, "selection", n0, index)
+    estimation = _counts(votes, "estimation", n, index)
+    n0_drawn, n_drawn = selection.sum(axis=1).to_numpy(), estimation.sum(axis=1).to_numpy()
+    top_class = np.where(n0_drawn > 0, selection.to_numpy().argmax(axis=1), NO_PREDICTION)
+    n_A = np.where(n0_drawn > 0, estimation.to_numpy()[np.arange(len(index)), np.maximum(top_class, 0)], 0)
+    complete = (n0_drawn == n0) & (n_drawn == n)
+    bound = np.where(complete, lower_confidence_bound(n_A, n, alpha), 0.0)
+    radius = np.where(complete, certified_radius(n_A, n, alpha, sigma), 0.0)
+    certified = complete & (bound >= 0.5)
+    prediction = np.where(certified, top_class, np.where(complete, ABSTAINED, NO_PREDICTION))
+    label = votes.groupby("sample")["label"].first().reindex(index, fill_value=-1).to_numpy()
+    return pd.DataFrame(
+        {
+            "sample": index.to_numpy(dtype=np.int32),
+            "label": label.astype(np.int32),
+            "status": np.where(certified, "certified", np.where(complete, "abstained", "incomplete")),
+            "prediction": prediction.astype(np.int32),
+            "top_class": top_class.astype(np.int32),
+            "n0": n0_drawn.astype(np.int32),
+            "n": n_drawn.astype(np.int32),
+            "n_A": n_A.astype(np.int32),
+            "p_A_lower": bound,
+            "p_B_upper": 1 - bound,
+            "radius": radius,
+            "correct": certified & (prediction == label),
+            "sigma": float(sigma),
+            "alpha": float(alpha),
+            "certificate": "top",
+            "mode": mode,
+            "order": order,
+            "post_hoc": np.array([post_hoc(int(sample)) for sample in index], dtype=bool),
+        },
+        columns=list(COLUMNS),
+    )
+
+
+def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index) -> pd.DataFrame:
+    """Votes per sample (rows, as `index`) and class (columns 0 .. max) among the first `limit` draws of a stage."""
+    chosen = votes[(votes["stage"] == stage) & (votes["draw_stop"] <= limit)]
+    num_classes = int(votes["class"].max()) + 1 if len(votes) else 1
+    table = chosen.pivot_table(index="sample", columns="class", values="votes", aggfunc="sum", fill_value=0)
+    return table.reindex(index=index, columns=range(num_classes), fill_value=0).astype(np.int64)

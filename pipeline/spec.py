@@ -1,0 +1,305 @@
+"""RunSpec: what is to be certified, read from TOML, checked, and named by `votes_id`.
+
+`votes_id` hashes exactly what can change a vote, so that a run never mixes votes of two base classifiers, two noise
+levels or two seeds.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# Raised by hand whenever a change to f's code can change a vote.
+F_VERSION = 1
+
+# What cannot change a vote, as (section, key); a key of None stands for the whole section.
+_OUTSIDE_VOTES_ID: tuple[tuple[str, str | None], ...] = (
+    ("name", None),
+    ("data", "samples"),
+    ("data", "path"),
+    ("denoiser", "checkpoint"),
+    ("denoiser", "sha256"),
+    ("classifier", "checkpoint"),
+    ("classifier", "sha256"),
+    ("smoothing", "n0"),
+    ("smoothing", "n"),
+    ("smoothing", "alpha"),
+    ("sampling", None),
+    ("compute", None),
+)
+
+Stage = Literal["selection", "estimation"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class UserError(ValueError):
+    """A user's mistake: one line that names the value, the limit and the remedy; exit status 2, no traceback."""
+
+
+class RunError(RuntimeError):
+    """What the user's surroundings did (a full disk, a damaged file): one line, exit status 1, no traceback."""
+
+
+class Block(NamedTuple):
+    """The votes of one sample, one stage, draws [draw_start, draw_stop): the unit that is computed and stored."""
+
+    sample: int
+    stage: Stage
+    draw_start: int
+    draw_stop: int
+
+    @property
+    def draws(self) -> int:
+        return self.draw_stop - self.draw_start
+
+    def __str__(self) -> str:
+        return f"{self.stage} draws {self.draw_start} to {self.draw_stop - 1} of sample {self.sample}"
+
+
+class Section(BaseModel):
+    """A table of the spec: unknown keys, wrong types and later changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    name: str
+    path: str | None = None
+    split: str = "test"
+    samples: str = ":"
+    num_classes: int | None = Field(default=None, ge=2)  # for data that does not tell
+
+
+class UNetSettings(Section):
+    """Hyper-parameters of an OpenAI-style UNet and its noise schedule (arXiv 2102.09672, 2105.05233)."""
+
+    model_channels: int = Field(ge=2)
+    channel_mult: list[int] = Field(min_length=1)
+    num_res_blocks: int = Field(ge=1)
+    attention_factors: list[int] = []  # downsampling factors (image size // resolution) at which attention runs
+    num_heads: int = Field(default=1, ge=1)
+    num_head_channels: int | None = Field(default=None, ge=1)  # head width; when given, it takes num_heads' place
+    num_groups: int = Field(default=32, ge=1)
+    resblock_updown: bool = False
+    learn_sigma: bool = False
+    patch: int = Field(default=1, ge=1)  # side of the pixel patch that is folded into channels first
+    schedule: Literal["linear", "cosine"] = "linear"
+    steps: int = Field(default=1000, ge=1)
+    rescale_timesteps: bool = False
+
+
+class Denoiser(Section):
+    arch: str = "none"
+    checkpoint: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    unet: UNetSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if self.arch == "unet" and self.unet is None:
+            raise ValueError("unet is missing: arch = 'unet' needs its hyper-parameters in [denoiser.unet]")
+        if self.arch != "unet" and self.unet is not None:
+            raise ValueError(f"unet is given, but arch = {self.arch!r}: [denoiser.unet] belongs to arch = 'unet'")
+        if self.arch == "none" and self.checkpoint is not None:
+            raise ValueError("checkpoint is given, but arch = 'none' loads nothing: remove it or name the architecture")
+        return self
+
+
+class Normalize(Section):
+    mean: list[float]
+    std: list[float]
+
+    @model_validator(mode="after")
+    def _check_std(self) -> Self:
+        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+            raise ValueError("normalize needs as many mean as std values, every std above 0")
+        return self
+
+
+class Classifier(Section):
+    arch: str
+    checkpoint: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize = "none"
+
+
+class BlockLengths(Section):
+    selection: int = Field(default=100, ge=1)
+    estimation: int = Field(default=1000, ge=1)
+
+    def of(self, stage: Stage) -> int:
+        return int(getattr(self, stage))
+
+
+class Smoothing(Section):
+    sigma: float = Field(gt=0, le=100)  # standard deviation of the noise, pixels in [0, 1]
+    m: int = Field(default=1, ge=1, le=10_000)  # local copies
+    local_sigma: float = Field(default=0.0, ge=0, le=100)
+    local_seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    n0: int = Field(default=100, ge=1, lt=2**31)
+    n: int = Field(default=100_000, ge=1, lt=2**31)
+    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    block: BlockLengths = BlockLengths()
+
+    @model_validator(mode="after")
+    def _check_draws(self) -> Self:
+        check_multiple("n0", self.n0, self.block.selection, "selection")
+        check_multiple("n", self.n, self.block.estimation, "estimation")
+        if self.m > 1 and self.local_sigma == 0:
+            raise ValueError(f"m = {self.m} copies with local_sigma = 0 are all equal: set m = 1, or local_sigma above 0")
+        return self
+
+    def draws(self, stage: Stage) -> int:
+        """Draws per sample that the order asks of a stage."""
+        return self.n0 if stage == "selection" else self.n
+
+
+class Sampling(Section):
+    mode: Literal["fixed"] = "fixed"
+
+
+class Compute(Section):
+    device: Literal["cuda", "cpu", "auto"] = "cuda"
+
+
+class RunSpec(Section):
+    """Everything that one run asks for; a table of the TOML file per field."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: Data
+    denoiser: Denoiser = Denoiser()
+    classifier: Classifier
+    smoothing: Smoothing
+    sampling: Sampling = Sampling()
+    compute: Compute = Compute()
+
+
+def check_multiple(name: str, value: int, length: int, stage: Stage) -> None:
+    """Refuse a number of draws that does not end on a block's edge, naming the nearest that do."""
+    if value % length:
+        below = value // length * length
+        nearest = f"{below} or {below + length}" if below else f"{length}"
+        raise UserError(f"{name} = {value} is not a multiple of the {stage} block of {length} draws: take {nearest}")
+
+
+def load_spec(path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
+    """Read and check a spec.
+
+    Relative paths in a file are taken from the file's folder, those in a mapping or an override from the working
+    folder. An override is `section.key=value`, its value written as in TOML (a bare word is a string).
+
+    Raises: UserError, naming key, value, limit and remedy.
+    """
+    if isinstance(path_or_dict, Mapping):
+        where, raw, folder = "spec", _copy(path_or_dict), Path.cwd()
+    else:
+        path = Path(path_or_dict)
+        where, folder = str(path), path.resolve().parent
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: not valid TOML: {error}") from error
+        except OSError as error:
+            raise UserError(f"{where}: cannot read the spec: {error.strerror}; give the path of a TOML file") from error
+    _anchor(raw, folder)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return RunSpec.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_one_line(error)}") from None
+
+
+def votes_id(spec: RunSpec, weights_ids: Mapping[str, str]) -> str:
+    """Name what can change a vote: 32 hex digits over `identity`."""
+    canonical = json.dumps(identity(spec, weights_ids), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def identity(spec: RunSpec, weights_ids: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that can change a vote, as plain JSON: the spec without `_OUTSIDE_VOTES_ID`, f's version, weights."""
+    kept = spec.model_dump(mode="json")
+    for section, key in _OUTSIDE_VOTES_ID:
+        if key is None:
+            kept.pop(section)
+        else:
+            kept[section].pop(key)
+    return {**kept, "f_version": F_VERSION, "weights": dict(weights_ids)}
+
+
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _anchor(raw: dict[str, Any], folder: Path) -> None:
+    """Make the relative locations in `raw` absolute; `embedded:` names and URIs stay."""
+    for section, key in (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint")):
+        table = raw.get(section)
+        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+            continue
+        location = os.path.expanduser(table[key])
+        if "://" not in location and not location.startswith("embedded:"):
+            table[key] = str(folder / location)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r} has no 'section.key=value': write, say, --set smoothing.sigma=0.5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    changed: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        changed = {section: changed}
+    _anchor(changed, Path.cwd())
+    _merge(raw, changed)
+
+
+def _merge(into: dict[str, Any], changed: Mapping[str, Any]) -> None:
+    for key, value in changed.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first finding of pydantic's, as one line for a user."""
+    finding = error.errors()[0]
+    path = [str(part) for part in finding["loc"] if part not in ("constrained-str", "Normalize")]
+    name, value = ".".join(path), finding["input"]
+    if finding["type"] == "extra_forbidden":
+        known = _known_keys()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+            key for key in known if key.split(".")[-1] == path[-1]
+        ]
+        remedy = f"the nearest valid key is {near[0]}" if near else f"valid keys: {', '.join(known)}"
+        return f"{name} = {value!r}: unknown key; {remedy}"
+    if finding["type"] == "missing":
+        return f"{name} is missing: add it to the spec"
+    message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] == "value_error":  # ours: names its keys already
+        return f"[{name}] {message}" if name else message
+    return f"{name} = {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel] = RunSpec, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        options = get_args(field.annotation) or (field.annotation,)
+        sections = [one for one in options if isinstance(one, type) and issubclass(one, Section)]
+        keys.append(prefix + name)
+        for section in sections:
+            keys.extend(_known_keys(section, f"{prefix}{name}."))
+    return keys

@@ -1,0 +1,217 @@
+"""The UNet that serves both OpenAI diffusion checkpoints (improved-diffusion, arXiv 2102.09672; guided-diffusion,
+arXiv 2105.05233), with their key names.
+
+Shapes: B batch, C channels, H W image, E time embedding, T attention positions.
+
+A denoiser calls the network at one timestep only. `fold_timestep` then turns each residual block's time-dependent scale
+and shift into the affine of its group norm, and the embedding is never computed again:
+    (1 + scale) * (w * norm(h) + b) + shift  =  [(1 + scale) w] * norm(h) + [(1 + scale) b + shift].
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.spec import UNetSettings
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm that always computes in float32, as both OpenAI models do."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW.float()).to(x_BCHW.dtype)
+
+
+class Resample(nn.Module):
+    """Nearest doubling, average halving (both without weights), or neither."""
+
+    def __init__(self, direction: str | None) -> None:
+        super().__init__()
+        self.direction = direction
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.direction == "up":
+            return F.interpolate(x_BCHW, scale_factor=2, mode="nearest")
+        if self.direction == "down":
+            return F.avg_pool2d(x_BCHW, 2)
+        return x_BCHW
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift norm: time acts on the second group norm's output."""
+
+    def __init__(self, width: int, out_width: int, time_width: int, groups: int, resample: str | None = None) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, 2 * out_width))
+        self.out_layers = nn.Sequential(
+            GroupNorm(groups, out_width),
+            nn.SiLU(),
+            nn.Identity(),  # the training dropout's place: keeps the convolution at index 3
+            nn.Conv2d(out_width, out_width, 3, padding=1),
+        )
+        self.skip_connection = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
+        self.resample = Resample(resample)
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:
+        norm_in, silu_in, conv_in = self.in_layers
+        h_BCHW = conv_in(self.resample(silu_in(norm_in(x_BCHW))))
+        norm, silu, _, conv = self.out_layers
+        if emb_BE is None:
+            assert self.folded is not None
+            h_BCHW = F.group_norm(h_BCHW.float(), norm.num_groups, *self.folded, norm.eps).to(h_BCHW.dtype)
+        else:
+            scale_BC, shift_BC = self.emb_layers(emb_BE).chunk(2, dim=1)
+            h_BCHW = norm(h_BCHW) * (1 + scale_BC[:, :, None, None]) + shift_BC[:, :, None, None]
+        return self.skip_connection(self.resample(x_BCHW)) + conv(silu(h_BCHW))
+
+    def fold(self, emb_1E: Tensor) -> None:
+        scale_1C, shift_1C = self.emb_layers(emb_1E).float().chunk(2, dim=1)
+        norm = self.out_layers[0]
+        scale_C = 1 + scale_1C[0]
+        self.folded = (scale_C * norm.weight.float(), scale_C * norm.bias.float() + shift_1C[0])
+
+
+class Attention(nn.Module):
+    """Self-attention over positions; heads first, then q, k, v within a head (OpenAI's "legacy" order)."""
+
+    def __init__(self, width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(groups, width)
+        self.qkv = nn.Conv1d(width, 3 * width, 1)
+        self.proj_out = nn.Conv1d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        x_BCT = x_BCHW.reshape(B, C, H * W)
+        qkv = self.qkv(self.norm(x_BCT)).reshape(B, self.heads, 3, C // self.heads, H * W)
+        q, k, v = (part.transpose(2, 3) for part in qkv.unbind(2))
+        # the default scale 1/sqrt(width) equals OpenAI's 1/width^(1/4) on q and on k
+        h_BCT = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
+        return x_BCHW + self.proj_out(h_BCT).reshape(B, C, H, W)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.op(x_BCHW)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
+
+
+class Stack(nn.Sequential):
+    """Layers in a row, of which only residual blocks take the time embedding."""
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:
+        for layer in self:
+            x_BCHW = layer(x_BCHW, emb_BE) if isinstance(layer, ResBlock) else layer(x_BCHW)
+        return x_BCHW
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t) of a diffusion model on images of any size that the downsampling divides."""
+
+    def __init__(self, settings: UNetSettings, image_channels: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.image_channels = image_channels
+        base, groups = settings.model_channels, settings.num_groups
+        time_width = 4 * base
+        channels = image_channels * settings.patch**2
+        out_channels = channels * (2 if settings.learn_sigma else 1)
+
+        def res(width: int, out_width: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(width, out_width, time_width, groups, resample)
+
+        def attention(width: int) -> Attention:
+            heads = width // settings.num_head_channels if settings.num_head_channels else settings.num_heads
+            return Attention(width, heads, groups)
+
+        self.time_embed = nn.Sequential(nn.Linear(base, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        width = base * settings.channel_mult[0]
+        self.input_blocks = nn.ModuleList([Stack(nn.Conv2d(channels, width, 3, padding=1))])
+        skip_widths, factor = [width], 1
+        for level, mult in enumerate(settings.channel_mult):
+            for _ in range(settings.num_res_blocks):
+                layers: list[nn.Module] = [res(width, base * mult)]
+                width = base * mult
+                if factor in settings.attention_factors:
+                    layers.append(attention(width))
+                self.input_blocks.append(Stack(*layers))
+                skip_widths.append(width)
+            if level + 1 < len(settings.channel_mult):
+                self.input_blocks.append(
+                    Stack(res(width, width, "down") if settings.resblock_updown else Downsample(width))
+                )
+                skip_widths.append(width)
+                factor *= 2
+        self.middle_block = Stack(res(width, width), attention(width), res(width, width))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(settings.channel_mult))):
+            for index in range(settings.num_res_blocks + 1):
+                layers = [res(width + skip_widths.pop(), base * mult)]
+                width = base * mult
+                if factor in settings.attention_factors:
+                    layers.append(attention(width))
+                if level and index == settings.num_res_blocks:
+                    layers.append(res(width, width, "up") if settings.resblock_updown else Upsample(width))
+                    factor //= 2
+                self.output_blocks.append(Stack(*layers))
+        self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor | None = None) -> Tensor:
+        """eps, float32, B x C x H x W; t_B in schedule steps, None once `fold_timestep` has fixed it."""
+        settings = self.settings
+        emb_BE = None if t_B is None else self._embed(t_B)
+        h_BCHW = F.pixel_unshuffle(x_BCHW, settings.patch).to(self.dtype)
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            h_BCHW = block(h_BCHW, emb_BE)
+            skips.append(h_BCHW)
+        h_BCHW = self.middle_block(h_BCHW, emb_BE)
+        for block in self.output_blocks:
+            h_BCHW = block(torch.cat([h_BCHW, skips.pop()], dim=1), emb_BE)
+        out = self.out(h_BCHW)[:, : self.image_channels * settings.patch**2]  # eps only, not the learned variance
+        return F.pixel_shuffle(out.float(), settings.patch)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out[2].weight.dtype
+
+    @torch.no_grad()
+    def fold_timestep(self, t: int) -> None:
+        """Fix the timestep for all later calls with t_B = None."""
+        emb_1E = self._embed(torch.tensor([t], device=self.out[2].weight.device))
+        for block in self._res_blocks():
+            block.fold(emb_1E)
+
+    def _res_blocks(self) -> Iterator[ResBlock]:
+        return (module for module in self.modules() if isinstance(module, ResBlock))
+
+    def _embed(self, t_B: Tensor) -> Tensor:
+        """Sinusoids, cosines first, then two linear layers; timesteps rescaled to 0..1000 where the model wants it."""
+        settings = self.settings
+        half = settings.model_channels // 2
+        frequency_F = torch.exp(-math.log(10000) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half)
+        t = t_B.float() * (1000 / settings.steps) if settings.rescale_timesteps else t_B.float()
+        angle_BF = t[:, None] * frequency_F
+        embedding = torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1)
+        embedding = F.pad(embedding, (0, settings.model_channels % 2))
+        return self.time_embed(embedding.to(self.dtype))

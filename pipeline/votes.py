@@ -1,0 +1,219 @@
+"""The votes on storage: their schema, one object per block, each draw counted once.
+
+    RUN/run.json                                     what the run is: compared on every resume
+    RUN/votes/<stage>/<sample>-<draw_start>.parquet  one block, put if absent, never rewritten
+    RUN/votes.parquet                                derived: all blocks in one table
+
+Columns: sample | label | stage | draw_start | draw_stop | class | votes, a row for each class that got votes.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.spec import STAGES, Block, BlockLengths, RunError, UserError
+from pipeline.store import Store, open_store
+
+SCHEMA = pa.schema(
+    {
+        "sample": pa.int32(),
+        "label": pa.int32(),
+        "stage": pa.string(),
+        "draw_start": pa.int32(),
+        "draw_stop": pa.int32(),
+        "class": pa.int32(),
+        "votes": pa.int32(),
+    }
+)
+RUN_KEY = "run.json"
+TABLE_KEY = "votes.parquet"
+_METADATA_KEY = b"diffsmooth"
+_NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(\d+)-(\d+)\.parquet")
+
+
+class StoredBlock(NamedTuple):
+    block: Block
+    label: int
+    classes: NDArray[np.int32]
+    votes: NDArray[np.int32]
+    metadata: dict[str, Any]
+
+
+def block_key(block: Block) -> str:
+    return f"votes/{block.stage}/{block.sample}-{block.draw_start}.parquet"
+
+
+def claim_run(store: Store, run: Mapping[str, Any]) -> None:
+    """Make the storage the home of this run, or check that it is.
+
+    `run` holds votes_id, num_classes and spec (what can change a vote; see `pipeline.spec.identity`).
+
+    Raises: UserError that names what differs, where the storage holds another run's votes.
+    """
+    if store.put_if_absent(RUN_KEY, json.dumps(run, indent=2, sort_keys=True).encode()):
+        return
+    stored = read_run(store)
+    if stored["votes_id"] != run["votes_id"]:
+        differing = [
+            f"{key} is {before!r} there, {now!r} here" for key, before, now in _differences(stored["spec"], run["spec"])
+        ]
+        raise UserError(
+            f"{store.uri} holds the votes of another run: {'; '.join(differing)}. "
+            "Choose another folder with --out, or the spec that the run was made with"
+        )
+
+
+def read_run(store: Store) -> dict[str, Any]:
+    """What run.json says. Raises: UserError where there is no run, RunError where run.json is damaged."""
+    try:
+        return json.loads(store.read(RUN_KEY))
+    except FileNotFoundError:
+        raise UserError(f"{store.uri}: no run there (no {RUN_KEY}); give the folder that certify wrote") from None
+    except ValueError as error:
+        raise RunError(f"{store.uri}/{RUN_KEY} is damaged ({error}); restore it from a copy") from error
+
+
+def block_lengths(run: Mapping[str, Any]) -> BlockLengths:
+    return BlockLengths(**run["spec"]["smoothing"]["block"])
+
+
+def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata: Mapping[str, Any]) -> bytes:
+    """A block as Parquet bytes; `counts_K` are its votes per class, `metadata` says how it was made."""
+    assert counts_K.sum() == block.draws
+    classes = np.flatnonzero(counts_K)
+    columns = {
+        "sample": block.sample,
+        "label": label,
+        "stage": block.stage,
+        "draw_start": block.draw_start,
+        "draw_stop": block.draw_stop,
+    }
+    table = pa.table(
+        {**{name: [value] * len(classes) for name, value in columns.items()}, "class": classes, "votes": counts_K[classes]},
+        schema=SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)}),
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none", store_schema=True)
+    return buffer.getvalue()
+
+
+def list_blocks(store: Store, lengths: BlockLengths) -> set[Block]:
+    """The blocks that stand, from one listing, none of them opened.
+
+    Raises: RunError for an object under votes/ that is no block of this run.
+    """
+    blocks = set()
+    for entry in store.list("votes"):
+        match = _NAME.fullmatch(entry.key)
+        stage = match[1] if match else None
+        if match is None or int(match[3]) % lengths.of(stage):
+            raise RunError(f"{store.uri}/{entry.key} is no block of this run; move it elsewhere")
+        start = int(match[3])
+        blocks.add(Block(int(match[2]), stage, start, start + lengths.of(stage)))
+    return blocks
+
+
+def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[StoredBlock]:
+    """Read and check blocks (all that stand, unless some are named), in the order of their coordinates.
+
+    Raises: RunError, naming the object, for one that is damaged, of another run, or whose votes do not sum to its
+    draws; and for two blocks of a sample that were cast on different images.
+    """
+    run = read_run(store)
+    wanted = sorted(list_blocks(store, block_lengths(run)) if blocks is None else blocks)
+
+    def read(block: Block) -> StoredBlock:
+        return _decode(store, block, run)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        stored = list(pool.map(read, wanted))
+    images: dict[int, tuple[str, Block]] = {}
+    for one in stored:
+        sha256, first = images.setdefault(one.block.sample, (one.metadata["sample_sha256"], one.block))
+        if one.metadata["sample_sha256"] != sha256:
+            raise RunError(
+                f"{store.uri}: sample {one.block.sample} was another image for its {one.block.stage} draws "
+                f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; the data set has changed: "
+                "start a new run"
+            )
+    return stored
+
+
+def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
+    """The blocks' votes as one DataFrame with the columns of SCHEMA."""
+    rows = [len(one.classes) for one in stored]
+
+    def repeated(values: list[Any], dtype: Any) -> NDArray[Any]:
+        return np.repeat(np.array(values, dtype=dtype), rows)
+
+    return pd.DataFrame(
+        {
+            "sample": repeated([one.block.sample for one in stored], np.int32),
+            "label": repeated([one.label for one in stored], np.int32),
+            "stage": pd.Categorical(repeated([one.block.stage for one in stored], object), categories=list(STAGES)).astype(
+                str
+            ),
+            "draw_start": repeated([one.block.draw_start for one in stored], np.int32),
+            "draw_stop": repeated([one.block.draw_stop for one in stored], np.int32),
+            "class": np.concatenate([np.empty(0, np.int32), *(one.classes for one in stored)]),
+            "votes": np.concatenate([np.empty(0, np.int32), *(one.votes for one in stored)]),
+        }
+    )
+
+
+def read_votes(run_uri: str) -> pd.DataFrame:
+    """All votes of a run, read from its blocks and checked; see `read_blocks` for what is refused."""
+    return to_table(read_blocks(open_store(run_uri)))
+
+
+def write_table(store: Store, votes: pd.DataFrame) -> None:
+    """Rebuild RUN/votes.parquet."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(votes, schema=SCHEMA, preserve_index=False), buffer, compression="zstd")
+    store.replace(TABLE_KEY, buffer.getvalue())
+
+
+def _decode(store: Store, block: Block, run: Mapping[str, Any]) -> StoredBlock:
+    key = block_key(block)
+
+    def refuse(reason: str) -> RunError:
+        return RunError(f"{store.uri}/{key} {reason}; delete it and run the same command: its draws will be cast again")
+
+    try:
+        table = pq.read_table(io.BytesIO(store.read(key)))
+        metadata = json.loads(table.schema.metadata[_METADATA_KEY])
+        columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise refuse(f"is damaged or missing ({str(error).splitlines()[0]})") from error
+    if metadata["votes_id"] != run["votes_id"]:
+        raise refuse(f"belongs to another run (votes_id {metadata['votes_id']}, not {run['votes_id']})")
+    classes, votes = columns["class"], columns["votes"]
+    for name, value in zip(("sample", "stage", "draw_start", "draw_stop"), block, strict=True):
+        if (columns[name] != value).any():
+            raise refuse(f"says {name} = {columns[name][0]} inside")
+    if votes.sum() != block.draws or (votes < 1).any():
+        raise refuse(f"holds {votes.sum()} votes for {block.draws} draws")
+    if len(set(classes)) != len(classes) or (classes < 0).any() or (classes >= run["num_classes"]).any():
+        raise refuse(f"names a class twice or beyond the {run['num_classes']} classes")
+    return StoredBlock(block, int(columns["label"][0]), classes, votes, metadata)
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """The leaves in which two identities differ, as (dotted key, before, now)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            leaf
+            for key in keys
+            for leaf in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == now else [(path, before, now)]
