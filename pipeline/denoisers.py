@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.spec import RunSpec, UNetSettings, UserError
 from pipeline.unet import UNet
-from pipeline.weights import load_into, load_weights
+from pipeline.weights import load_into, load_weights, own_function
 
 
 class Denoiser(Protocol):
@@ -94,3 +94,28 @@ def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int
 
 # name -> build(spec, device, dtype, image channels)
 DENOISERS: dict[str, Callable[[RunSpec, torch.device, torch.dtype, int], Denoiser]] = {"unet": _unet}
+
+
+def build_denoiser(spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int) -> Denoiser | None:
+    """The spec's denoiser with its weights, for images of `channels` channels; None for arch = "none".
+
+    Raises: UserError for weights that do not load.
+    """
+    arch = spec.denoiser.arch
+    if arch == "none":
+        return None
+    return own_function(arch)(spec, device) if ":" in arch else DENOISERS[arch](spec, device, dtype, channels)
+
+
+def check_denoiser(spec: RunSpec) -> None:
+    """Raises: UserError for an architecture that is not known or a sigma beyond its schedule."""
+    arch = spec.denoiser.arch
+    if ":" in arch:
+        own_function(arch)
+    elif arch not in ("none", *DENOISERS):
+        raise UserError(
+            f"denoiser.arch = {arch!r} is unknown: choose one of none, {', '.join(DENOISERS)}, or name your own as "
+            "package.module:function"
+        )
+    if spec.denoiser.unet is not None:
+        timestep(spec.denoiser.unet, spec.smoothing.sigma)

@@ -1,4 +1,5 @@
-"""A checkpoint by location: opened, checked by sha256, loaded strictly into a network.
+"""What f is made of besides our code: a checkpoint by location, opened, checked by sha256, loaded strictly into a
+network; and an own function by name.
 
 A location is a path or `embedded:FILE` (shipped with the package); `#PREFIX` after it picks the keys of one network
 out of a file that holds several.
@@ -6,9 +7,13 @@ out of a file that holds several.
 
 import functools
 import hashlib
+import importlib
+import inspect
 import pickle
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -102,3 +107,29 @@ def load_into(network: nn.Module, state: State, location: str) -> None:
             "architecture: another architecture or other hyper-parameters?"
         )
     network.load_state_dict(state, assign=True)
+
+
+def own_function(name: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names; it is called as function(spec, device).
+
+    Raises: UserError where it cannot be imported.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"arch = {name!r}: {error}; name a function that Python can import from here") from error
+    if not callable(function):
+        raise UserError(f"arch = {name!r} is no function: name one that is called with (spec, device)")
+    return function
+
+
+def function_id(name: str) -> str:
+    """The sha256 of the source file that an own function stands in.
+
+    Raises: UserError where the function has no source file: its votes could not be told from another's.
+    """
+    source = inspect.getsourcefile(own_function(name))
+    if source is None:
+        raise UserError(f"arch = {name!r} has no source file to identify its votes by: define it in a .py file")
+    return _sha256(Path(source))

@@ -1,0 +1,283 @@
+"""The loop on Ray: one actor per device, one task in flight per ready actor, lost tasks requeued.
+
+Only block lists and small receipts travel through Ray; votes go from the actor straight to storage, weights from a
+file to the actor. Actors that wait for a device are left waiting, so that an autoscaling cluster brings nodes up for
+them; each is used as soon as it has loaded its models.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from cluster.scheduler import Scheduler, SetAside
+from cluster.worker import Receipt, Setup, Worker
+from pipeline.spec import Block, RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+_LOAD_ATTEMPTS = 5  # loads in a row that may die before the run is given up
+_TICK = 1.0  # seconds between looks at deadlines and stop requests
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class _Actor:
+    """The shell round Worker that Ray sees."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def load(self, setup: Setup) -> None:
+        self._worker = None  # frees the models of an earlier run first
+        self._worker = Worker(setup)
+
+    def run(self, blocks: list[Block], attempt: str) -> Receipt:
+        assert self._worker is not None
+        return self._worker.run(blocks, attempt)
+
+
+class Progress(NamedTuple):
+    """What the driver tells of a run under way."""
+
+    draws: int  # cast by this call so far
+    seconds: float  # since the first task began
+    actors: int  # that wait for tasks or run one
+    actors_wanted: int
+    new: list[tuple[Block, int, dict[int, int]]]  # blocks stored since the last word: block, label, votes per class
+
+
+@dataclass
+class Outcome:
+    """How a call of `cast` ended."""
+
+    draws: int = 0
+    duplicates: int = 0
+    tasks: int = 0
+    lost: int = 0
+    seconds: float = 0.0
+    driver_seconds: float = 0.0  # the driver's own work: all time not spent waiting for Ray
+    stopped: bool = False
+    set_aside: list[SetAside] = field(default_factory=list)
+
+
+class Cluster:
+    """A Ray cluster and our actors on it; a context manager. Several runs, one after another, share the actors."""
+
+    def __init__(self, *, address: str | None, device: str, actors: int | None) -> None:
+        """Attach to `address`, or start a local Ray where none is given and RAY_ADDRESS is not set.
+
+        Raises: UserError where the cluster cannot be reached or has too little for the actors wanted.
+        """
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        local = {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(
+                    f"--address {address}: no Ray cluster answers there ({reason}); start one, or leave --address away "
+                    "for a local Ray"
+                ) from error
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if device == "cuda" and address == "local" and not gpus:
+            raise UserError("compute.device = 'cuda', but this machine has no GPU that Ray can see: pass --cpu for the CPU")
+        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+        self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
+        self.wanted = actors or max(1, gpus if on_gpu else cpus)
+        self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
+        self._actors: list[Any] = []
+        self._stopping = False
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release(list(self._actors))
+        ray.shutdown()
+
+    def stop(self) -> None:
+        """Ask `cast` to begin no more tasks and to return when those in flight have ended or the grace is over."""
+        self._stopping = True
+
+    def _release(self, actors: Iterable[Any]) -> None:
+        for actor in actors:
+            self._actors.remove(actor)
+            ray.kill(actor)
+
+    def cast(
+        self,
+        setup: Setup,
+        blocks: Iterable[Block],
+        *,
+        scheduler: Scheduler | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        grace_seconds: float = 20.0,
+        last: bool = True,
+    ) -> Outcome:
+        """Cast and store the votes of `blocks`; with `last`, actors are let go as soon as nothing is left for them.
+
+        Raises: UserError or RunError, the first cause, where the program or its input is wrong: nothing is retried.
+        """
+        return _Cast(self, setup, blocks, scheduler or Scheduler(), on_progress, last).run(grace_seconds)
+
+
+class _Cast:
+    """One call of `Cluster.cast`: which future belongs to which actor, and what has come of it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        setup: Setup,
+        blocks: Iterable[Block],
+        scheduler: Scheduler,
+        on_progress: Callable[[Progress], None],
+        last: bool,
+    ) -> None:
+        self._cluster, self._scheduler, self._last = cluster, scheduler, last
+        self._setup = setup._replace(threads=cluster.threads)
+        self._on_progress = on_progress
+        self._outcome = Outcome(set_aside=scheduler.set_aside)
+        self._idle: list[Any] = []
+        self._loading: dict[Any, Any] = {}  # future -> actor
+        self._running: dict[Any, Any] = {}
+        self._failed_loads = 0
+        self._first_task: float | None = None
+        scheduler.add(blocks)
+
+    def run(self, grace_seconds: float) -> Outcome:
+        start = time.monotonic()
+        waited, give_up = 0.0, float("inf")
+        while len(self._cluster._actors) < self._cluster.wanted:
+            self._cluster._actors.append(_Actor.options(**self._cluster._options).remote())
+        for actor in self._cluster._actors:
+            self._load(actor)
+        self._tell([])
+        while not self._scheduler.done:
+            now = time.monotonic()
+            if self._cluster._stopping:
+                give_up = min(give_up, now + grace_seconds)
+                if not self._running or now > give_up:
+                    self._outcome.stopped = True
+                    break
+            else:
+                self._dispatch(now)
+            pending = [*self._running, *self._loading]
+            waiting = time.monotonic()
+            done, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
+            if done:
+                done, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+            waited += time.monotonic() - waiting
+            new = [stored for future in done for stored in self._collect(future)]
+            for name in self._scheduler.overdue(time.monotonic()):
+                actor = next(actor for actor in self._running.values() if _name(actor) == name)
+                logger.warning("a task passed its deadline: its actor is restarted")
+                ray.kill(actor, no_restart=False)
+            self._tell(new)
+        self._outcome.seconds = time.monotonic() - start
+        self._outcome.driver_seconds = self._outcome.seconds - waited
+        return self._outcome
+
+    def _dispatch(self, now: float) -> None:
+        ready = len(self._idle) + len(self._running)
+        for actor in list(self._idle):
+            task = self._scheduler.next_task(_name(actor), ready, now)
+            if task is None:
+                continue
+            self._first_task = self._first_task or now
+            attempt = f"{os.urandom(8).hex()}-{task.attempts}"
+            self._running[actor.run.remote(task.blocks, attempt)] = actor
+            self._idle.remove(actor)
+        if self._last and (spare := self._scheduler.spare(len(self._idle))):
+            self._cluster._release(self._idle[:spare])
+            del self._idle[:spare]
+
+    def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
+        """Take in what became of a future: a loaded actor, a receipt, or a failure."""
+        if future in self._loading:
+            actor = self._loading.pop(future)
+            try:
+                ray.get(future)
+            except RayTaskError as error:
+                raise _cause(error) from None
+            except RayActorError as error:
+                self._failed_loads += 1
+                if self._failed_loads >= _LOAD_ATTEMPTS * self._cluster.wanted:
+                    raise RunError(
+                        f"actors died {self._failed_loads} times in a row while they loaded the models ({_line(error)}): "
+                        "look for missing memory on their nodes"
+                    ) from None
+                self._load(actor, error)
+                return []
+            self._failed_loads = 0
+            self._idle.append(actor)
+            return []
+        actor = self._running.pop(future)
+        try:
+            receipt: Receipt = ray.get(future)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError | RunError):
+                raise _cause(error) from None
+            self._lose(actor, error)
+            self._idle.append(actor)
+            return []
+        except RayActorError as error:
+            self._lose(actor, error)
+            self._load(actor, error)
+            return []
+        self._scheduler.finished(_name(actor), receipt.draws, receipt.seconds)
+        self._idle.append(actor)
+        self._outcome.tasks += 1
+        self._outcome.draws += sum(block.draws for block, _, _ in receipt.votes)
+        self._outcome.duplicates += len(receipt.duplicates)
+        return receipt.votes
+
+    def _lose(self, actor: Any, error: Exception) -> None:
+        self._outcome.lost += 1
+        logger.warning("a task was lost and goes back in line: %s", _line(error))
+        self._scheduler.lost(_name(actor), _line(error))
+
+    def _load(self, actor: Any, error: Exception | None = None) -> None:
+        """Begin to load the models; an actor that is dead for good is replaced."""
+        if isinstance(error, ActorDiedError):
+            self._cluster._actors.remove(actor)
+            actor = _Actor.options(**self._cluster._options).remote()
+            self._cluster._actors.append(actor)
+        self._loading[actor.load.remote(self._setup)] = actor
+
+    def _tell(self, new: list[tuple[Block, int, dict[int, int]]]) -> None:
+        self._on_progress(
+            Progress(
+                draws=self._outcome.draws,
+                seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
+                actors=len(self._idle) + len(self._running),
+                actors_wanted=len(self._cluster._actors),
+                new=new,
+            )
+        )
+
+
+def _name(actor: Any) -> str:
+    return actor._actor_id.hex()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """The exception that the actor's own code raised."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+def _line(error: Exception) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
+
+

@@ -1,0 +1,127 @@
+"""One device with f loaded once: casts the votes of a task's blocks and commits each block as it finishes. No Ray."""
+
+import functools
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline import noise
+from pipeline.data import Sample, open_dataset
+from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
+from pipeline.spec import Block, RunSpec, UserError, votes_id
+from pipeline.store import open_store
+from pipeline.votes import block_key, encode_block
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("numpy", "torch", "pillow", "pyarrow")
+_CPU_BATCH, _GPU_BATCH = 64, 512
+
+
+class Setup(NamedTuple):
+    """What a worker needs to know of its run."""
+
+    spec: RunSpec
+    run_uri: str
+    votes_id: str
+    batch_size: int | None = None  # None: a good one for the device
+    threads: int = 1  # of the device's networks on a CPU, of the noise everywhere
+
+
+class Receipt(NamedTuple):
+    """What a task tells the driver: small, whatever the task's size."""
+
+    votes: list[tuple[Block, int, dict[int, int]]]  # block, label, votes per class, of the blocks this attempt stored
+    duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
+    seconds: float
+    draws: int
+
+
+class Worker:
+    """Holds f on one device. Raises UserError at once for what cannot be loaded or is not what the run is made of."""
+
+    def __init__(self, setup: Setup) -> None:
+        noise.check_known_answers()
+        spec = setup.spec
+        found = votes_id(spec, weights_ids(spec))
+        if found != setup.votes_id:
+            raise UserError(
+                f"the weights or own functions on {platform.node()} differ from the driver's (votes_id {found}, not "
+                f"{setup.votes_id}): give every node the same files"
+            )
+        self._setup = setup
+        self._device = _device(spec)
+        if self._device.type == "cpu":
+            torch.set_num_threads(setup.threads)
+        self._data = open_dataset(spec.data)
+        self._sample = functools.lru_cache(maxsize=64)(self._load)
+        self._f = build_base_classifier(spec, self._device)
+        self._batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _GPU_BATCH)
+        self._store = open_store(setup.run_uri)
+        self._facts = _facts(self._device, self._batch_size, setup)
+
+    def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
+        """Cast and commit the votes of the blocks that do not stand yet."""
+        start = last = time.perf_counter()
+        smoothing = self._setup.spec.smoothing
+        blocks = [block for block in blocks if not self._store.exists(block_key(block))]
+        samples = {block.sample: self._sample(block.sample) for block in blocks}
+        stored, duplicates = [], []
+        cast = (
+            cast_votes(
+                self._f,
+                blocks,
+                samples,
+                sigma=smoothing.sigma,
+                seed=smoothing.seed,
+                batch_size=self._batch_size,
+                threads=self._setup.threads,
+            )
+            if blocks
+            else ()
+        )
+        for block, counts_K in cast:
+            sample, now = samples[block.sample], time.perf_counter()
+            metadata = {**self._facts, "sample_sha256": sample.sha256, "attempt": attempt, "seconds": now - last}
+            last = now
+            if self._store.put_if_absent(block_key(block), encode_block(block, sample.label, counts_K, metadata)):
+                stored.append((block, sample.label, {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}))
+            else:
+                duplicates.append(block)
+        return Receipt(stored, duplicates, time.perf_counter() - start, sum(block.draws for block in blocks))
+
+    def _load(self, index: int) -> Sample:
+        return self._data[index]
+
+
+def _device(spec: RunSpec) -> torch.device:
+    """The device that the spec asks for; a missing GPU is an error, not a reason to be slow."""
+    wanted = spec.compute.device
+    if wanted != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if wanted == "cuda":
+        raise UserError(
+            f"compute.device = 'cuda', but torch {torch.__version__} sees no GPU on {platform.node()}: run on a GPU "
+            "node, or choose the CPU with --cpu"
+        )
+    return torch.device("cpu")
+
+
+def _facts(device: torch.device, batch_size: int, setup: Setup) -> dict[str, Any]:
+    """What is recorded with every block besides its own figures."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "votes_id": setup.votes_id,
+        "device": f"{device.type} {name}",
+        "batch_size": batch_size,
+        "threads": setup.threads,
+        "precision": setup.spec.smoothing.precision,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }

@@ -1,0 +1,420 @@
+"""The main job: specs in, votes cast on the cluster, certificates and curves out; and what else reads a run's folder."""
+
+import io
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline import curve as curves
+from pipeline.certify import certified_radius, certify, least_certifying_n
+from pipeline.curve import Curve, curve_of
+from pipeline.data import open_dataset, sample_indices
+from pipeline.sampling import Order, missing_blocks, order_of, place_order, post_hoc_samples, read_orders
+from pipeline.spec import STAGES, Block, RunSpec, UserError, check_multiple, identity, votes_id
+from pipeline.store import Store, open_store
+from pipeline.votes import (
+    block_lengths,
+    claim_run,
+    list_blocks,
+    read_blocks,
+    read_run,
+    to_table,
+    write_table,
+)
+
+logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 10.0  # between plain progress lines, and between writes of progress.json
+
+
+class _Run(NamedTuple):
+    """A spec that passed all checks, its storage, and what its order still needs."""
+
+    spec: RunSpec
+    store: Store
+    votes_id: str
+    order_name: str
+    order: Order
+    missing: list[Block]
+
+
+def certify_all(
+    wanted: Sequence[tuple[RunSpec, str]],
+    *,
+    address: str | None,
+    actors: int | None,
+    batch_size: int | None,
+    quiet: bool,
+    on_stop: Callable[[Callable[[int], None]], None],
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Certify specs one after another on the same actors, each in its storage.
+
+    All specs are checked before the cluster is touched. `on_stop` is given the function that a signal handler is to
+    call with its signal's number. Returns a result a run, and the signal that stopped the work, if one did.
+
+    Raises: UserError, RunError.
+    """
+    runs = [_prepare(spec, home) for spec, home in wanted]
+    results: list[dict[str, Any]] = []
+    if not any(run.missing for run in runs):
+        return [_conclude(run.store, run.order_name, quiet=quiet) for run in runs], None
+
+    from cluster.driver import Cluster
+    from cluster.worker import Setup
+
+    stopped_by: list[int] = []
+    last = max(index for index, run in enumerate(runs) if run.missing)
+    needs_gpu = {run.spec.compute.device for run in runs}
+    if len(needs_gpu) > 1:
+        raise UserError(f"compute.device differs between the specs ({', '.join(sorted(needs_gpu))}): certify them apart")
+    if not address:
+        logger.info("starting a local Ray")
+    with Cluster(address=address, device=needs_gpu.pop(), actors=actors) as cluster:
+
+        def stop(number: int) -> None:
+            stopped_by.append(number)
+            cluster.stop()
+
+        on_stop(stop)  # after ray.init, which puts handlers of its own in place
+        for index, run in enumerate(runs):
+            work: dict[str, Any] = {}
+            if run.missing:
+                with _Watch(run, quiet) as watch:
+                    outcome = cluster.cast(
+                        Setup(run.spec, run.store.uri, run.votes_id, batch_size),
+                        run.missing,
+                        on_progress=watch,
+                        last=index == last,
+                    )
+                if outcome.stopped:
+                    return results, stopped_by[0]
+                for aside in outcome.set_aside:
+                    logger.error("given up after %d attempts: %s; %s", aside.task.attempts, aside.task.blocks[0], aside.error)
+                work = {
+                    "draws_cast": outcome.draws,
+                    "seconds": round(outcome.seconds, 2),
+                    "tasks": outcome.tasks,
+                    "tasks_lost": outcome.lost,
+                    "blocks_computed_twice": outcome.duplicates,
+                    "driver_ms_per_task": round(1000 * outcome.driver_seconds / max(outcome.tasks, 1), 3),
+                }
+            results.append(_conclude(run.store, run.order_name, quiet=quiet) | work)
+    return results, None
+
+
+def _prepare(spec: RunSpec, home: str) -> _Run:
+    """Check a spec against its data, weights and storage, and place its order."""
+    from pipeline.smoothing import check_base_classifier, weights_ids
+
+    smoothing = spec.smoothing
+    data = open_dataset(spec.data)
+    samples = sample_indices(spec.data.samples, len(data))
+    check_base_classifier(spec)
+    least = least_certifying_n(smoothing.alpha)
+    if smoothing.n < least:
+        logger.warning(
+            "n = %d can certify nothing at alpha = %g, even where all votes agree: n must be at least %d",
+            smoothing.n, smoothing.alpha, least,
+        )  # fmt: skip
+    weights = weights_ids(spec)
+    name = votes_id(spec, weights)
+    store = open_store(home)
+    store.prepare()
+    claim_run(store, {"votes_id": name, "num_classes": data.num_classes, "spec": identity(spec, weights), "name": spec.name})
+    order = order_of(spec, samples)
+    order_name = place_order(store, order)
+    return _Run(spec, store, name, order_name, order, missing_blocks(order, smoothing.block, list_blocks(store, smoothing.block)))
+
+
+def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
+    """Votes table, certificates, curve.csv and curve.png of an order, from the stored blocks; print its table."""
+    votes = to_table(read_blocks(store))
+    write_table(store, votes)
+    run, orders = read_run(store), read_orders(store)
+    certificates = _certificates(votes, run, orders, order_name)
+    curve = _curve(run, orders[order_name], certificates)
+    folder = f"orders/{order_name}"
+    buffer = io.BytesIO()
+    certificates.to_parquet(buffer, index=False)
+    store.replace(f"{folder}/certificates.parquet", buffer.getvalue())
+    incomplete = certificates.loc[certificates["status"] == "incomplete", "sample"].tolist()
+    if curve.num_samples:
+        fine = curve.table(curves.grid(0.01, curve.max_radius))
+        store.replace(f"{folder}/curve.csv", fine.to_csv(index=False).encode())
+        picture = io.BytesIO()
+        title = f"{len(incomplete)} of {len(certificates)} samples are incomplete and left out" if incomplete else None
+        curves.plot([curve], picture, title)
+        store.replace(f"{folder}/curve.png", picture.getvalue())
+    if not quiet:
+        console = Console()
+        print_curves([curve], console)
+        order = orders[order_name]
+        console.print(
+            f"order {order_name}: n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, {curve.num_samples} samples"
+            f"{'; POST HOC: an earlier order has looked at these samples' if curve.post_hoc else ''}\n"
+            f"{store.uri}/{folder}: certificates.parquet, curve.csv, curve.png",
+            highlight=False,
+        )
+    if incomplete:
+        shown = ", ".join(map(str, incomplete[:10])) + (", ..." if len(incomplete) > 10 else "")
+        logger.error("%d of %d samples are incomplete: %s", len(incomplete), len(certificates), shown)
+    return _result(store, run, order_name, orders[order_name], curve)
+
+
+def _certificates(
+    votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str
+) -> pd.DataFrame:
+    order, post_hoc = orders[order_name], post_hoc_samples(orders, order_name)
+    return certify(
+        votes,
+        sigma=run["spec"]["smoothing"]["sigma"],
+        alpha=order.alpha,
+        n0=order.n0,
+        n=order.n,
+        samples=order.samples,
+        order=order_name,
+        mode=order.mode,
+        post_hoc=post_hoc.__contains__,
+    )
+
+
+def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
+    limit = float(certified_radius(order.n, order.n, order.alpha, run["spec"]["smoothing"]["sigma"]))
+    return curve_of(run["name"], certificates, limit)
+
+
+def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve) -> dict[str, Any]:
+    radii = curves.table_radii([curve])
+    return {
+        "name": curve.name,
+        "run": store.uri,
+        "order": order_name,
+        "votes_id": run["votes_id"],
+        "complete": curve.incomplete == 0,
+        "samples": curve.num_samples,
+        "incomplete": curve.incomplete,
+        "sigma": run["spec"]["smoothing"]["sigma"],
+        "n0": order.n0,
+        "n": order.n,
+        "alpha": order.alpha,
+        "post_hoc": curve.post_hoc,
+        "acr": curve.acr,
+        "abstention_rate": curve.abstention_rate,
+        "certified_accuracy": {f"{radius:g}": value for radius, value in zip(radii, curve.at(radii).tolist(), strict=True)},
+    }
+
+
+def print_curves(shown: Sequence[Curve], console: Console) -> None:
+    """Certified accuracy at radii, a row a curve, with ACR and abstention rate; a star marks post hoc."""
+    radii = curves.table_radii(shown)
+    table = Table("run", "ACR", "abstain", *(f"r={radius:g}" for radius in radii), title="certified accuracy, %")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for curve in shown:
+        cells = [f"{100 * value:.1f}" for value in curve.at(radii)]
+        marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
+        table.add_row(curve.name + marks, f"{curve.acr:.3f}", f"{100 * curve.abstention_rate:.1f}%", *cells)
+    console.print(table)
+    if any(curve.post_hoc for curve in shown):
+        console.print("* post hoc: an earlier order has looked at these samples")
+
+
+class _Watch:
+    """Shows a run under way: a bar on a terminal, plain lines elsewhere; progress.json beside the votes."""
+
+    def __init__(self, run: _Run, quiet: bool) -> None:
+        self._run = run
+        self._total = sum(block.draws for block in run.missing)
+        self._counts: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
+        self._labels: dict[int, int] = {}
+        self._radii: list[float] = []  # of the samples completed by this call; -1 where wrong or abstained
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._quiet = quiet
+        self._spoken = time.monotonic()
+        if self._console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("draws  {task.fields[rate]:,.0f}/s  ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(run.spec.name, total=self._total, rate=0.0, note="")
+
+    def __enter__(self) -> "_Watch":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, progress: Any) -> None:
+        """Take in a `cluster.driver.Progress`."""
+        for block, label, votes in progress.new:
+            self._add(block, label, votes)
+        rate = progress.draws / progress.seconds if progress.seconds else 0.0
+        note = self._note(progress)
+        if self._bar:
+            self._bar.update(self._task, completed=progress.draws, rate=rate, note=note)
+        finished = progress.draws == self._total
+        if time.monotonic() - self._spoken < _LOG_SECONDS and not finished:
+            return
+        self._spoken = time.monotonic()
+        eta = (self._total - progress.draws) / rate if rate else None
+        word = {
+            "draws_cast": progress.draws,
+            "draws_wanted": self._total,
+            "draws_per_second": round(rate, 1),
+            "eta_seconds": None if eta is None else round(eta),
+            "actors_ready": progress.actors,
+            "updated": time.time(),
+            "note": note,
+        }
+        self._run.store.replace("progress.json", json.dumps(word, indent=2).encode())
+        if not self._bar and not self._quiet:
+            left = "" if eta is None else f", ETA {eta:.0f} s"
+            line = f"{self._run.spec.name}: {progress.draws:,} of {self._total:,} draws, {rate:,.0f}/s{left}; {note}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _note(self, progress: Any) -> str:
+        if not progress.actors:
+            return f"waiting for devices: 0 of {progress.actors_wanted} ready"
+        if not self._radii:
+            return f"{progress.actors} actors"
+        sigma, m = self._run.spec.smoothing.sigma, len(self._radii)
+        at = [f"{100 * sum(r >= radius for r in self._radii) / m:.0f}% at r={radius:g}" for radius in (0.0, sigma)]
+        return f"certified {', '.join(at)} ({m} samples)"
+
+    def _add(self, block: Block, label: int, votes: dict[int, int]) -> None:
+        """Count a block, and certify its sample once all its draws were cast by this call."""
+        smoothing, sample = self._run.spec.smoothing, block.sample
+        self._counts[sample, block.stage].update(votes)
+        selection, estimation = (self._counts[sample, stage] for stage in STAGES)
+        if selection.total() == smoothing.n0 and estimation.total() == smoothing.n:
+            top = min(selection, key=lambda k: (-selection[k], k))
+            radius = certified_radius(estimation[top], smoothing.n, smoothing.alpha, smoothing.sigma)
+            self._radii.append(float(radius) if top == label and 2 * estimation[top] > smoothing.n and radius > 0 else -1.0)
+            del self._counts[sample, "selection"], self._counts[sample, "estimation"]
+
+
+def analyze(run_uri: str, *, alpha: float | None, n0: int | None, n: int | None, quiet: bool) -> dict[str, Any]:
+    """Another order over all samples of the run's orders, from the votes that stand.
+
+    Raises: UserError for draws that were not cast, naming the most that were.
+    """
+    store = open_store(run_uri)
+    run, orders = read_run(store), read_orders(store)
+    if not orders:
+        raise UserError(f"{run_uri} holds no order yet: certify it first")
+    first = next(iter(orders.values()))
+    samples = sorted({sample for order in orders.values() for sample in order.samples})
+    lengths = block_lengths(run)
+    asked = {"n0": first.n0 if n0 is None else n0, "n": first.n if n is None else n}
+    alpha = first.alpha if alpha is None else alpha
+    if not 0 < alpha < 0.5:
+        raise UserError(f"--alpha {alpha} must lie between 0 and 0.5")
+    standing = list_blocks(store, lengths)
+    for (name, value), stage in zip(asked.items(), STAGES, strict=True):
+        if value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+        check_multiple(f"--{name}", value, lengths.of(stage), stage)
+        drawn = min(_prefix(standing, sample, stage, lengths.of(stage)) for sample in samples)
+        if value > drawn:
+            most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
+            raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
+    order = Order(samples=samples, alpha=alpha, **asked)
+    return _conclude(store, place_order(store, order), quiet=quiet)
+
+
+def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
+    """How many draws of a sample stand without a gap from the first."""
+    drawn = 0
+    while Block(sample, stage, drawn, drawn + length) in standing:
+        drawn += length
+    return drawn
+
+
+def compare(run_uris: Sequence[str], picture: str | None, order_name: str | None) -> None:
+    """Several runs' curves in one table and one picture."""
+    shown = []
+    for run_uri in run_uris:
+        store = open_store(run_uri)
+        run, orders = read_run(store), read_orders(store)
+        name = order_name or next(iter(orders), "")
+        if name not in orders:
+            raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
+        curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))
+        if not curve.num_samples:
+            raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
+        shown.append(curve)
+    print_curves(shown, Console())
+    if picture:
+        if Path(picture).suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {picture}: the ending must be .png, .pdf or .svg")
+        curves.plot(shown, picture)
+
+
+def run_status(run_uri: str) -> dict[str, Any]:
+    """What stands and what is missing, from the run's files alone."""
+    store = open_store(run_uri)
+    run, orders = read_run(store), read_orders(store)
+    lengths = block_lengths(run)
+    entries = list(store.list("votes"))
+    standing = list_blocks(store, lengths)
+    stored = read_blocks(store, standing)
+    votes = to_table(stored)
+    facts: dict[str, Any] = {
+        "run": run_uri,
+        "name": run["name"],
+        "votes_id": run["votes_id"],
+        "blocks": len(standing),
+        "draws": sum(block.draws for block in standing),
+        "bytes": sum(entry.size for entry in entries),
+        "last_write": max((entry.modified for entry in entries), default=None),
+        "devices": dict(Counter(one.metadata["device"] for one in stored)),
+        "orders": {},
+    }
+    for name, order in orders.items():
+        missing = missing_blocks(order, lengths, standing)
+        certificates = _certificates(votes, run, orders, name)
+        facts["orders"][name] = _result(store, run, name, order, _curve(run, order, certificates)) | {
+            "draws_done": len(order.samples) * (order.n0 + order.n) - sum(block.draws for block in missing),
+            "draws_missing": sum(block.draws for block in missing),
+        }
+    return facts
+
+
+def print_status(facts: dict[str, Any]) -> None:
+    console = Console()
+    last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["last_write"])) if facts["last_write"] else "never"
+    devices = ", ".join(f"{name} ({count} blocks)" for name, count in facts["devices"].items()) or "none yet"
+    lines = [
+        f"{facts['name']}  votes_id {facts['votes_id']}",
+        f"blocks {facts['blocks']:,}  draws {facts['draws']:,}  bytes {facts['bytes']:,}  last write {last}",
+        f"devices: {devices}",
+    ]
+    for name, order in facts["orders"].items():
+        state = "complete" if order["complete"] else f"{order['draws_missing']:,} draws missing: run certify again"
+        lines.append(
+            f"order {name}: n0 = {order['n0']}, n = {order['n']}, alpha = {order['alpha']:g}"
+            f"{', post hoc' if order['post_hoc'] else ''}: {order['samples']} of "
+            f"{order['samples'] + order['incomplete']} samples, {order['draws_done']:,} draws done, {state}"
+        )
+        if order["samples"]:
+            accuracy = "  ".join(f"r={radius}: {100 * value:.1f}%" for radius, value in order["certified_accuracy"].items())
+            lines.append(f"  certified accuracy so far  {accuracy}  ACR {order['acr']:.3f}")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -1,0 +1,169 @@
+"""The command `diffsmooth`: certify, status, analyze, curve.
+
+Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by Ctrl-C and
+SIGTERM and resumable.
+"""
+
+import importlib.metadata
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from jobs import certify as certification
+from pipeline.spec import RunError, UserError, load_spec
+
+SPECS = Path(__file__).parent / "specs"
+
+
+class _Main(click.Group):
+    """Turns a user's mistake into one line and exit status 2, the surroundings' failures into exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(error, 2)
+        except RunError as error:
+            _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    click.echo(f"diffsmooth: {' '.join(str(error).split())}", err=True)
+    sys.exit(status)
+
+
+def find_spec(name: str) -> Path:
+    """A spec's path: a file, or the name of one that ships with the package."""
+    shipped = SPECS / f"{name}.toml"
+    path = Path(name)
+    if path.is_file() or not shipped.is_file():
+        if not path.exists():
+            names = ", ".join(sorted(path.stem for path in SPECS.glob("*.toml")))
+            raise UserError(f"{name}: no such spec; give the path of a TOML file or a shipped name: {names}")
+        return path
+    return shipped
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(importlib.metadata.version("diffsmooth"), prog_name="diffsmooth")
+def main() -> None:
+    """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray."""
+    logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.option("--out", help="Folder of the run (with several specs: the folder of their runs). [default: runs/NAME]")
+@click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]")
+@click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch. [default: 64 on a CPU, 512 on a GPU]")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def certify(
+    specs: tuple[str, ...],
+    out: str | None,
+    address: str | None,
+    actors: int | None,
+    batch_size: int | None,
+    cpu: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
+
+    \b
+    diffsmooth certify mnist
+    diffsmooth certify my.toml --out runs/a --set smoothing.sigma=1.0
+    """
+    if cpu:
+        overrides = (*overrides, "compute.device=cpu")
+    loaded = [load_spec(find_spec(name), overrides) for name in specs]
+    if len({spec.name for spec in loaded}) < len(loaded):
+        raise UserError("several specs of one name would share a run: give each a name of its own")
+    homes = [
+        str(Path("runs", spec.name) if out is None else Path(out, spec.name) if len(loaded) > 1 else out)
+        for spec in loaded
+    ]
+    results, signal_number = certification.certify_all(
+        list(zip(loaded, homes, strict=True)),
+        address=address,
+        actors=actors,
+        batch_size=batch_size,
+        quiet=as_json,
+        on_stop=_handle_signals,
+    )
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    if signal_number is not None:
+        click.echo("diffsmooth: stopped; the same command goes on from here", err=True)
+        sys.exit(128 + signal_number)
+    sys.exit(0 if all(result["complete"] for result in results) else 1)
+
+
+def _handle_signals(stop: Callable[[int], None]) -> None:
+    """Call `stop` at the first SIGTERM or Ctrl-C; a second one ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        click.echo("diffsmooth: stopping; blocks in flight are finished first (again to stop at once)", err=True)
+        stop(number)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def status(run: str, as_json: bool) -> None:
+    """What stands and what is missing in RUN, from its files alone."""
+    facts = certification.run_status(run)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        certification.print_status(facts)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
+@click.option("--n0", type=int, help="Selection draws to use. [default: the first order's]")
+@click.option("--n", type=int, help="Estimation draws to use. [default: the first order's]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def analyze(run: str, alpha: float | None, n0: int | None, n: int | None, as_json: bool) -> None:
+    """Another order from RUN's stored votes: no draws, no GPU. Marked post hoc where it is a second look.
+
+    \b
+    diffsmooth analyze runs/mnist --alpha 0.01
+    """
+    result = certification.analyze(run, alpha=alpha, n0=n0, n=n, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    sys.exit(0 if result["complete"] else 1)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="Write the picture (.png, .pdf or .svg).")
+@click.option("--order", default=None, help="Which order of each run. [default: the first]")
+def curve(runs: tuple[str, ...], picture: str | None, order: str | None) -> None:
+    """One table, and with --plot one picture, of several runs.
+
+    \b
+    diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
+    """
+    certification.compare(runs, picture, order)
+
+
+if __name__ == "__main__":
+    main()

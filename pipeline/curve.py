@@ -1,0 +1,129 @@
+"""Certificates -> certified-accuracy curve, average certified radius (ACR), tables, plots.
+
+Certified accuracy at radius r is the share of all samples, abstentions included, whose prediction is right with a
+certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of radius where right
+and 0 elsewhere (MACER, arXiv 2001.02378, section 5.1).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import beta
+
+BAND = "clopper-pearson 95 % per radius"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Certified accuracy of one run's certificates; incomplete samples are counted apart, never as wrong."""
+
+    name: str
+    radii: NDArray[np.float64]  # certified radius of each complete sample, 0 where it counts nothing, ascending
+    correct: NDArray[np.bool_]
+    abstained: int
+    incomplete: int
+    post_hoc: bool
+    max_radius: float  # what n and alpha allow
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.radii)
+
+    @property
+    def acr(self) -> float:
+        return float(np.mean(self.radii * self.correct)) if self.num_samples else float("nan")
+
+    @property
+    def abstention_rate(self) -> float:
+        return self.abstained / self.num_samples if self.num_samples else float("nan")
+
+    def at(self, radii: ArrayLike) -> NDArray[np.float64]:
+        """Certified accuracy at each radius, in 0..1."""
+        return self._counts(radii) / max(self.num_samples, 1)
+
+    def table(self, radii: ArrayLike) -> pd.DataFrame:
+        """Columns radius, certified_accuracy, lower, upper, num_samples, band.
+
+        The band is the 95 % Clopper-Pearson interval of each radius for the images' population, were they drawn from it
+        at random.
+        """
+        radii, m = np.asarray(radii, dtype=float), self.num_samples
+        count = self._counts(radii)
+        return pd.DataFrame(
+            {
+                "radius": radii,
+                "certified_accuracy": self.at(radii),
+                "lower": np.where(count > 0, beta.ppf(0.025, np.maximum(count, 1), m - count + 1), 0.0),
+                "upper": np.where(count < m, beta.ppf(0.975, count + 1, np.maximum(m - count, 1)), 1.0),
+                "num_samples": m,
+                "band": BAND,
+            }
+        )
+
+    def _counts(self, radii: ArrayLike) -> NDArray[np.int64]:
+        right = np.sort(self.radii[self.correct])
+        return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
+
+
+def curve_of(name: str, certificates: pd.DataFrame, max_radius: float) -> Curve:
+    """The curve of a certificates table."""
+    complete = certificates[certificates["status"] != "incomplete"]
+    return Curve(
+        name=name,
+        radii=complete["radius"].to_numpy(dtype=float),
+        correct=complete["correct"].to_numpy(dtype=bool),
+        abstained=int((complete["status"] == "abstained").sum()),
+        incomplete=len(certificates) - len(complete),
+        post_hoc=bool(certificates["post_hoc"].any()),
+        max_radius=max_radius,
+    )
+
+
+def grid(step: float, stop: float) -> NDArray[np.float64]:
+    """Decimal radii 0, step, 2 step, ... up to the first that is at least `stop`."""
+    return np.array([round(index * step, 10) for index in range(math.ceil(stop / step - 1e-9) + 1)])
+
+
+def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
+    """The radii that a printed table shows: quarter steps as far as any curve can reach, at most a dozen."""
+    reach = max(curve.max_radius for curve in curves)
+    step = next(step for step in (0.25, 0.5, 1.0, 2.0, 5.0, math.inf) if reach / step <= 12)
+    return np.array([0.0]) if math.isinf(step) else grid(step, math.floor(reach / step) * step)
+
+
+def plot(curves: Sequence[Curve], path: str | Path, title: str | None = None) -> None:
+    """Draw the curves with their bands into one picture; the file's ending chooses PNG, PDF or SVG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.add_subplot(), curves)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=160)
+
+
+# Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.
+_STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#E69F00", (0, (5, 1, 1, 1, 1, 1)))]
+
+
+def draw(axes: Any, curves: Sequence[Curve]) -> None:
+    """Draw the curves on matplotlib axes."""
+    reach = max(curve.max_radius for curve in curves)
+    radii = np.linspace(0, reach * 1.02, 1000)
+    for index, curve in enumerate(curves):
+        colour, style = _STYLES[index % len(_STYLES)]
+        table = curve.table(radii)
+        label = f"{curve.name} (ACR {curve.acr:.3f}{', post hoc' if curve.post_hoc else ''})"
+        axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
+        axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="l2 radius", ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,232 @@
+"""The base classifier f and its votes.
+
+    f(x) = mean over the m local copies of softmax(classify(denoise(x) + local noise)); a vote is argmax f(x + noise)
+
+(DiffSmooth, Zhang et al. 2023, arXiv 2308.14333, Algorithm 1). Without a denoiser, with m = 1 and local_sigma = 0 it is
+Cohen's smoothing; with a denoiser it is diffusion denoised smoothing (Carlini et al. 2023).
+
+Shapes: B batch, C channels, H W image, K classes, M local copies, D draws of a task.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import noise
+from pipeline.classifiers import build_classifier, check_classifier
+from pipeline.data import Sample, open_dataset, sample_indices
+from pipeline.denoisers import Denoiser, build_denoiser, check_denoiser
+from pipeline.spec import Block, RunSpec, UserError
+from pipeline.weights import function_id, weights_id
+
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BaseClassifier:
+    """f: x_BCHW float32 -> scores_BK float32, the mean softmax of the m local copies.
+
+    `denoise`, `classify` and `local_noise_MCHW` are its parts; images are in [0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        denoiser: Denoiser | None,
+        classifier: Callable[[Tensor], Tensor],
+        local_noise_MCHW: Tensor,
+        sigma: float,
+        num_classes: int,
+    ) -> None:
+        self._denoiser = denoiser
+        self._classifier = classifier
+        self._sigma = sigma
+        self.local_noise_MCHW = local_noise_MCHW
+        self.num_classes = num_classes
+        self.device = local_noise_MCHW.device
+
+    @torch.inference_mode()
+    def denoise(self, x_BCHW: Tensor) -> Tensor:
+        """x0_BCHW in [0, 1]; the input itself where the spec names no denoiser."""
+        return x_BCHW if self._denoiser is None else self._denoiser(x_BCHW, self._sigma)
+
+    @torch.inference_mode()
+    def classify(self, x_BCHW: Tensor) -> Tensor:
+        """logits_BK, float32."""
+        return self._classifier(x_BCHW).float()
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        B, M = len(x_BCHW), len(self.local_noise_MCHW)
+        copies_BMCHW = self.denoise(x_BCHW)[:, None] + self.local_noise_MCHW
+        logits = self.classify(copies_BMCHW.flatten(0, 1))
+        return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
+
+
+def build_base_classifier(spec: RunSpec, device: str | torch.device) -> BaseClassifier:
+    """f of a spec, its weights loaded, on a device; the image shape is that of the data set's first sample.
+
+    Raises: UserError for what cannot be loaded or does not fit together.
+    """
+    device = torch.device(device)
+    data = open_dataset(spec.data)
+    shape = data[sample_indices(spec.data.samples, len(data))[0]].image_CHW.shape
+    smoothing, dtype = spec.smoothing, _DTYPES[spec.smoothing.precision]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
+    local_MCHW = noise.local_noise(
+        local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
+    )
+    f = BaseClassifier(
+        denoiser=build_denoiser(spec, device, dtype, shape[0]),
+        classifier=build_classifier(spec, device, dtype),
+        local_noise_MCHW=torch.from_numpy(local_MCHW).to(device),
+        sigma=smoothing.sigma,
+        num_classes=data.num_classes,
+    )
+    _check_scores(f, torch.full((1, *shape), 0.5, device=device))
+    return f
+
+
+def weights_ids(spec: RunSpec) -> dict[str, str]:
+    """What votes_id must know of f besides the spec: the weights files' hashes, an own function's source hash.
+
+    Raises: UserError for a missing file, another sha256 than the spec's, or a function that cannot be imported.
+    """
+    ids = {}
+    for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
+        if section.checkpoint is not None:
+            ids[name] = weights_id(section.checkpoint, section.sha256)
+        if ":" in section.arch:
+            ids[f"{name}.source"] = function_id(section.arch)
+    return ids
+
+
+def check_base_classifier(spec: RunSpec) -> None:
+    """Refuse, before anything is launched, an unknown architecture and a sigma beyond the denoiser's schedule."""
+    check_denoiser(spec)
+    check_classifier(spec)
+
+
+class BlockVotes(NamedTuple):
+    block: Block
+    counts_K: NDArray[np.int64]
+
+
+class _Batch(NamedTuple):
+    noise_BCHW: Tensor
+    image_B: Tensor  # which of the task's images each row adds its noise to
+    block_B: Tensor  # which of the task's blocks each row votes in; their number for rows that only pad
+    finished: int  # blocks that are complete after this batch
+
+
+def cast_votes(
+    f: BaseClassifier,
+    blocks: Sequence[Block],
+    samples: Mapping[int, Sample],
+    *,
+    sigma: float,
+    seed: int,
+    batch_size: int,
+    threads: int = 1,
+) -> Iterator[BlockVotes]:
+    """The votes of a task's blocks, in their order, each as soon as its draws are counted.
+
+    Draws of all blocks share batches, and every batch has `batch_size` rows, the last one padded: at equal batch size,
+    thread count and device a draw's vote does not depend on how the work is cut. Noise is made ahead by `threads`
+    background threads. Raises: UserError where f's scores are not finite.
+    """
+    images = {sample: row for row, sample in enumerate(dict.fromkeys(block.sample for block in blocks))}
+    images_UCHW = torch.from_numpy(np.stack([samples[sample].image_CHW for sample in images])).to(f.device)
+    counts_TK = torch.zeros(len(blocks) + 1, f.num_classes, dtype=torch.int64, device=f.device)
+    finite = torch.ones((), dtype=torch.bool, device=f.device)
+    done = 0
+    for batch in _batches(blocks, images, images_UCHW.shape[1:], sigma, seed, batch_size, threads, f.device):
+        x_BCHW = images_UCHW[batch.image_B] + batch.noise_BCHW
+        scores_BK = f(x_BCHW)
+        finite &= scores_BK.isfinite().all()
+        votes_B = scores_BK.argmax(dim=1)
+        counts_TK.view(-1).scatter_add_(0, batch.block_B * f.num_classes + votes_B, torch.ones_like(votes_B))
+        if batch.finished > done:
+            if not finite:
+                raise UserError(
+                    f"the base classifier's scores are not finite for {blocks[done]}: NaN or overflow in its networks; "
+                    "check weights, normalisation and precision"
+                )
+            for index, counts_K in enumerate(counts_TK[done : batch.finished].cpu().numpy(), start=done):
+                yield BlockVotes(blocks[index], counts_K)
+            done = batch.finished
+
+
+def _batches(
+    blocks: Sequence[Block],
+    images: Mapping[int, int],
+    shape: torch.Size,
+    sigma: float,
+    seed: int,
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+) -> Iterator[_Batch]:
+    """The draws of all blocks in order, cut into batches of one shape, made ahead of their use."""
+
+    def make(first: int) -> _Batch:
+        noise_BCHW = torch.zeros(batch_size, *shape, pin_memory=device.type == "cuda")
+        image_B = torch.zeros(batch_size, dtype=torch.int64)
+        block_B = torch.full((batch_size,), len(blocks), dtype=torch.int64)
+        last = min(first + batch_size, int(ends[-1]))
+        index = int(np.searchsorted(ends, first, side="right"))
+        position = first
+        while position < last:
+            block, stop = blocks[index], min(last, int(ends[index]))
+            rows = slice(position - first, stop - first)
+            draw = block.draw_stop - (int(ends[index]) - position)
+            noise.draw_noise(
+                noise_BCHW[rows].numpy(),
+                seed=seed,
+                stage=block.stage,
+                sample=block.sample,
+                draws=range(draw, draw + stop - position),
+                sigma=sigma,
+            )
+            image_B[rows], block_B[rows] = images[block.sample], index
+            position, index = stop, index + 1
+        moved = (tensor.to(device, non_blocking=True) for tensor in (noise_BCHW, image_B, block_B))
+        return _Batch(*moved, finished=int(np.searchsorted(ends, last, side="right")))
+
+    ends = np.cumsum([block.draws for block in blocks])
+    starts = iter(range(0, int(ends[-1]), batch_size))
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="noise") as pool:
+        ahead: deque[Future[_Batch]] = deque()
+        try:
+            while True:
+                while len(ahead) < threads + 1 and (first := next(starts, None)) is not None:
+                    ahead.append(pool.submit(make, first))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _check_scores(f: BaseClassifier, x_BCHW: Tensor) -> None:
+    """Refuse networks whose output does not fit the data set or is not finite."""
+    x0_BCHW = f.denoise(x_BCHW)
+    if x0_BCHW.shape != x_BCHW.shape:
+        raise UserError(f"the denoiser turns {tuple(x_BCHW.shape)} into {tuple(x0_BCHW.shape)}: it must keep the shape")
+    scores_BK = f(x_BCHW)
+    if scores_BK.shape[1] != f.num_classes:
+        raise UserError(
+            f"the classifier has {scores_BK.shape[1]} classes, the data set {f.num_classes}: take a classifier of this "
+            "data set, or set data.num_classes"
+        )
+    if not scores_BK.isfinite().all():
+        raise UserError(
+            "the base classifier's scores are not finite on a grey image: NaN or overflow in its networks; check "
+            "weights, normalisation and precision"
+        )
