@@ -25,8 +25,7 @@ _LOAD_ATTEMPTS = 5  # loads in a row that may die before the run is given up
 _TICK = 1.0  # seconds between looks at deadlines and stop requests
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
-class _Actor:
+class _Shell:
     """The shell round Worker that Ray sees."""
 
     def __init__(self) -> None:
@@ -39,6 +38,9 @@ class _Actor:
     def run(self, blocks: list[Block], attempt: str) -> Receipt:
         assert self._worker is not None
         return self._worker.run(blocks, attempt)
+
+
+_Actor = ray.remote(max_restarts=-1, max_task_retries=0)(_Shell)
 
 
 class Progress(NamedTuple):
@@ -74,8 +76,11 @@ class Cluster:
         Raises: UserError where the cluster cannot be reached or has too little for the actors wanted.
         """
         address = address or os.environ.get("RAY_ADDRESS") or "local"
-        local = {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
-        if not ray.is_initialized():
+        local: dict[str, Any] = (
+            {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
+        )
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -87,7 +92,9 @@ class Cluster:
         resources = ray.cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         if device == "cuda" and address == "local" and not gpus:
-            raise UserError("compute.device = 'cuda', but this machine has no GPU that Ray can see: pass --cpu for the CPU")
+            raise UserError(
+                "compute.device = 'cuda', but this machine has no GPU that Ray can see: pass --cpu for the CPU"
+            )
         on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
@@ -100,7 +107,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self._release(list(self._actors))
-        ray.shutdown()
+        if self._owns_ray:
+            ray.shutdown()
 
     def stop(self) -> None:
         """Ask `cast` to begin no more tasks and to return when those in flight have ended or the grace is over."""
@@ -210,8 +218,8 @@ class _Cast:
                 self._failed_loads += 1
                 if self._failed_loads >= _LOAD_ATTEMPTS * self._cluster.wanted:
                     raise RunError(
-                        f"actors died {self._failed_loads} times in a row while they loaded the models ({_line(error)}): "
-                        "look for missing memory on their nodes"
+                        f"actors died {self._failed_loads} times in a row while they loaded the models "
+                        f"({_line(error)}): look for missing memory on their nodes"
                     ) from None
                 self._load(actor, error)
                 return []
@@ -279,5 +287,3 @@ def _cause(error: RayTaskError) -> Exception:
 def _line(error: Exception) -> str:
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
-
-

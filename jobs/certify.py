@@ -1,4 +1,4 @@
-"""The main job: specs in, votes cast on the cluster, certificates and curves out; and what else reads a run's folder."""
+"""The main job: specs in, votes cast on the cluster, certificates and curves out; and what else reads a run."""
 
 import io
 import json
@@ -75,7 +75,9 @@ def certify_all(
     last = max(index for index, run in enumerate(runs) if run.missing)
     needs_gpu = {run.spec.compute.device for run in runs}
     if len(needs_gpu) > 1:
-        raise UserError(f"compute.device differs between the specs ({', '.join(sorted(needs_gpu))}): certify them apart")
+        raise UserError(
+            f"compute.device differs between the specs ({', '.join(sorted(needs_gpu))}): certify them apart"
+        )
     if not address:
         logger.info("starting a local Ray")
     with Cluster(address=address, device=needs_gpu.pop(), actors=actors) as cluster:
@@ -98,7 +100,9 @@ def certify_all(
                 if outcome.stopped:
                     return results, stopped_by[0]
                 for aside in outcome.set_aside:
-                    logger.error("given up after %d attempts: %s; %s", aside.task.attempts, aside.task.blocks[0], aside.error)
+                    logger.error(
+                        "given up after %d attempts: %s; %s", aside.task.attempts, aside.task.blocks[0], aside.error
+                    )
                 work = {
                     "draws_cast": outcome.draws,
                     "seconds": round(outcome.seconds, 2),
@@ -129,10 +133,19 @@ def _prepare(spec: RunSpec, home: str) -> _Run:
     name = votes_id(spec, weights)
     store = open_store(home)
     store.prepare()
-    claim_run(store, {"votes_id": name, "num_classes": data.num_classes, "spec": identity(spec, weights), "name": spec.name})
+    claim_run(
+        store, {"votes_id": name, "num_classes": data.num_classes, "spec": identity(spec, weights), "name": spec.name}
+    )
     order = order_of(spec, samples)
     order_name = place_order(store, order)
-    return _Run(spec, store, name, order_name, order, missing_blocks(order, smoothing.block, list_blocks(store, smoothing.block)))
+    return _Run(
+        spec,
+        store,
+        name,
+        order_name,
+        order,
+        missing_blocks(order, smoothing.block, list_blocks(store, smoothing.block)),
+    )
 
 
 def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
@@ -170,9 +183,7 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     return _result(store, run, order_name, orders[order_name], curve)
 
 
-def _certificates(
-    votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str
-) -> pd.DataFrame:
+def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str) -> pd.DataFrame:
     order, post_hoc = orders[order_name], post_hoc_samples(orders, order_name)
     return certify(
         votes,
@@ -209,7 +220,9 @@ def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, cu
         "post_hoc": curve.post_hoc,
         "acr": curve.acr,
         "abstention_rate": curve.abstention_rate,
-        "certified_accuracy": {f"{radius:g}": value for radius, value in zip(radii, curve.at(radii).tolist(), strict=True)},
+        "certified_accuracy": {
+            f"{radius:g}": value for radius, value in zip(radii, curve.at(radii).tolist(), strict=True)
+        },
     }
 
 
@@ -307,7 +320,9 @@ class _Watch:
         if selection.total() == smoothing.n0 and estimation.total() == smoothing.n:
             top = min(selection, key=lambda k: (-selection[k], k))
             radius = certified_radius(estimation[top], smoothing.n, smoothing.alpha, smoothing.sigma)
-            self._radii.append(float(radius) if top == label and 2 * estimation[top] > smoothing.n and radius > 0 else -1.0)
+            self._radii.append(
+                float(radius) if top == label and 2 * estimation[top] > smoothing.n and radius > 0 else -1.0
+            )
             del self._counts[sample, "selection"], self._counts[sample, "estimation"]
 
 
@@ -336,7 +351,7 @@ def analyze(run_uri: str, *, alpha: float | None, n0: int | None, n: int | None,
         if value > drawn:
             most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
             raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
-    order = Order(samples=samples, alpha=alpha, **asked)
+    order = Order(samples=samples, alpha=alpha, n0=asked["n0"], n=asked["n"])
     return _conclude(store, place_order(store, order), quiet=quiet)
 
 
@@ -348,8 +363,10 @@ def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
     return drawn
 
 
-def compare(run_uris: Sequence[str], picture: str | None, order_name: str | None) -> None:
+def compare(run_uris: Sequence[str], picture: str, order_name: str | None) -> None:
     """Several runs' curves in one table and one picture."""
+    if Path(picture).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {picture}: the ending must be .png, .pdf or .svg")
     shown = []
     for run_uri in run_uris:
         store = open_store(run_uri)
@@ -362,10 +379,8 @@ def compare(run_uris: Sequence[str], picture: str | None, order_name: str | None
             raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
         shown.append(curve)
     print_curves(shown, Console())
-    if picture:
-        if Path(picture).suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {picture}: the ending must be .png, .pdf or .svg")
-        curves.plot(shown, picture)
+    curves.plot(shown, picture)
+    Console().print(f"{picture}: the curves, with 95 % intervals", highlight=False)
 
 
 def run_status(run_uri: str) -> dict[str, Any]:
@@ -415,6 +430,8 @@ def print_status(facts: dict[str, Any]) -> None:
             f"{order['samples'] + order['incomplete']} samples, {order['draws_done']:,} draws done, {state}"
         )
         if order["samples"]:
-            accuracy = "  ".join(f"r={radius}: {100 * value:.1f}%" for radius, value in order["certified_accuracy"].items())
+            accuracy = "  ".join(
+                f"r={radius}: {100 * value:.1f}%" for radius, value in order["certified_accuracy"].items()
+            )
             lines.append(f"  certified accuracy so far  {accuracy}  ACR {order['acr']:.3f}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

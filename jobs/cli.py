@@ -1,7 +1,7 @@
 """The command `diffsmooth`: certify, status, analyze, curve.
 
-Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by Ctrl-C and
-SIGTERM and resumable.
+Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
+Ctrl-C and SIGTERM, resumable.
 """
 
 import importlib.metadata
@@ -64,7 +64,9 @@ def main() -> None:
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
 @click.option("--out", help="Folder of the run (with several specs: the folder of their runs). [default: runs/NAME]")
 @click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]")
-@click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch. [default: 64 on a CPU, 512 on a GPU]")
 @click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
@@ -154,10 +156,17 @@ def analyze(run: str, alpha: float | None, n0: int | None, n: int | None, as_jso
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="Write the picture (.png, .pdf or .svg).")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False),
+    default="curves.png",
+    show_default=True,
+    help="The picture to write: .png, .pdf or .svg.",
+)
 @click.option("--order", default=None, help="Which order of each run. [default: the first]")
-def curve(runs: tuple[str, ...], picture: str | None, order: str | None) -> None:
-    """One table, and with --plot one picture, of several runs.
+def curve(runs: tuple[str, ...], picture: str, order: str | None) -> None:
+    """One table and one picture of several runs.
 
     \b
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png

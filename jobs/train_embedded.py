@@ -116,7 +116,9 @@ def train_denoiser(images_NCHW: Tensor, settings: UNetSettings, epochs: int, bat
         unet = UNet(settings, images_NCHW.shape[1])
     unet.to_empty(device="cpu")
     initialise(unet, generator)
-    nn.init.zeros_(unet.out[2].weight)
+    last = unet.out[2]
+    assert isinstance(last, nn.Conv2d)
+    nn.init.zeros_(last.weight)
     unet = unet.to(memory_format=torch.channels_last)
     average = {key: value.clone() for key, value in unet.state_dict().items()}
     abar_T = torch.from_numpy(alphas_cumprod(settings.schedule, settings.steps)).float()

@@ -30,9 +30,7 @@ class Normalized(nn.Module):
 
     def __init__(self, network: nn.Module, normalize: str | Normalize) -> None:
         super().__init__()
-        mean, std = (
-            (normalize.mean, normalize.std) if isinstance(normalize, Normalize) else _NORMALIZATIONS[normalize]
-        )
+        mean, std = (normalize.mean, normalize.std) if isinstance(normalize, Normalize) else _NORMALIZATIONS[normalize]
         self.network = network
         self.identity = normalize == "none"
         self.register_buffer("mean_1C11", torch.tensor(mean)[None, :, None, None], persistent=False)
@@ -81,7 +79,7 @@ def build_classifier(spec: RunSpec, device: torch.device, dtype: torch.dtype) ->
         network = CLASSIFIERS[section.arch]()
     load_into(network, load_weights(section.checkpoint), section.checkpoint)
     network = network.to(dtype=dtype).eval().requires_grad_(False)
-    return Normalized(network, section.normalize).to(device, memory_format=torch.channels_last)
+    return Normalized(network, section.normalize).to(device).to(memory_format=torch.channels_last)
 
 
 def check_classifier(spec: RunSpec) -> None:

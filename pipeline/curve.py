@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 BAND = "clopper-pearson 95 % per radius"
 
@@ -59,8 +59,8 @@ class Curve:
             {
                 "radius": radii,
                 "certified_accuracy": self.at(radii),
-                "lower": np.where(count > 0, beta.ppf(0.025, np.maximum(count, 1), m - count + 1), 0.0),
-                "upper": np.where(count < m, beta.ppf(0.975, count + 1, np.maximum(m - count, 1)), 1.0),
+                "lower": np.where(count > 0, betaincinv(np.maximum(count, 1), m - count + 1, 0.025), 0.0),
+                "upper": np.where(count < m, betaincinv(count + 1, np.maximum(m - count, 1), 0.975), 1.0),
                 "num_samples": m,
                 "band": BAND,
             }
@@ -97,7 +97,7 @@ def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
     return np.array([0.0]) if math.isinf(step) else grid(step, math.floor(reach / step) * step)
 
 
-def plot(curves: Sequence[Curve], path: str | Path, title: str | None = None) -> None:
+def plot(curves: Sequence[Curve], path: str | Path | BinaryIO, title: str | None = None) -> None:
     """Draw the curves with their bands into one picture; the file's ending chooses PNG, PDF or SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -111,7 +111,13 @@ def plot(curves: Sequence[Curve], path: str | Path, title: str | None = None) ->
 
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.
-_STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#E69F00", (0, (5, 1, 1, 1, 1, 1)))]
+_STYLES = [
+    ("#0072B2", "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+    ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
+]
 
 
 def draw(axes: Any, curves: Sequence[Curve]) -> None:

@@ -23,7 +23,6 @@ UNLABELLED = -1
 
 
 class Sample(NamedTuple):
-    index: int
     image_CHW: NDArray[np.float32]
     label: int  # UNLABELLED where the data set has none
     sha256: str
@@ -79,13 +78,15 @@ class ParquetImages:
         stored, label = self._stored(index), int(self._labels[index])
         try:
             image = Image.open(io.BytesIO(stored))
-            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"), dtype=np.float32) / 255
+            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"), dtype=np.float32)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise UserError(f"{self._path}: the image of sample {index} is damaged ({error}); mend or leave out") from error
+            raise UserError(
+                f"{self._path}: the image of sample {index} is damaged ({error}); mend or leave out"
+            ) from error
         if not UNLABELLED <= label < self.num_classes:
             raise UserError(f"{self._path}: sample {index} has label {label}, beyond the {self.num_classes} classes")
-        image_CHW = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return Sample(index, image_CHW, label, hashlib.sha256(stored + str(label).encode()).hexdigest())
+        image_CHW = (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)) / np.float32(255)
+        return Sample(image_CHW, label, hashlib.sha256(stored + str(label).encode()).hexdigest())
 
     def _stored(self, index: int) -> bytes:
         if not 0 <= index < len(self):
@@ -137,7 +138,9 @@ def sample_indices(samples: str, size: int) -> range:
         if not 2 <= len(parts) <= 3:
             raise ValueError
     except ValueError:
-        raise UserError(f"data.samples = {samples!r} is not start:stop:step: write, say, '0:100' or '0:10000:20'") from None
+        raise UserError(
+            f"data.samples = {samples!r} is not start:stop:step: write, say, '0:100' or '0:10000:20'"
+        ) from None
     start, stop, step = start or 0, size if stop is None else stop, 1 if step is None else step
     if step < 1 or start < 0 or stop > size:
         raise UserError(

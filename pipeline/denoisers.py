@@ -39,7 +39,7 @@ def alphas_cumprod(schedule: str, steps: int) -> NDArray[np.float64]:
         t = np.arange(steps + 1) / steps
         abar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-    return np.cumprod(1 - betas)
+    return np.cumprod(1 - betas, dtype=np.float64)
 
 
 def timestep(settings: UNetSettings, sigma: float) -> int:
@@ -88,7 +88,7 @@ def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int
     with torch.device("meta"):
         unet = UNet(spec.denoiser.unet, channels)
     load_into(unet, load_weights(spec.denoiser.checkpoint), spec.denoiser.checkpoint)
-    unet = unet.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet = unet.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return OneShotDenoiser(unet)
 
 

@@ -24,7 +24,16 @@ _KNOWN_ANSWERS = (
     # seed, stream, sample, draw, the first, second, 784th and 785th value of z, as exact hexadecimal float64
     (0, 0, 0, 0, "0x1.66ce4f3f3b4ffp-3", "0x1.0fe9f17d6ca6ap+0", "0x1.921c2629605e8p+0", "0x1.0335b8b1458dep-2"),
     (0, 1, 499, 99999, "-0x1.5842d53e1923ap-1", "0x1.1556342f679cbp-1", "0x1.9742389a517e4p-1", "0x1.0ed4af5f99d03p-2"),
-    (18446744073709551617, 1, 7, 12345, "0x1.55b94240a14eep-2", "-0x1.506a766b8b0d1p-1", "-0x1.8d9c8f0577e70p-2", "0x1.44b263cb7e6d0p-4"),
+    (
+        18446744073709551617,
+        1,
+        7,
+        12345,
+        "0x1.55b94240a14eep-2",
+        "-0x1.506a766b8b0d1p-1",
+        "-0x1.8d9c8f0577e70p-2",
+        "0x1.44b263cb7e6d0p-4",
+    ),
 )
 
 
@@ -48,9 +57,7 @@ class _Rows:
         return self._generator.standard_normal(out=z)
 
 
-def draw_noise(
-    out_NCHW: Floats, *, seed: int, stage: Stage, sample: int, draws: Iterable[int], sigma: float
-) -> None:
+def draw_noise(out_NCHW: Floats, *, seed: int, stage: Stage, sample: int, draws: Iterable[int], sigma: float) -> None:
     """Write the noise of the given draws of one sample into `out_NCHW` (float32, C-contiguous, one row a draw)."""
     rows, stream = _Rows(seed, "smoothing"), STREAMS[stage]
     z = np.empty(out_NCHW[0].size)

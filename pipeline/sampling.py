@@ -33,9 +33,7 @@ class Order(Section):
 
 def order_of(spec: RunSpec, samples: Iterable[int]) -> Order:
     smoothing = spec.smoothing
-    return Order(
-        samples=list(samples), n0=smoothing.n0, n=smoothing.n, alpha=smoothing.alpha, mode=spec.sampling.mode
-    )
+    return Order(samples=list(samples), n0=smoothing.n0, n=smoothing.n, alpha=smoothing.alpha, mode=spec.sampling.mode)
 
 
 def place_order(store: Store, order: Order) -> str:

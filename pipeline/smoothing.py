@@ -195,8 +195,8 @@ def _batches(
             )
             image_B[rows], block_B[rows] = images[block.sample], index
             position, index = stop, index + 1
-        moved = (tensor.to(device, non_blocking=True) for tensor in (noise_BCHW, image_B, block_B))
-        return _Batch(*moved, finished=int(np.searchsorted(ends, last, side="right")))
+        noise_BCHW, image_B, block_B = (one.to(device, non_blocking=True) for one in (noise_BCHW, image_B, block_B))
+        return _Batch(noise_BCHW, image_B, block_B, finished=int(np.searchsorted(ends, last, side="right")))
 
     ends = np.cumsum([block.draws for block in blocks])
     starts = iter(range(0, int(ends[-1]), batch_size))

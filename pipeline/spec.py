@@ -154,7 +154,9 @@ class Smoothing(Section):
         check_multiple("n0", self.n0, self.block.selection, "selection")
         check_multiple("n", self.n, self.block.estimation, "estimation")
         if self.m > 1 and self.local_sigma == 0:
-            raise ValueError(f"m = {self.m} copies with local_sigma = 0 are all equal: set m = 1, or local_sigma above 0")
+            raise ValueError(
+                f"m = {self.m} copies with local_sigma = 0 are all equal: set m = 1, or local_sigma above 0"
+            )
         return self
 
     def draws(self, stage: Stage) -> int:

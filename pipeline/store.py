@@ -8,6 +8,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ class FolderStore:
             if not self.put_if_absent(probe, b"") or self.put_if_absent(probe, b""):
                 raise RunError(f"{self.uri}: the file system lets an existing file be put again; use another one")
         finally:
-            (self._root / probe).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._root / probe).unlink()
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store an object unless one is there; say whether this call stored it.

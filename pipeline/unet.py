@@ -45,9 +45,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int, out_width: int, time_width: int, groups: int, resample: str | None = None) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
-            GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, 2 * out_width))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_width),
@@ -63,6 +61,7 @@ class ResBlock(nn.Module):
         norm_in, silu_in, conv_in = self.in_layers
         h_BCHW = conv_in(self.resample(silu_in(norm_in(x_BCHW))))
         norm, silu, _, conv = self.out_layers
+        assert isinstance(norm, GroupNorm)
         if emb_BE is None:
             assert self.folded is not None
             h_BCHW = F.group_norm(h_BCHW.float(), norm.num_groups, *self.folded, norm.eps).to(h_BCHW.dtype)
@@ -119,7 +118,7 @@ class Upsample(nn.Module):
 class Stack(nn.Sequential):
     """Layers in a row, of which only residual blocks take the time embedding."""
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:  # type: ignore[override]
         for layer in self:
             x_BCHW = layer(x_BCHW, emb_BE) if isinstance(layer, ResBlock) else layer(x_BCHW)
         return x_BCHW
@@ -193,12 +192,12 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out[2].weight.dtype
+        return next(self.parameters()).dtype
 
     @torch.no_grad()
     def fold_timestep(self, t: int) -> None:
         """Fix the timestep for all later calls with t_B = None."""
-        emb_1E = self._embed(torch.tensor([t], device=self.out[2].weight.device))
+        emb_1E = self._embed(torch.tensor([t], device=next(self.parameters()).device))
         for block in self._res_blocks():
             block.fold(emb_1E)
 

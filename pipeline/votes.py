@@ -98,7 +98,11 @@ def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata
         "draw_stop": block.draw_stop,
     }
     table = pa.table(
-        {**{name: [value] * len(classes) for name, value in columns.items()}, "class": classes, "votes": counts_K[classes]},
+        {
+            **{name: [value] * len(classes) for name, value in columns.items()},
+            "class": classes,
+            "votes": counts_K[classes],
+        },
         schema=SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)}),
     )
     buffer = io.BytesIO()
@@ -114,8 +118,8 @@ def list_blocks(store: Store, lengths: BlockLengths) -> set[Block]:
     blocks = set()
     for entry in store.list("votes"):
         match = _NAME.fullmatch(entry.key)
-        stage = match[1] if match else None
-        if match is None or int(match[3]) % lengths.of(stage):
+        stage = next((stage for stage in STAGES if match and match[1] == stage), None)
+        if match is None or stage is None or int(match[3]) % lengths.of(stage):
             raise RunError(f"{store.uri}/{entry.key} is no block of this run; move it elsewhere")
         start = int(match[3])
         blocks.add(Block(int(match[2]), stage, start, start + lengths.of(stage)))
@@ -142,8 +146,8 @@ def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[Sto
         if one.metadata["sample_sha256"] != sha256:
             raise RunError(
                 f"{store.uri}: sample {one.block.sample} was another image for its {one.block.stage} draws "
-                f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; the data set has changed: "
-                "start a new run"
+                f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; "
+                "the data set has changed: start a new run"
             )
     return stored
 
@@ -159,9 +163,9 @@ def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
         {
             "sample": repeated([one.block.sample for one in stored], np.int32),
             "label": repeated([one.label for one in stored], np.int32),
-            "stage": pd.Categorical(repeated([one.block.stage for one in stored], object), categories=list(STAGES)).astype(
-                str
-            ),
+            "stage": pd.Categorical(
+                repeated([one.block.stage for one in stored], object), categories=list(STAGES)
+            ).astype(str),
             "draw_start": repeated([one.block.draw_start for one in stored], np.int32),
             "draw_stop": repeated([one.block.draw_stop for one in stored], np.int32),
             "class": np.concatenate([np.empty(0, np.int32), *(one.classes for one in stored)]),

@@ -1,0 +1,60 @@
+"""Base classifiers whose smoothed probabilities are known exactly, and others that misbehave."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.spec import RunSpec
+
+Model = Callable[[Tensor], Tensor]
+
+THRESHOLD = 0.5
+
+
+def png(pixels_HW: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HW).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def half_space(spec: RunSpec, device: torch.device) -> Model:
+    """Class 1 where the mean pixel is above THRESHOLD; an image of d pixels and mean v lies sqrt(d) |v - THRESHOLD|
+    from the boundary, which is its exact certified radius at any sigma."""
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        margin_B = 1e3 * (x_BCHW.mean(dim=(1, 2, 3)) - THRESHOLD)
+        return torch.stack([-margin_B, margin_B], dim=1)
+
+    return logits
+
+
+def not_a_number(spec: RunSpec, device: torch.device) -> Model:
+    """NaN for bright inputs only, so that it shows while drawing and not on the grey image of the first check."""
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        mean_B = x_BCHW.mean(dim=(1, 2, 3))
+        return torch.stack([mean_B, torch.where(mean_B > 0.55, torch.nan, 1.0)], dim=1)
+
+    return logits
+
+
+def three_classes(spec: RunSpec, device: torch.device) -> Model:
+    return lambda x_BCHW: torch.zeros(len(x_BCHW), 3)
+
+
+def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` at some 500 draws a second, so that there is time to kill it."""
+    import time
+
+    inner = half_space(spec, device)
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        time.sleep(0.002 * len(x_BCHW))
+        return inner(x_BCHW)
+
+    return logits

@@ -1,0 +1,160 @@
+"""The bound: golden values, edge cases, coverage, and what never enters it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binom, norm
+
+from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound
+from pipeline.spec import Block
+from pipeline.votes import StoredBlock, to_table
+
+# k, n, alpha, lower bound, 1 - lower bound, radius / sigma (None: abstain), from 60-digit binomial tail sums
+GOLDEN = [
+    (0, 100, 0.001, 0.0, 1.0, None),
+    (1, 100, 0.001, 1.0004953285956e-5, 0.99998999504671, None),
+    (50, 100, 0.001, 0.34479800642532, 0.65520199357468, None),
+    (65, 100, 0.001, 0.4913756114936, 0.5086243885064, None),
+    (66, 100, 0.001, 0.50164995133687, 0.49835004866313, 0.0041358264633336),
+    (99, 100, 0.001, 0.91137311129604, 0.088626888703958, 1.3492590388104),
+    (100, 100, 0.001, 0.93325430079699, 0.066745699203009, 1.5004750241206),
+    (500, 1000, 0.001, 0.45077105398478, 0.54922894601522, None),
+    (600, 1000, 0.001, 0.55107547393705, 0.44892452606295, 0.12837899630553),
+    (990, 1000, 0.001, 0.97603618715531, 0.023963812844689, 1.9780095821412),
+    (1000, 1000, 0.001, 0.99311604842093, 0.0068839515790662, 2.4632626147808),
+    (5154, 10000, 0.001, 0.49989991120697, 0.50010008879303, None),
+    (5155, 10000, 0.001, 0.49999993940747, 0.50000006059253, None),
+    (8000, 10000, 0.001, 0.78738939597127, 0.21261060402873, 0.79739578224939),
+    (9990, 10000, 0.001, 0.99758830803257, 0.0024116919674318, 2.8185983003982),
+    (9999, 10000, 0.001, 0.99907703866934, 0.00092296133066051, 3.1139635921826),
+    (10000, 10000, 0.001, 0.99930946300259, 0.00069053699741008, 3.1985775147383),
+    (50488, 100000, 0.001, 0.49998894820482, 0.50001105179518, None),
+    (50489, 100000, 0.001, 0.49999894848864, 0.50000105151136, None),
+    (50490, 100000, 0.001, 0.5000089487744, 0.4999910512256, 2.2431250945137e-5),
+    (69146, 100000, 0.001, 0.68692858622535, 0.31307141377465, 0.48716299434316),
+    (84134, 100000, 0.001, 0.83774179240161, 0.16225820759839, 0.98521919255836),
+    (97725, 100000, 0.001, 0.97575563495157, 0.024244365048431, 1.973059971399),
+    (99865, 100000, 0.001, 0.99825131108315, 0.0017486889168471, 2.9202614986959),
+    (99990, 100000, 0.001, 0.99975867734359, 0.00024132265640884, 3.4902076801466),
+    (99999, 100000, 0.001, 0.99990766966627, 9.2330333734554e-5, 3.7391266685434),
+    (100000, 100000, 0.001, 0.99993092483301, 6.9075166990607e-5, 3.81145656339),
+    (100000, 100000, 0.0001, 0.99990790083767, 9.209916233149e-5, 3.7397568796608),
+    (100000, 100000, 0.05, 0.99997004312598, 2.9956874019428e-5, 4.0131502572206),
+    (1000000, 1000000, 0.001, 0.99999309226858, 6.9077314204956e-6, 4.3467736987007),
+    (999000, 1000000, 1e-06, 0.99884143890999, 0.001158561090009, 3.0462537184089),
+    (70, 100, 0.05, 0.6157793872058, 0.3842206127942, 0.29441445114607),
+]
+
+
+@pytest.mark.parametrize(("n_A", "n", "alpha", "lower", "upper_tail", "radius"), GOLDEN)
+def test_golden_values(n_A, n, alpha, lower, upper_tail, radius):
+    bound = float(lower_confidence_bound(n_A, n, alpha))
+    assert bound == pytest.approx(lower, abs=1e-12)
+    assert 1 - bound == pytest.approx(upper_tail, abs=1e-12)
+    found = float(certified_radius(n_A, n, alpha, sigma=0.5))
+    assert found == (0.0 if radius is None else pytest.approx(0.5 * radius, abs=1e-12))
+    assert (bound < 0.5) == (radius is None)
+
+
+@pytest.mark.parametrize(("n", "least"), [(100, 66), (1000, 550), (10_000, 5156), (100_000, 50_490)])
+def test_least_certifying_counts(n, least):
+    radii = certified_radius(np.arange(n + 1), n, 0.001, 1.0)
+    assert np.flatnonzero(radii > 0)[0] == least
+    assert (np.diff(radii[least:]) > 0).all()
+
+
+def test_arrays_broadcast_and_extremes_are_exact():
+    bounds = lower_confidence_bound(np.array([0, 10]), np.array([[10], [20]]), 0.01)
+    assert bounds.shape == (2, 2)
+    assert (bounds[:, 0] == 0).all()
+    assert bounds[0, 1] == pytest.approx(0.01 ** (1 / 10), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("n_A", "n", "alpha"), [(11, 10, 0.1), (-1, 10, 0.1), (0, 0, 0.1), (5, 10, 0.0), (5.5, 10, 0.1)]
+)
+def test_impossible_counts_are_refused(n_A, n, alpha):
+    with pytest.raises(ValueError, match=r"n_A|alpha"):
+        lower_confidence_bound(n_A, n, alpha)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7, 0.95, 0.999])
+@pytest.mark.parametrize("n", [100, 1000])
+def test_coverage_is_exact(p, n):
+    """P(bound > p) summed over the binomial law, without simulation: never above alpha."""
+    alpha = 0.01
+    counts = np.arange(n + 1)
+    too_high = lower_confidence_bound(counts, n, alpha) > p
+    assert binom.pmf(counts, n, p)[too_high].sum() <= alpha
+
+
+def test_least_certifying_n():
+    n = least_certifying_n(0.001)
+    assert certified_radius(n, n, 0.001, 1.0) > 0
+    assert certified_radius(n - 1, n - 1, 0.001, 1.0) == 0
+
+
+def votes_of(*rows: tuple[int, int, str, int, int, dict[int, int]]) -> pd.DataFrame:
+    return to_table(
+        [
+            StoredBlock(
+                Block(sample, stage, start, stop),
+                label,
+                np.array(list(k), np.int32),
+                np.array(list(k.values()), np.int32),
+                {},
+            )
+            for sample, label, stage, start, stop, k in rows
+        ]
+    )
+
+
+def test_selection_chooses_and_never_bounds():
+    votes = votes_of(
+        (3, 1, "selection", 0, 100, {0: 50, 1: 50}),
+        (3, 1, "estimation", 0, 1000, {0: 10, 1: 990}),
+        (5, 1, "selection", 0, 100, {1: 100}),
+        (5, 1, "estimation", 0, 1000, {0: 10, 1: 990}),
+    )
+    tie, right = certify(votes, sigma=0.5, alpha=0.001, n0=100, n=1000).to_dict("records")
+    assert (tie["top_class"], tie["status"], tie["n_A"], tie["prediction"], tie["correct"]) == (
+        0,
+        "abstained",
+        10,
+        -1,
+        False,
+    )
+    assert right["radius"] == pytest.approx(0.5 * 1.9780095821412, abs=1e-12)
+    assert (right["n"], right["n_A"], right["prediction"], right["correct"]) == (1000, 990, 1, True)
+    assert right["p_B_upper"] == 1 - right["p_A_lower"]
+
+
+def test_missing_draws_are_incomplete_never_abstained_or_wrong():
+    votes = votes_of((0, 1, "selection", 0, 100, {1: 100}), (0, 1, "estimation", 0, 1000, {1: 1000}))
+    rows = certify(votes, sigma=1, alpha=0.001, n0=100, n=2000, samples=[0, 7])
+    assert rows["status"].tolist() == ["incomplete", "incomplete"]
+    assert (rows["radius"] == 0).all()
+    assert not rows["correct"].any()
+
+
+def test_a_smaller_n_uses_the_first_draws_only():
+    votes = votes_of(
+        (0, 0, "selection", 0, 100, {0: 100}),
+        (0, 0, "estimation", 0, 1000, {0: 1000}),
+        (0, 0, "estimation", 1000, 2000, {1: 1000}),
+    )
+    both = certify(votes, sigma=1, alpha=0.001, n0=100, n=2000).iloc[0]
+    first = certify(votes, sigma=1, alpha=0.001, n0=100, n=1000).iloc[0]
+    assert (both["n_A"], both["n"], both["status"]) == (1000, 2000, "abstained")
+    assert (first["n_A"], first["n"], first["status"]) == (1000, 1000, "certified")
+
+
+def test_whole_procedure_errs_at_most_alpha_times():
+    """CERTIFY on a known binary law at the worst place, p_A just above 1/2: simulated with a fixed stream."""
+    rng, alpha, p, runs = np.random.default_rng(7), 0.05, 0.52, 40_000
+    top_is_A = rng.binomial(100, p, runs) >= 50
+    p_top = np.where(top_is_A, p, 1 - p)
+    radii = certified_radius(rng.binomial(1000, p_top), 1000, alpha, 1.0)
+    wrong = (radii > 0) & (radii > norm.ppf(p_top))
+    assert wrong.mean() < 1.5 * alpha
+    assert wrong.mean() > alpha / 4  # the simulation does reach the bound

@@ -1,0 +1,65 @@
+"""Curves: certified accuracy and ACR over all samples, bands, pictures."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binom
+
+from pipeline.curve import Curve, curve_of, grid, plot, table_radii
+
+
+def certificates(*rows):
+    table = pd.DataFrame(rows, columns=["status", "radius", "correct"])
+    return table.assign(post_hoc=False)
+
+
+CURVE = curve_of(
+    "run",
+    certificates(
+        ("certified", 0.5, True),
+        ("certified", 0.25, True),
+        ("certified", 0.9, False),
+        ("abstained", 0.0, False),
+        ("incomplete", 0.0, False),
+    ),
+    max_radius=1.2,
+)
+
+
+def test_every_complete_sample_counts_and_the_radius_itself_is_certified():
+    assert CURVE.num_samples == 4
+    assert CURVE.incomplete == 1
+    assert CURVE.at([0, 0.25, 0.2500001, 0.5, 0.51]).tolist() == [0.5, 0.5, 0.25, 0.25, 0]
+    assert CURVE.acr == pytest.approx(0.75 / 4)
+    assert CURVE.abstention_rate == 0.25
+
+
+def test_radius_zero_is_certified_only_where_correct():
+    curve = curve_of("run", certificates(("certified", 0.0, True), ("abstained", 0.0, False)), 1.0)
+    assert curve.at([0.0]).tolist() == [0.5]
+
+
+def test_band_covers():
+    """The interval at each count holds exactly the accuracies that do not make the count a 2.5 % event."""
+    band = CURVE.table([0, 0.5, 0.6])
+    for count, lower, upper in zip([2, 1, 0], band["lower"], band["upper"], strict=True):
+        assert binom.sf(count - 1, 4, lower) == pytest.approx(0.025 if count else 1)
+        assert binom.cdf(count, 4, upper) == pytest.approx(0.025)
+    assert (band["band"] == "clopper-pearson 95 % per radius").all()
+
+
+def test_radii_are_exact_decimals():
+    assert grid(0.005, 0.35)[-1] == 0.35
+    assert len(grid(0.25, 1.0)) == 5
+    wide = Curve(
+        name="", radii=np.zeros(1), correct=np.zeros(1, bool), abstained=1, incomplete=0, post_hoc=False, max_radius=9.0
+    )
+    assert table_radii([CURVE]).tolist() == [0, 0.25, 0.5, 0.75, 1.0]
+    assert len(table_radii([wide])) <= 13
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_pictures(tmp_path, ending):
+    plot([CURVE] * 6, tmp_path / f"a.{ending}")
+    head = (tmp_path / f"a.{ending}").read_bytes()[:5]
+    assert head == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[ending]

@@ -1,0 +1,173 @@
+"""The whole pipeline on Ray: exact radii, the same votes however the work is cut, kill -9 and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs.certify import certify_all
+from pipeline.certify import certified_radius
+from pipeline.spec import Block, UserError, load_spec
+from pipeline.store import open_store
+from pipeline.votes import list_blocks, read_votes
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def certify(spec, home, *, actors=2, batch_size=16):
+    results, stopped = certify_all(
+        [(spec, str(home))], address=None, actors=actors, batch_size=batch_size, quiet=True, on_stop=lambda stop: None
+    )
+    assert stopped is None
+    return results[0]
+
+
+def table(home) -> pd.DataFrame:
+    return pd.read_parquet(Path(home) / "votes.parquet")
+
+
+def test_half_space_gets_its_exact_radius(raw_spec, tmp_path):
+    """The certified radius lies below the true distance to the boundary, and near it at n = 20,000."""
+    raw_spec["smoothing"] |= {"n": 20_000, "block": {"selection": 50, "estimation": 10_000}}
+    result = certify(load_spec(raw_spec), tmp_path / "run", batch_size=500)
+    rows = pd.read_parquet(tmp_path / "run" / "orders" / "001" / "certificates.parquet")
+    assert (rows["status"] == "certified").all()
+    assert rows["correct"].all()
+    distance = 4 * np.abs(np.where(rows["label"] == 1, 155, 100) / 255 - 0.5)
+    assert (rows["radius"] <= distance).all()
+    assert (rows["radius"] > 0.9 * distance).all()
+    expected = certified_radius(rows["n_A"].to_numpy(), 20_000, 0.001, 0.25)
+    assert np.allclose(rows["radius"], expected, atol=1e-15)
+    assert result["acr"] == pytest.approx(rows["radius"].mean())
+
+
+def test_the_cut_changes_nothing_and_again_does_nothing(raw_spec, tmp_path):
+    spec = load_spec(raw_spec)
+    result = certify(spec, tmp_path / "a", actors=1, batch_size=7)
+    assert result["draws_cast"] == 8 * 250
+    again = certify(spec, tmp_path / "a")
+    assert "draws_cast" not in again
+    certify(spec, tmp_path / "b", actors=3, batch_size=256)
+    pd.testing.assert_frame_equal(table(tmp_path / "a"), table(tmp_path / "b"))
+
+
+def test_growing_draws_only_what_is_missing(raw_spec, tmp_path):
+    home = tmp_path / "run"
+    certify(load_spec(raw_spec, ["data.samples=0:4"]), home)
+    before = {path: path.stat().st_mtime_ns for path in (home / "votes").rglob("*.parquet")}
+    more_samples = certify(load_spec(raw_spec, ["data.samples=0:6"]), home)
+    assert (more_samples["draws_cast"], more_samples["post_hoc"], more_samples["order"]) == (2 * 250, False, "002")
+    more_draws = certify(load_spec(raw_spec, ["data.samples=0:6", "smoothing.n=300"]), home)
+    assert (more_draws["draws_cast"], more_draws["post_hoc"], more_draws["order"]) == (6 * 100, True, "003")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    whole = tmp_path / "whole"
+    certify(load_spec(raw_spec, ["data.samples=0:6", "smoothing.n=300"]), whole)
+    pd.testing.assert_frame_equal(table(home), table(whole))
+
+
+def test_wrong_programs_stop_with_the_first_cause(raw_spec, tmp_path):
+    raw_spec["classifier"] = {"arch": "tests.models:not_a_number"}
+    with pytest.raises(UserError, match="not finite"):
+        certify(load_spec(raw_spec), tmp_path / "nan")
+    raw_spec["classifier"] = {"arch": "tests.models:three_classes"}
+    with pytest.raises(UserError, match="3 classes, the data set 2"):
+        certify(load_spec(raw_spec), tmp_path / "three")
+    assert not list((tmp_path / "nan" / "votes" / "estimation").glob("1-*"))
+
+
+def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
+    with pytest.raises(UserError, match=r"sees no GPU .*--cpu"):
+        certify(load_spec(raw_spec, ["compute.device=cuda"]), tmp_path / "run")
+
+
+@pytest.fixture
+def slow(raw_spec, tmp_path):
+    """A spec file of some 16 seconds on two actors, its home, and the command that certifies it."""
+    raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
+    lines = ['name = "slow"']
+    for section in ("data", "classifier", "smoothing", "compute"):
+        lines.append(f"[{section}]")
+        for key, value in raw_spec[section].items():
+            text = json.dumps(value) if not isinstance(value, dict) else "{selection = 50, estimation = 100}"
+            lines.append(f"{key} = {text}")
+    path = tmp_path / "slow.toml"
+    path.write_text("\n".join(lines))
+    assert tomllib.loads(path.read_text())
+    command = [sys.executable, "-m", "jobs.cli", "certify", str(path), "--actors", "2", "--batch-size", "16", "--set"]
+    return (
+        load_spec(path, ["smoothing.n=800"]),
+        tmp_path / "run",
+        [*command, "smoothing.n=800", "--out", str(tmp_path / "run")],
+    )
+
+
+def start(command) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_blocks(spec, home, number, process) -> None:
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        assert process.poll() is None, process.stderr.read()
+        if home.exists() and len(list_blocks(open_store(str(home)), spec.smoothing.block)) >= number:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no blocks came")
+
+
+def actors_of(home) -> list[int]:
+    """Process ids of our actors that work on behalf of this test's driver (found by their titles)."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if title.startswith("ray::_Shell.run"):
+                found.append(int(folder.name))
+    return found
+
+
+def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, tmp_path):
+    spec, home, command = slow
+    process = start(command)
+    wait_for_blocks(spec, home, 8, process)
+    (victim, *_) = actors_of(home)
+    os.kill(victim, signal.SIGKILL)
+    wait_for_blocks(spec, home, 24, process)
+    process.kill()
+    process.wait()
+    left = list_blocks(open_store(str(home)), spec.smoothing.block)
+    assert 24 <= len(left) < 8 * 9
+    result = certify(spec, home)
+    assert result["complete"]
+    assert result["draws_cast"] == 8 * 850 - sum(block.draws for block in left)
+    certify(spec, tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(table(home), table(tmp_path / "undisturbed"))
+    pd.testing.assert_frame_equal(read_votes(str(home)), table(home), check_dtype=False)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stop_signals_end_gracefully_and_say_so(slow, number, status):
+    spec, home, command = slow
+    process = start(command)
+    wait_for_blocks(spec, home, 4, process)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == status, words
+    assert "stopping; blocks in flight are finished first" in words
+    assert "the same command goes on from here" in words
+    assert "Traceback" not in words
+    blocks = list_blocks(open_store(str(home)), spec.smoothing.block)
+    assert 4 <= len(blocks) < 8 * 9
+    assert all(isinstance(block, Block) for block in blocks)
+    assert read_votes(str(home)).votes.sum() == sum(block.draws for block in blocks)

@@ -1,0 +1,113 @@
+"""The scheduler without Ray: scripted failures on a clock that the tests turn."""
+
+import pytest
+
+from cluster.scheduler import DEADLINE_FLOOR, MAX_ATTEMPTS, Scheduler
+from pipeline.spec import Block
+
+BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in range(5) for start in range(0, 400, 100)]
+
+
+def filled(blocks=BLOCKS, **settings) -> Scheduler:
+    scheduler = Scheduler(**settings)
+    scheduler.add(blocks)
+    return scheduler
+
+
+def test_every_block_is_handed_out_once():
+    scheduler, handed, now = filled(), [], 0.0
+    while not scheduler.done:
+        for worker in ("a", "b"):
+            task = scheduler.next_task(worker, 2, now)
+            if task:
+                handed += task.blocks
+        now += 1
+        for worker in list(scheduler.running):
+            scheduler.finished(worker, scheduler.running[worker].task.draws, 1.0)
+    assert handed == BLOCKS
+
+
+def test_tasks_fit_the_speed_and_shrink_towards_the_end():
+    blocks = [Block(sample, "estimation", 0, 100) for sample in range(1000)]
+    scheduler = filled(blocks, target_seconds=60)
+    scheduler.next_task("a", 2, 0)
+    scheduler.finished("a", 1000, 10.0)  # 100 draws a second
+    sizes = []
+    while task := scheduler.next_task("a", 2, 0):
+        sizes.append(task.draws)
+        scheduler.finished("a", task.draws, task.draws / 100)
+    assert max(sizes) == 6000
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 100
+
+
+def test_lost_tasks_come_first_and_are_set_aside_in_the_end():
+    scheduler = filled()
+    first = scheduler.next_task("a", 1, 0)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert first is not None
+        assert first.attempts == attempt
+        scheduler.lost("a", f"error {attempt}")
+        if attempt < MAX_ATTEMPTS:
+            assert scheduler.next_task("a", 1, 0) is first
+    assert [(aside.task, aside.error) for aside in scheduler.set_aside] == [(first, "error 3")]
+    following = scheduler.next_task("a", 1, 0)
+    assert following is not None
+    assert not set(following.blocks) & set(first.blocks)
+
+
+def test_a_loss_that_is_not_the_tasks_fault_costs_no_attempt():
+    scheduler = filled(BLOCKS[:1])
+    for _ in range(3 * MAX_ATTEMPTS):
+        assert scheduler.next_task("a", 1, 0) is not None
+        scheduler.lost("a", "preempted", attempted=False)
+    assert scheduler.set_aside == []
+
+
+def tail() -> Scheduler:
+    """One block, running on "slow" since 0, expected to take 1 s."""
+    scheduler = filled(BLOCKS[:2])
+    scheduler.next_task("slow", 1, 0)
+    scheduler.finished("slow", 100, 1.0)
+    scheduler.next_task("slow", 1, 0)
+    return scheduler
+
+
+def test_stragglers_are_duplicated_once_and_the_first_result_counts():
+    scheduler = tail()
+    assert scheduler.next_task("idle", 2, 1.5) is None
+    assert scheduler.next_task("idle", 2, 2.5) is scheduler.running["slow"].task
+    assert scheduler.next_task("third", 3, 9.0) is None
+    scheduler.finished("idle", 100, 1.0)
+    assert not scheduler.done
+    assert scheduler.overdue(9.0) == ["slow"]
+    scheduler.lost("slow", "killed")
+    assert scheduler.done
+    assert scheduler.set_aside == []
+
+
+def test_a_lost_copy_is_not_requeued_while_the_other_runs():
+    scheduler = tail()
+    scheduler.next_task("idle", 2, 9.0)
+    scheduler.lost("slow", "killed")
+    assert scheduler.next_task("slow", 2, 9.1) is None
+    scheduler.lost("idle", "killed as well")
+    assert scheduler.next_task("slow", 2, 9.2) is not None
+
+
+def test_deadline():
+    scheduler = tail()
+    assert scheduler.overdue(DEADLINE_FLOOR) == []
+    assert scheduler.overdue(DEADLINE_FLOOR + 1) == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "idle", "spare"), [(4, 0, 3, 0), (0, 1, 3, 2), (0, 2, 1, 0), (0, 0, 2, 2)]
+)
+def test_idle_workers_go_but_for_one_a_running_task(waiting, running, idle, spare):
+    scheduler = Scheduler()
+    for worker in range(running):
+        scheduler.add(BLOCKS[:1])
+        scheduler.next_task(str(worker), 1, 0)
+    scheduler.add(BLOCKS[:waiting])
+    assert scheduler.spare(idle) == spare

@@ -1,0 +1,156 @@
+"""The base classifier and its votes: the same however the work is cut."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import noise
+from pipeline.data import open_dataset
+from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
+from pipeline.spec import Block, UserError, load_spec
+
+MNIST = "jobs/specs/mnist.toml"
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    spec = load_spec(MNIST)
+    return spec, build_base_classifier(spec, "cpu"), open_dataset(spec.data)
+
+
+def counts(f, data, blocks, *, sigma=0.5, seed=0, batch_size=64, threads=1):
+    samples = {block.sample: data[block.sample] for block in blocks}
+    cast = cast_votes(f, blocks, samples, sigma=sigma, seed=seed, batch_size=batch_size, threads=threads)
+    return {block: tuple(counts_K) for block, counts_K in cast}
+
+
+BLOCKS = [Block(sample, "estimation", start, start + 50) for sample in (8, 3) for start in (0, 50)] + [
+    Block(3, "selection", 0, 20)
+]
+
+
+def test_votes_do_not_depend_on_the_cut(mnist):
+    _, f, data = mnist
+    whole = counts(f, data, BLOCKS)
+    assert list(whole) == BLOCKS
+    assert [sum(k) for k in whole.values()] == [50, 50, 50, 50, 20]
+    for cut in ([BLOCKS[:1], BLOCKS[1:4], BLOCKS[4:]], [BLOCKS[::-1]], [[block] for block in BLOCKS]):
+        again: dict[Any, Any] = {}
+        for task in cut:
+            again |= counts(f, data, task, threads=2)
+        assert again == whole
+    for batch_size in (7, 256):
+        other = counts(f, data, BLOCKS, batch_size=batch_size)
+        moved = sum(abs(np.subtract(other[block], whole[block])).sum() // 2 for block in BLOCKS)
+        assert moved == 0  # 220 draws; ties are some 1 in 100,000
+
+
+def test_votes_are_those_of_the_published_algorithm(mnist):
+    """One draw at a time, the copies one after another, no batching: the literal method."""
+    spec, f, data = mnist
+    local = noise.local_noise(local_seed=0, m=5, shape=(1, 28, 28), local_sigma=0.25)
+    literal = np.zeros(10, dtype=int)
+    for draw in range(50):
+        e = np.empty((1, 1, 28, 28), np.float32)
+        noise.draw_noise(e, seed=0, stage="estimation", sample=8, draws=[draw], sigma=spec.smoothing.sigma)
+        x0 = f.denoise(torch.from_numpy(data[8].image_CHW[None] + e))
+        score = sum(f.classify(x0 + torch.from_numpy(copy)).softmax(1) for copy in local)
+        literal[int(score.argmax())] += 1
+    assert counts(f, data, BLOCKS[:1])[BLOCKS[0]] == tuple(literal)
+
+
+def test_scores_and_parts(mnist):
+    _, f, data = mnist
+    x = torch.from_numpy(np.stack([data[i].image_CHW for i in range(4)]))
+    assert f.local_noise_MCHW.shape == (5, 1, 28, 28)
+    scores = f(x)
+    assert scores.shape == (4, 10)
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores.sum(1), torch.ones(4), atol=1e-5)
+    x0 = f.denoise(x + 0.5)
+    assert x0.min() >= 0
+    assert x0.max() <= 1
+
+
+def test_embedded_models_classify_what_they_never_saw(mnist):
+    _, f, data = mnist
+    x = torch.from_numpy(np.stack([data[i].image_CHW for i in range(200)]))
+    right = f(x).argmax(1) == torch.tensor([data[i].label for i in range(200)])
+    assert right.float().mean() > 0.8
+
+
+def test_cohen_and_dds_are_special_cases():
+    x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    dds = build_base_classifier(load_spec(MNIST, ["smoothing.m=1", "smoothing.local_sigma=0.0"]), "cpu")
+    assert torch.allclose(dds(x), dds.classify(dds.denoise(x)).softmax(1), atol=1e-6)
+    cohen = build_base_classifier(load_spec("jobs/specs/mnist-cohen-0.50.toml"), "cpu")
+    assert torch.equal(cohen.denoise(x), x)
+    assert torch.allclose(cohen(x), cohen.classify(x).softmax(1), atol=1e-6)
+
+
+def test_half_space_votes_follow_the_exact_law(raw_spec):
+    """P(class 1) = Phi(distance / sigma), within 4.5 standard errors at 20,000 draws."""
+    from scipy.stats import norm
+
+    spec = load_spec(raw_spec)
+    f, data = build_base_classifier(spec, "cpu"), open_dataset(spec.data)
+    found = counts(f, data, [Block(1, "estimation", 0, 20_000)], sigma=0.6, batch_size=1000)
+    p = norm.cdf(4 * (155 / 255 - 0.5) / 0.6)
+    (votes,) = found.values()
+    assert abs(votes[1] / 20_000 - p) < 4.5 * np.sqrt(p * (1 - p) / 20_000)
+
+
+def test_seed_and_local_seed_matter(mnist):
+    _, f, data = mnist
+    assert counts(f, data, BLOCKS[:2], seed=1) != counts(f, data, BLOCKS[:2], seed=0)
+    other = build_base_classifier(load_spec(MNIST, ["smoothing.local_seed=1"]), "cpu")
+    assert not torch.equal(other.local_noise_MCHW, f.local_noise_MCHW)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": "tests.models:three_classes"}, r"the classifier has 3 classes, the data set 2"),
+        ({"arch": "tests.models:missing"}, r"tests\.models:missing.*name a function"),
+        ({"arch": "mnist_cnn"}, r"classifier\.checkpoint is missing"),
+    ],
+)
+def test_classifiers_that_do_not_fit(raw_spec, change, message):
+    raw_spec["classifier"] = change
+    with pytest.raises(UserError, match=message):
+        build_base_classifier(load_spec(raw_spec), "cpu")
+
+
+def test_nan_stops_with_the_block_named(raw_spec):
+    raw_spec["classifier"] = {"arch": "tests.models:not_a_number"}
+    spec = load_spec(raw_spec)
+    with pytest.raises(UserError, match=r"not finite for estimation draws 0 to 99 of sample 1"):
+        counts(build_base_classifier(spec, "cpu"), open_dataset(spec.data), [Block(1, "estimation", 0, 100)])
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    from importlib.resources import files
+
+    whole = (files("pipeline.embedded") / "mnist.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-1000])
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    cases = {
+        f"{tmp_path}/nowhere.pt": "no such file",
+        f"{tmp_path}/cut.safetensors": "damaged",
+        f"{tmp_path}/cut.pt": "damaged",
+        "embedded:mnist.safetensors#denoiser": r"missing: another architecture",
+        "embedded:mnist.safetensors#nothing": r"no keys that begin with 'nothing\.'",
+        "s3://bucket/a.pt": "only local paths",
+    }
+    for location, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            build_base_classifier(load_spec(MNIST, [f"classifier.checkpoint='{location}'"]), "cpu")
+    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, the spec expects 0{64}"):
+        weights_ids(load_spec(MNIST, [f"classifier.sha256='{'0' * 64}'"]))
+
+
+def test_weights_ids_tell_networks_in_one_file_apart():
+    ids = [weights_ids(load_spec(f"jobs/specs/mnist-{name}-0.25.toml"))["classifier"] for name in ("dds", "diffsmooth")]
+    assert ids[0] != ids[1]

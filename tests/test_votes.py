@@ -1,0 +1,120 @@
+"""The votes: what is written is read, and whatever is wrong with a block is found and named."""
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.spec import Block, BlockLengths, RunError, UserError
+from pipeline.store import FolderStore
+from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, read_votes, write_table
+
+RUN = {
+    "votes_id": "a" * 32,
+    "num_classes": 3,
+    "name": "run",
+    "spec": {"smoothing": {"sigma": 0.5, "block": {"selection": 10, "estimation": 20}}},
+}
+LENGTHS = BlockLengths(selection=10, estimation=20)
+FIRST = Block(4, "estimation", 20, 40)
+
+
+def put(store, block, counts, *, votes_id=RUN["votes_id"], sha256="s", label=2, key=None):
+    data = encode_block(block, label, np.array(counts), {"votes_id": votes_id, "sample_sha256": sha256, "device": "x"})
+    store.put_if_absent(key or block_key(block), data)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = FolderStore(str(tmp_path))
+    claim_run(store, RUN)
+    put(store, FIRST, [0, 15, 5])
+    put(store, Block(4, "selection", 0, 10), [10, 0, 0])
+    return store
+
+
+def test_round_trip_and_schema(store):
+    votes = read_votes(store.uri)
+    assert votes.columns.tolist() == ["sample", "label", "stage", "draw_start", "draw_stop", "class", "votes"]
+    estimation = votes[votes.stage == "estimation"]
+    assert estimation.groupby(["sample", "class"]).votes.sum().to_dict() == {(4, 1): 15, (4, 2): 5}
+    assert set(estimation.label) == {2}
+    write_table(store, votes)
+    derived = pq.read_table(f"{store.uri}/votes.parquet")
+    assert [str(field.type) for field in derived.schema] == [
+        "int32",
+        "int32",
+        "string",
+        "int32",
+        "int32",
+        "int32",
+        "int32",
+    ]
+    folder = pd.read_parquet(f"{store.uri}/votes")
+    assert sorted(folder.votes) == sorted(votes.votes)
+
+
+def test_listing_knows_blocks_by_name_alone(store):
+    assert list_blocks(store, LENGTHS) == {FIRST, Block(4, "selection", 0, 10)}
+
+
+@pytest.mark.parametrize(
+    "name", ["votes/estimation/4-21.parquet", "votes/other/4-20.parquet", "votes/estimation/x.parquet"]
+)
+def test_foreign_names_are_refused(store, name):
+    store.put_if_absent(name, b"")
+    with pytest.raises(RunError, match=name):
+        list_blocks(store, LENGTHS)
+
+
+def test_truncated_file_is_named_with_its_remedy(store, tmp_path):
+    path = tmp_path / block_key(FIRST)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RunError, match=r"4-20\.parquet is damaged.*delete it and run the same command"):
+        read_blocks(store)
+
+
+def test_foreign_and_false_blocks_are_refused(store):
+    other = Block(5, "estimation", 0, 20)
+    put(store, other, [20, 0, 0], votes_id="b" * 32)
+    with pytest.raises(RunError, match="belongs to another run"):
+        read_blocks(store)
+
+
+@pytest.mark.parametrize(
+    ("counts", "key", "reason"),
+    [
+        ([20, 0, 0], "votes/estimation/6-0.parquet", "says sample = 5 inside"),
+        ([19, 0, 0, 1], None, "beyond the 3 classes"),
+    ],
+)
+def test_swapped_and_impossible_blocks_are_refused(store, counts, key, reason):
+    put(store, Block(5, "estimation", 0, 20), counts, key=key)
+    with pytest.raises(RunError, match=reason):
+        read_blocks(store)
+
+
+def test_votes_that_do_not_sum_are_refused(store, tmp_path):
+    path = tmp_path / block_key(FIRST)
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 1), path)
+    with pytest.raises(RunError, match="holds 15 votes for 20 draws"):
+        read_blocks(store)
+
+
+def test_another_image_under_the_same_index_is_refused(store):
+    put(store, Block(4, "estimation", 0, 20), [20, 0, 0], sha256="other")
+    with pytest.raises(RunError, match="sample 4 was another image"):
+        read_blocks(store)
+
+
+def test_a_run_is_claimed_once(store):
+    claim_run(store, RUN)
+    changed = {**RUN, "votes_id": "b" * 32, "spec": {"smoothing": {**RUN["spec"]["smoothing"], "sigma": 1.0}}}
+    with pytest.raises(UserError, match=r"smoothing\.sigma is 0\.5 there, 1\.0 here.*--out"):
+        claim_run(store, changed)
+
+
+def test_no_run_there(tmp_path):
+    with pytest.raises(UserError, match=r"no run there"):
+        read_votes(str(tmp_path / "nothing"))
