@@ -49,6 +49,7 @@ class Scheduler:
 
     target_seconds: float = TARGET_SECONDS
     max_attempts: int = MAX_ATTEMPTS
+    first_draws: int = FIRST_DRAWS
     set_aside: list[SetAside] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
     _waiting: deque[Block] = field(default_factory=deque)
@@ -118,7 +119,7 @@ class Scheduler:
             return None
         rate = self._rates.get(worker) or self.rate
         fair = self._waiting_draws / (SHARES * workers)
-        wanted = min(self.target_seconds * rate if rate else FIRST_DRAWS, fair)
+        wanted = min(self.target_seconds * rate if rate else self.first_draws, fair)
         blocks: list[Block] = []
         draws = 0
         while self._waiting and (not blocks or draws + self._waiting[0].draws <= wanted):

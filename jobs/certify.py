@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -199,8 +200,8 @@ def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Or
 
 
 def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
-    limit = float(certified_radius(order.n, order.n, order.alpha, run["spec"]["smoothing"]["sigma"]))
-    return curve_of(run["name"], certificates, limit)
+    sigma = run["spec"]["smoothing"]["sigma"]
+    return curve_of(run["name"], certificates, sigma, float(certified_radius(order.n, order.n, order.alpha, sigma)))
 
 
 def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve) -> dict[str, Any]:
@@ -229,13 +230,15 @@ def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, cu
 def print_curves(shown: Sequence[Curve], console: Console) -> None:
     """Certified accuracy at radii, a row a curve, with ACR and abstention rate; a star marks post hoc."""
     radii = curves.table_radii(shown)
-    table = Table("run", "ACR", "abstain", *(f"r={radius:g}" for radius in radii), title="certified accuracy, %")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(title="certified accuracy, %, at l2 radius", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("run", no_wrap=True)
+    for heading in ("ACR", "abstain", *(f"{radius:g}" for radius in radii)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for curve in shown:
         cells = [f"{100 * value:.1f}" for value in curve.at(radii)]
         marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
         table.add_row(curve.name + marks, f"{curve.acr:.3f}", f"{100 * curve.abstention_rate:.1f}%", *cells)
+    console.width = max(console.width, 50 + 6 * len(radii))  # a narrow terminal wraps; no figure is cut short
     console.print(table)
     if any(curve.post_hoc for curve in shown):
         console.print("* post hoc: an earlier order has looked at these samples")

@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: certify, status, analyze, curve.
+"""The command `diffsmooth`: certify, status, analyze, curve, bench.
 
 Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
 Ctrl-C and SIGTERM, resumable.
@@ -172,6 +172,25 @@ def curve(runs: tuple[str, ...], picture: str, order: str | None) -> None:
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
     """
     certification.compare(runs, picture, order)
+
+
+@main.command()
+@click.option(
+    "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="How many tasks to schedule."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def bench(tasks: int, as_json: bool) -> None:
+    """The driver's own time per task, measured with a base classifier that does nothing, on a local Ray."""
+    from jobs.bench import bench_driver
+
+    figures = bench_driver(tasks)
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        click.echo(
+            f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
+            f"{figures['driver_ms_per_task']:.2f} ms of driver time per task"
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Curve:
     abstained: int
     incomplete: int
     post_hoc: bool
+    sigma: float
     max_radius: float  # what n and alpha allow
 
     @property
@@ -71,7 +72,7 @@ class Curve:
         return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
 
 
-def curve_of(name: str, certificates: pd.DataFrame, max_radius: float) -> Curve:
+def curve_of(name: str, certificates: pd.DataFrame, sigma: float, max_radius: float) -> Curve:
     """The curve of a certificates table."""
     complete = certificates[certificates["status"] != "incomplete"]
     return Curve(
@@ -81,6 +82,7 @@ def curve_of(name: str, certificates: pd.DataFrame, max_radius: float) -> Curve:
         abstained=int((complete["status"] == "abstained").sum()),
         incomplete=len(certificates) - len(complete),
         post_hoc=bool(certificates["post_hoc"].any()),
+        sigma=sigma,
         max_radius=max_radius,
     )
 
@@ -98,13 +100,20 @@ def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
 
 
 def plot(curves: Sequence[Curve], path: str | Path | BinaryIO, title: str | None = None) -> None:
-    """Draw the curves with their bands into one picture; the file's ending chooses PNG, PDF or SVG."""
+    """Draw the curves with their bands into one picture, a panel per sigma.
+
+    A path's ending chooses PNG, PDF or SVG; a file object gets PNG.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    sigmas = sorted({curve.sigma for curve in curves})
+    figure = Figure(figsize=(max(6.4, 4.6 * len(sigmas)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure.add_subplot(), curves)
+    for index, sigma in enumerate(sigmas):
+        axes = figure.add_subplot(1, len(sigmas), index + 1)
+        axes.set_title(f"$\\sigma$ = {sigma:g}", fontsize=10)
+        draw(axes, [curve for curve in curves if curve.sigma == sigma])
     if title:
         figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=160)

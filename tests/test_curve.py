@@ -1,11 +1,12 @@
 """Curves: certified accuracy and ACR over all samples, bands, pictures."""
 
-import numpy as np
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from pipeline.curve import Curve, curve_of, grid, plot, table_radii
+from pipeline.curve import curve_of, grid, plot, table_radii
 
 
 def certificates(*rows):
@@ -22,6 +23,7 @@ CURVE = curve_of(
         ("abstained", 0.0, False),
         ("incomplete", 0.0, False),
     ),
+    sigma=0.5,
     max_radius=1.2,
 )
 
@@ -35,7 +37,7 @@ def test_every_complete_sample_counts_and_the_radius_itself_is_certified():
 
 
 def test_radius_zero_is_certified_only_where_correct():
-    curve = curve_of("run", certificates(("certified", 0.0, True), ("abstained", 0.0, False)), 1.0)
+    curve = curve_of("run", certificates(("certified", 0.0, True), ("abstained", 0.0, False)), 0.5, 1.0)
     assert curve.at([0.0]).tolist() == [0.5]
 
 
@@ -51,15 +53,13 @@ def test_band_covers():
 def test_radii_are_exact_decimals():
     assert grid(0.005, 0.35)[-1] == 0.35
     assert len(grid(0.25, 1.0)) == 5
-    wide = Curve(
-        name="", radii=np.zeros(1), correct=np.zeros(1, bool), abstained=1, incomplete=0, post_hoc=False, max_radius=9.0
-    )
+    wide = replace(CURVE, max_radius=9.0)
     assert table_radii([CURVE]).tolist() == [0, 0.25, 0.5, 0.75, 1.0]
     assert len(table_radii([wide])) <= 13
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_pictures(tmp_path, ending):
-    plot([CURVE] * 6, tmp_path / f"a.{ending}")
+    plot([*[CURVE] * 6, replace(CURVE, sigma=1.0)], tmp_path / f"a.{ending}")
     head = (tmp_path / f"a.{ending}").read_bytes()[:5]
     assert head == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[ending]

@@ -1,0 +1,68 @@
+"""`diffsmooth bench`: what the driver costs a task, with a base classifier that does nothing."""
+
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.sampling import blocks_of, order_of
+from pipeline.spec import RunSpec, identity, load_spec, votes_id
+from pipeline.store import open_store
+from pipeline.votes import claim_run
+
+_DRAWS = 10  # per task: one block
+
+
+def nothing(spec: RunSpec, device: Any) -> Callable[[Any], Any]:
+    """A classifier of two classes that votes for the first."""
+    import torch
+
+    return lambda x_BCHW: torch.tensor([1.0, 0.0]).expand(len(x_BCHW), 2)
+
+
+def bench_driver(tasks: int) -> dict[str, Any]:
+    """Cast `tasks` one-block tasks of the do-nothing classifier on a local Ray; the driver's own time per task."""
+    from cluster.driver import Cluster
+    from cluster.scheduler import Scheduler
+    from cluster.worker import Setup
+    from pipeline.smoothing import weights_ids
+
+    with tempfile.TemporaryDirectory(prefix="diffsmooth-bench-") as folder:
+        data = Path(folder, "image.parquet")
+        image = io.BytesIO()
+        Image.fromarray(np.zeros((1, 1), np.uint8)).save(image, format="PNG")
+        pq.write_table(pa.table({"image": [image.getvalue()], "label": [0]}), data)
+        spec = load_spec(
+            {
+                "name": "bench",
+                "data": {"name": "parquet", "path": str(data), "num_classes": 2},
+                "classifier": {"arch": "jobs.bench:nothing"},
+                "smoothing": {
+                    "sigma": 1.0,
+                    "n0": _DRAWS,
+                    "n": _DRAWS * tasks,
+                    "block": {"selection": _DRAWS, "estimation": _DRAWS},
+                },
+                "compute": {"device": "cpu"},
+            }
+        )
+        weights = weights_ids(spec)
+        name, store = votes_id(spec, weights), open_store(str(Path(folder, "run")))
+        claim_run(store, {"votes_id": name, "num_classes": 2, "spec": identity(spec, weights), "name": spec.name})
+        blocks = list(blocks_of(order_of(spec, [0]), spec.smoothing.block))
+        with Cluster(address=None, device="cpu", actors=None) as cluster:
+            outcome = cluster.cast(
+                Setup(spec, store.uri, name, _DRAWS), blocks, scheduler=Scheduler(target_seconds=0.0, first_draws=1)
+            )
+    return {
+        "tasks": outcome.tasks,
+        "seconds": outcome.seconds,
+        "tasks_per_second": outcome.tasks / outcome.seconds,
+        "driver_ms_per_task": 1000 * outcome.driver_seconds / outcome.tasks,
+    }
