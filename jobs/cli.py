@@ -62,7 +62,10 @@ def main() -> None:
 
 @main.command()
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
-@click.option("--out", help="Folder of the run (with several specs: the folder of their runs). [default: runs/NAME]")
+@click.option(
+    "--out",
+    help="Home of the run, a folder or s3://BUCKET/PREFIX (with several specs: of their runs). [default: runs/NAME]",
+)
 @click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]")
 @click.option(
     "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
@@ -93,7 +96,7 @@ def certify(
     if len({spec.name for spec in loaded}) < len(loaded):
         raise UserError("several specs of one name would share a run: give each a name of its own")
     homes = [
-        str(Path("runs", spec.name) if out is None else Path(out, spec.name) if len(loaded) > 1 else out)
+        f"runs/{spec.name}" if out is None else f"{out.rstrip('/')}/{spec.name}" if len(loaded) > 1 else out
         for spec in loaded
     ]
     results, signal_number = certification.certify_all(

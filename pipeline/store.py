@@ -1,4 +1,4 @@
-"""A run's storage: put-if-absent, replace, list, read; a folder.
+"""A run's storage: put-if-absent, replace, list, read; a folder, or a prefix in an S3 bucket.
 
 An object appears whole or not at all, and the object itself is the record that its work is done: a crash at any point
 leaves either no object or a complete one.
@@ -7,10 +7,15 @@ leaves either no object or a complete one.
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import boto3
+import botocore.config
+import botocore.exceptions
 
 from pipeline.spec import RunError, UserError
 
@@ -109,14 +114,141 @@ class FolderStore:
         return RunError(f"{self.uri}: cannot write {key}: {error.strerror or error}; {remedy}")
 
 
-Store = FolderStore
+class S3Store:
+    """A prefix in an S3 bucket, or in any store that speaks S3's conditional writes (AWS_ENDPOINT_URL names it).
+
+    `PutObject` with If-None-Match: * is atomic. A lost response makes the retry find our own object and answer 412, so
+    each put carries a token in the object's metadata, and a 412 is followed by a look at whose token stands there.
+    """
+
+    _CONFLICT_TRIES = 8  # of a put that meets another put of the same key (409), with doubling pauses
+    _FIRST_PAUSE = 0.1  # seconds
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
+        if not bucket or not prefix:
+            raise UserError(f"{uri}: a run needs a bucket and a prefix: s3://BUCKET/PREFIX")
+        self._bucket, self._prefix = bucket, f"{prefix}/"
+        # standard mode retries throttling, server errors and lost connections, with jittered backoff
+        retries = {"mode": "standard", "total_max_attempts": 8}
+        self._client = boto3.client("s3", config=botocore.config.Config(retries=retries, max_pool_connections=32))
+
+    def prepare(self) -> None:
+        """Probe the store: an object that exists must not be put twice.
+
+        Raises: UserError for a missing bucket or a store without conditional writes, RunError for missing rights.
+        """
+        probe = f"probe-{os.getpid()}-{os.urandom(8).hex()}"
+        if not self.put_if_absent(probe, b"") or self.put_if_absent(probe, b""):
+            raise UserError(
+                f"{self.uri}: this store ignores If-None-Match, so two workers could overwrite each other's votes: use "
+                "a store with conditional writes (S3 itself has them), or a folder"
+            )
+        with self._named("delete", probe):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + probe)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Store an object unless one is there; say whether this call stored it. Raises: RunError, UserError."""
+        token = os.urandom(16).hex()
+        for attempt in range(self._CONFLICT_TRIES):
+            try:
+                with self._named("write", key):
+                    self._client.put_object(
+                        Bucket=self._bucket,
+                        Key=self._prefix + key,
+                        Body=data,
+                        IfNoneMatch="*",
+                        Metadata={"token": token},
+                    )
+                return True
+            except _Precondition:
+                with self._named("look at", key):
+                    head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+                return head["Metadata"].get("token") == token
+            except _Conflict:
+                time.sleep(self._FIRST_PAUSE * 2**attempt)
+        raise RunError(f"{self.uri}: cannot write {key}: other writes of it never ended; run the same command again")
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Store a derived object in the place of an older one, atomically."""
+        with self._named("write", key):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
+
+    def read(self, key: str) -> bytes:
+        """An object's bytes. Raises: FileNotFoundError."""
+        with self._named("read", key):
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._named("look at", key):
+                self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """The objects below a folder of the run, in no particular order."""
+        pages = self._client.get_paginator("list_objects_v2")
+        with self._named("list", prefix):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{prefix}/"):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self._prefix)
+                    yield Entry(key, entry["Size"], entry["LastModified"].timestamp())
+
+    @contextmanager
+    def _named(self, action: str, key: str) -> Iterator[None]:
+        """Turn the client's errors into ours, named by what was done to which object."""
+        try:
+            yield
+        except botocore.exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == 412:
+                raise _Precondition from error
+            if status == 409:
+                raise _Conflict from error
+            if code == "NoSuchBucket":
+                raise UserError(
+                    f"{self.uri}: there is no bucket {self._bucket}: create it, or correct the name"
+                ) from error
+            if status == 404:
+                raise FileNotFoundError(f"{self.uri}/{key}") from error
+            if code == "NotImplemented":
+                raise UserError(
+                    f"{self.uri}: this store refuses If-None-Match: use one with conditional writes"
+                ) from error
+            remedy = "check the credentials and their rights" if status in (401, 403) else "run the same command again"
+            raise RunError(
+                f"{self.uri}: cannot {action} {key}: {code}: {error.response['Error'].get('Message')}; {remedy}"
+            ) from error
+        except botocore.exceptions.NoCredentialsError as error:
+            raise RunError(f"{self.uri}: no AWS credentials found: set AWS_PROFILE or an instance profile") from error
+        except botocore.exceptions.BotoCoreError as error:
+            raise RunError(
+                f"{self.uri}: cannot {action} {key}: {error}; check AWS_ENDPOINT_URL and the network"
+            ) from error
+
+
+class _Precondition(Exception):
+    """412: an object stands under the key."""
+
+
+class _Conflict(Exception):
+    """409: another conditional write of the key is under way."""
+
+
+Store = FolderStore | S3Store
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
     """The storage at `uri`; nothing is written yet. Raises: UserError for a kind of place that is not known."""
     text = os.fspath(uri)
+    if text.startswith("s3://"):
+        return S3Store(text)
     if "://" in text:
-        raise UserError(f"{text}: only a folder can hold a run; give a path")
+        raise UserError(f"{text}: a run lives in a folder or under s3://BUCKET/PREFIX")
     return FolderStore(text)
 
 

@@ -1,7 +1,9 @@
 """Base classifiers whose smoothed probabilities are known exactly, and others that misbehave."""
 
 import io
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,3 +60,15 @@ def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
         return inner(x_BCHW)
 
     return logits
+
+
+def to_toml(spec: RunSpec) -> str:
+    """A spec as the text of a TOML file, each table inline."""
+
+    def value(one: Any) -> str:
+        if isinstance(one, dict):
+            return "{" + ", ".join(f"{key} = {value(inner)}" for key, inner in one.items()) + "}"
+        return json.dumps(one)
+
+    tables = spec.model_dump(exclude_none=True)
+    return "\n".join(f"{name} = {value(table)}" for name, table in tables.items())

@@ -1,12 +1,10 @@
 """The whole pipeline on Ray: exact radii, the same votes however the work is cut, kill -9 and resume."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from pipeline.certify import certified_radius
 from pipeline.spec import Block, UserError, load_spec
 from pipeline.store import open_store
 from pipeline.votes import list_blocks, read_votes
+from tests.models import to_toml
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -92,21 +91,12 @@ def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
 def slow(raw_spec, tmp_path):
     """A spec file of some 16 seconds on two actors, its home, and the command that certifies it."""
     raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
-    lines = ['name = "slow"']
-    for section in ("data", "classifier", "smoothing", "compute"):
-        lines.append(f"[{section}]")
-        for key, value in raw_spec[section].items():
-            text = json.dumps(value) if not isinstance(value, dict) else "{selection = 50, estimation = 100}"
-            lines.append(f"{key} = {text}")
     path = tmp_path / "slow.toml"
-    path.write_text("\n".join(lines))
-    assert tomllib.loads(path.read_text())
-    command = [sys.executable, "-m", "jobs.cli", "certify", str(path), "--actors", "2", "--batch-size", "16", "--set"]
-    return (
-        load_spec(path, ["smoothing.n=800"]),
-        tmp_path / "run",
-        [*command, "smoothing.n=800", "--out", str(tmp_path / "run")],
-    )
+    spec = load_spec(raw_spec, ["smoothing.n=800"])
+    path.write_text(to_toml(spec))
+    home = tmp_path / "run"
+    options = ["--actors", "2", "--batch-size", "16", "--out", str(home)]
+    return spec, home, [sys.executable, "-m", "jobs.cli", "certify", str(path), *options]
 
 
 def start(command) -> subprocess.Popen:

@@ -1,0 +1,131 @@
+"""S3 servers for tests, all on 127.0.0.1: moto's, a real one (SeaweedFS), and a proxy that makes either misbehave."""
+
+import http.client
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+KEY, SECRET = "testing-key", "testing-secret"
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@contextmanager
+def seaweed_server(weed: Path, folder: Path) -> Iterator[str]:
+    identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+             "s3.port", "s3.port.grpc")  # fmt: skip
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = [str(weed), f"-logdir={folder}", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", "-s3",
+               f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20",
+               "-master.volumeSizeLimitMB=64", "-master.telemetry=false"]  # fmt: skip
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_for(ports["s3.port"], process, folder / "log")
+        yield f"http://127.0.0.1:{ports['s3.port']}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/")
+            connection.getresponse()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer: {log.read_text()[-2000:]}")
+
+
+# (method, path, number of the request) -> None to let it through, "drop" to forward it and swallow the answer, or an
+# HTTP status and code to answer with instead
+Fault = Callable[[str, str, int], str | tuple[int, str] | None]
+
+
+@contextmanager
+def faulty(endpoint: str, fault: Fault) -> Iterator[str]:
+    """A proxy before `endpoint` that injects faults."""
+    target = urlsplit(endpoint)
+    counter = iter(range(10**9))
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            with lock:
+                number = next(counter)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            action = fault(self.command, self.path, number)
+            if isinstance(action, tuple):
+                status, code = action
+                self.answer(status, {}, f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode())
+                return
+            connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=30)
+            headers = dict(self.headers.items())  # with the Host that the request was signed for
+            connection.request(self.command, self.path, body=body, headers=headers)
+            response = connection.getresponse()
+            content = response.read()
+            if action == "drop":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            self.answer(response.status, dict(response.getheaders()), content)
+
+        def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
