@@ -7,6 +7,7 @@ them; each is used as soon as it has loaded its models.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pipeline.spec import Block, RunError, UserError
 logger = logging.getLogger(__name__)
 
 _LOAD_ATTEMPTS = 5  # loads in a row that may die before the run is given up
+_KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between looks at deadlines and stop requests
 
 
@@ -82,8 +84,9 @@ class Cluster:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             try:
+                _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(
                     f"--address {address}: no Ray cluster answers there ({reason}); start one, or leave --address away "
@@ -269,6 +272,13 @@ class _Cast:
                 new=new,
             )
         )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _name(actor: Any) -> str:

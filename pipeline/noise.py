@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.spec import Stage
+from pipeline.spec import RunError, Stage
 
 STREAMS: dict[Stage, int] = {"selection": 0, "estimation": 1}
 
@@ -77,13 +77,13 @@ def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma:
 def check_known_answers() -> None:
     """Refuse to work with a NumPy whose normal stream is not the one that runs are made of.
 
-    Raises: RuntimeError, naming the version of NumPy.
+    Raises: RunError, naming the version of NumPy.
     """
     for seed, stream, sample, draw, *expected in _KNOWN_ANSWERS:
         z = _Rows(seed, "smoothing").fill(np.empty(785), stream, sample, draw)
         found = [float(z[position]).hex() for position in (0, 1, 783, 784)]
         if found != expected:
-            raise RuntimeError(
+            raise RunError(
                 f"NumPy {np.__version__} gives another noise stream than this version of diffsmooth is made of "
                 f"(draw {draw} of sample {sample}: {found[0]}, expected {expected[0]}): install another NumPy; "
                 "votes of the two must not be mixed"

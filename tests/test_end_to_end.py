@@ -18,6 +18,8 @@ from pipeline.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import to_toml
 
+ROOT = Path(__file__).parent.parent
+
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -87,6 +89,16 @@ def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
         certify(load_spec(raw_spec, ["compute.device=cuda"]), tmp_path / "run")
 
 
+def test_wrong_address_is_said_at_once(raw_spec, tmp_path):
+    (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec)))
+    command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", "127.0.0.1:9"]
+    command += ["--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith("diffsmooth: --address 127.0.0.1:9: no Ray cluster answers there")
+
+
 @pytest.fixture
 def slow(raw_spec, tmp_path):
     """A spec file of some 16 seconds on two actors, its home, and the command that certifies it."""
@@ -100,7 +112,7 @@ def slow(raw_spec, tmp_path):
 
 
 def start(command) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_blocks(spec, home, number, process) -> None:
@@ -162,3 +174,11 @@ def test_stop_signals_end_gracefully_and_say_so(slow, number, status):
     assert 4 <= len(blocks) < 8 * 9
     assert all(isinstance(block, Block) for block in blocks)
     assert read_votes(str(home)).votes.sum() == sum(block.draws for block in blocks)
+
+
+def test_bench_counts_every_task():
+    from jobs.bench import bench_driver
+
+    figures = bench_driver(20)
+    assert figures["tasks"] == 21  # one of selection, twenty of estimation
+    assert 0 < figures["driver_ms_per_task"] < 1000 * figures["seconds"]

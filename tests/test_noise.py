@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline import noise
+from pipeline.spec import RunError
 
 
 def drawn(draws, *, sample=0, stage="estimation", seed=0, size=1000, sigma=1.0):
@@ -22,7 +23,7 @@ def test_philox_is_the_published_one():
 def test_known_answers_and_refusal(monkeypatch):
     noise.check_known_answers()
     monkeypatch.setattr(noise, "_KNOWN_ANSWERS", [(0, 0, 0, 0, "0x0p+0", "0x0p+0", "0x0p+0", "0x0p+0")])
-    with pytest.raises(RuntimeError, match=r"NumPy .* another noise stream"):
+    with pytest.raises(RunError, match=r"NumPy .* another noise stream"):
         noise.check_known_answers()
 
 
