@@ -1,5 +1,6 @@
 """The whole pipeline on Ray: exact radii, the same votes however the work is cut, kill -9 and resume."""
 
+import json
 import os
 import signal
 import subprocess
@@ -157,6 +158,17 @@ def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, tmp_path)
     certify(spec, tmp_path / "undisturbed")
     pd.testing.assert_frame_equal(table(home), table(tmp_path / "undisturbed"))
     pd.testing.assert_frame_equal(read_votes(str(home)), table(home), check_dtype=False)
+
+
+def test_two_drivers_at_once_lose_nothing_and_count_nothing_twice(slow, tmp_path):
+    spec, home, command = slow
+    drivers = [subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [json.loads(driver.communicate(timeout=120)[0])[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0]
+    assert all(result["complete"] and result["order"] == "001" for result in results)
+    assert sum(result["draws_cast"] for result in results) == 8 * 850  # every block was stored by exactly one of them
+    certify(spec, tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(table(home), table(tmp_path / "undisturbed"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
