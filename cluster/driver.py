@@ -101,25 +101,26 @@ class Cluster:
         on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
-        self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
-        self._actors: list[Any] = []
-        self._stopping = False
+        self.options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
+        self.actors: list[Any] = []
+        self.stopping = False
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release(list(self._actors))
+        self.release(list(self.actors))
         if self._owns_ray:
             ray.shutdown()
 
     def stop(self) -> None:
         """Ask `cast` to begin no more tasks and to return when those in flight have ended or the grace is over."""
-        self._stopping = True
+        self.stopping = True
 
-    def _release(self, actors: Iterable[Any]) -> None:
+    def release(self, actors: Iterable[Any]) -> None:
+        """Let actors and their devices go."""
         for actor in actors:
-            self._actors.remove(actor)
+            self.actors.remove(actor)
             ray.kill(actor)
 
     def cast(
@@ -165,14 +166,14 @@ class _Cast:
     def run(self, grace_seconds: float) -> Outcome:
         start = time.monotonic()
         waited, give_up = 0.0, float("inf")
-        while len(self._cluster._actors) < self._cluster.wanted:
-            self._cluster._actors.append(_Actor.options(**self._cluster._options).remote())
-        for actor in self._cluster._actors:
+        while len(self._cluster.actors) < self._cluster.wanted:
+            self._cluster.actors.append(_Actor.options(**self._cluster.options).remote())
+        for actor in self._cluster.actors:
             self._load(actor)
         self._tell([])
         while not self._scheduler.done:
             now = time.monotonic()
-            if self._cluster._stopping:
+            if self._cluster.stopping:
                 give_up = min(give_up, now + grace_seconds)
                 if not self._running or now > give_up:
                     self._outcome.stopped = True
@@ -206,7 +207,7 @@ class _Cast:
             self._running[actor.run.remote(task.blocks, attempt)] = actor
             self._idle.remove(actor)
         if self._last and (spare := self._scheduler.spare(len(self._idle))):
-            self._cluster._release(self._idle[:spare])
+            self._cluster.release(self._idle[:spare])
             del self._idle[:spare]
 
     def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
@@ -257,9 +258,9 @@ class _Cast:
     def _load(self, actor: Any, error: Exception | None = None) -> None:
         """Begin to load the models; an actor that is dead for good is replaced."""
         if isinstance(error, ActorDiedError):
-            self._cluster._actors.remove(actor)
-            actor = _Actor.options(**self._cluster._options).remote()
-            self._cluster._actors.append(actor)
+            self._cluster.actors.remove(actor)
+            actor = _Actor.options(**self._cluster.options).remote()
+            self._cluster.actors.append(actor)
         self._loading[actor.load.remote(self._setup)] = actor
 
     def _tell(self, new: list[tuple[Block, int, dict[int, int]]]) -> None:
@@ -268,7 +269,7 @@ class _Cast:
                 draws=self._outcome.draws,
                 seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
                 actors=len(self._idle) + len(self._running),
-                actors_wanted=len(self._cluster._actors),
+                actors_wanted=len(self._cluster.actors),
                 new=new,
             )
         )

@@ -382,7 +382,10 @@ def compare(run_uris: Sequence[str], picture: str, order_name: str | None) -> No
             raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
         shown.append(curve)
     print_curves(shown, Console())
-    curves.plot(shown, picture)
+    try:
+        curves.plot(shown, picture)
+    except OSError as error:
+        raise UserError(f"--plot {picture}: cannot write it: {error.strerror}; choose another place") from error
     Console().print(f"{picture}: the curves, with 95 % intervals", highlight=False)
 
 

@@ -163,9 +163,7 @@ def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
         {
             "sample": repeated([one.block.sample for one in stored], np.int32),
             "label": repeated([one.label for one in stored], np.int32),
-            "stage": pd.Categorical(
-                repeated([one.block.stage for one in stored], object), categories=list(STAGES)
-            ).astype(str),
+            "stage": repeated([one.block.stage for one in stored], np.str_),
             "draw_start": repeated([one.block.draw_start for one in stored], np.int32),
             "draw_stop": repeated([one.block.draw_stop for one in stored], np.int32),
             "class": np.concatenate([np.empty(0, np.int32), *(one.classes for one in stored)]),

@@ -1,5 +1,6 @@
 """The command line's mistakes: one clear line, the right exit status, before anything is launched."""
 
+import errno
 import json
 import os
 import shutil
@@ -98,6 +99,19 @@ def test_read_only_folder(tmp_path):
     assert "cannot write" in line
 
 
+def test_full_disk_is_said_and_loses_nothing(stored, monkeypatch):
+    before = {path: path.read_bytes() for path in stored.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(1, "analyze", stored, "--alpha", "0.01")
+    assert "No space left on device" in line
+    assert "free some space" in line
+    assert {path: path.read_bytes() for path in stored.rglob("*") if path.is_file()} == before
+
+
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     assert "cannot write" in refused(1, "certify", "mnist", "--out", tmp_path / "run")
@@ -170,6 +184,7 @@ def test_status_and_curve(stored, tmp_path):
     assert result.exit_code == 0, result.output
     assert picture.exists()
     assert ".png, .pdf or .svg" in refused(2, "curve", stored, "--plot", tmp_path / "a.gif")
+    assert "choose another place" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
     assert "no order '007'" in refused(2, "curve", stored, "--order", "007")
 
 
