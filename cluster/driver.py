@@ -22,7 +22,7 @@ from pipeline.spec import Block, RunError, UserError
 
 logger = logging.getLogger(__name__)
 
-_LOAD_ATTEMPTS = 5  # loads in a row that may die before the run is given up
+_START_ATTEMPTS = 5  # starts in a row, per actor, that may die before the run is given up
 _KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between looks at deadlines and stop requests
 
@@ -157,9 +157,10 @@ class _Cast:
         self._on_progress = on_progress
         self._outcome = Outcome(set_aside=scheduler.set_aside)
         self._idle: list[Any] = []
-        self._loading: dict[Any, Any] = {}  # future -> actor
+        self._waking: dict[Any, Any] = {}  # future -> actor
+        self._loading: dict[Any, Any] = {}
         self._running: dict[Any, Any] = {}
-        self._failed_loads = 0
+        self._failed_starts = 0
         self._first_task: float | None = None
         scheduler.add(blocks)
 
@@ -169,7 +170,7 @@ class _Cast:
         while len(self._cluster.actors) < self._cluster.wanted:
             self._cluster.actors.append(_Actor.options(**self._cluster.options).remote())
         for actor in self._cluster.actors:
-            self._load(actor)
+            self._wake(actor)
         self._tell([])
         while not self._scheduler.done:
             now = time.monotonic()
@@ -180,7 +181,7 @@ class _Cast:
                     break
             else:
                 self._dispatch(now)
-            pending = [*self._running, *self._loading]
+            pending = [*self._running, *self._loading, *self._waking]
             waiting = time.monotonic()
             done, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
             if done:
@@ -189,7 +190,7 @@ class _Cast:
             new = [stored for future in done for stored in self._collect(future)]
             for name in self._scheduler.overdue(time.monotonic()):
                 actor = next(actor for actor in self._running.values() if _name(actor) == name)
-                logger.warning("a task passed its deadline: its actor is restarted")
+                logger.warning("a task is past its deadline, or done elsewhere: its actor is restarted")
                 ray.kill(actor, no_restart=False)
             self._tell(new)
         self._outcome.seconds = time.monotonic() - start
@@ -211,26 +212,39 @@ class _Cast:
             del self._idle[:spare]
 
     def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
-        """Take in what became of a future: a loaded actor, a receipt, or a failure."""
-        if future in self._loading:
-            actor = self._loading.pop(future)
-            try:
-                ray.get(future)
-            except RayTaskError as error:
-                raise _cause(error) from None
-            except RayActorError as error:
-                self._failed_loads += 1
-                if self._failed_loads >= _LOAD_ATTEMPTS * self._cluster.wanted:
-                    raise RunError(
-                        f"actors died {self._failed_loads} times in a row while they loaded the models "
-                        f"({_line(error)}): look for missing memory on their nodes"
-                    ) from None
-                self._load(actor, error)
-                return []
-            self._failed_loads = 0
-            self._idle.append(actor)
+        """Take in what became of a future: an actor that lives, one that has loaded, a receipt; or a failure."""
+        if future in self._waking:
+            self._collect_awake(future, self._waking.pop(future))
             return []
-        actor = self._running.pop(future)
+        if future in self._loading:
+            self._collect_loaded(future, self._loading.pop(future))
+            return []
+        return self._collect_receipt(future, self._running.pop(future))
+
+    def _collect_awake(self, future: Any, actor: Any) -> None:
+        try:
+            ray.get(future)
+        except ActorDiedError as error:
+            self._count_failed_start(error)
+            self._replace(actor)
+        except RayActorError:
+            self._wake(actor)  # no device for it yet, or its node is gone: it goes on waiting
+        else:
+            self._loading[actor.load.remote(self._setup)] = actor
+
+    def _collect_loaded(self, future: Any, actor: Any) -> None:
+        try:
+            ray.get(future)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayActorError as error:
+            self._count_failed_start(error)
+            self._wake(actor)
+        else:
+            self._failed_starts = 0
+            self._idle.append(actor)
+
+    def _collect_receipt(self, future: Any, actor: Any) -> list[tuple[Block, int, dict[int, int]]]:
         try:
             receipt: Receipt = ray.get(future)
         except RayTaskError as error:
@@ -241,7 +255,7 @@ class _Cast:
             return []
         except RayActorError as error:
             self._lose(actor, error)
-            self._load(actor, error)
+            self._wake(actor)
             return []
         self._scheduler.finished(_name(actor), receipt.draws, receipt.seconds)
         self._idle.append(actor)
@@ -250,18 +264,29 @@ class _Cast:
         self._outcome.duplicates += len(receipt.duplicates)
         return receipt.votes
 
-    def _lose(self, actor: Any, error: Exception) -> None:
+    def _lose(self, actor: Any, error: RayTaskError | RayActorError) -> None:
         self._outcome.lost += 1
         logger.warning("a task was lost and goes back in line: %s", _line(error))
-        self._scheduler.lost(_name(actor), _line(error))
+        self._scheduler.lost(_name(actor), _line(error), attempted=not getattr(error, "preempted", False))
 
-    def _load(self, actor: Any, error: Exception | None = None) -> None:
-        """Begin to load the models; an actor that is dead for good is replaced."""
-        if isinstance(error, ActorDiedError):
-            self._cluster.actors.remove(actor)
-            actor = _Actor.options(**self._cluster.options).remote()
-            self._cluster.actors.append(actor)
-        self._loading[actor.load.remote(self._setup)] = actor
+    def _wake(self, actor: Any) -> None:
+        """Wait until the actor's process lives, on a device: at the start, and after each death."""
+        self._waking[actor.__ray_ready__.remote()] = actor
+
+    def _replace(self, actor: Any) -> None:
+        """Put a new actor in the place of one that is dead for good."""
+        self._cluster.actors.remove(actor)
+        self._cluster.actors.append(_Actor.options(**self._cluster.options).remote())
+        self._wake(self._cluster.actors[-1])
+
+    def _count_failed_start(self, error: RayActorError) -> None:
+        """Give the run up where actors do nothing but die; waiting for a device is not dying."""
+        self._failed_starts += 1
+        if self._failed_starts >= _START_ATTEMPTS * self._cluster.wanted:
+            raise RunError(
+                f"actors died {self._failed_starts} times in a row while they started or loaded the models "
+                f"({_line(error)}): look for missing memory on their nodes"
+            )
 
     def _tell(self, new: list[tuple[Block, int, dict[int, int]]]) -> None:
         self._on_progress(

@@ -2,7 +2,8 @@
 
 Blocks wait in order; a task is cut for a worker when it asks, long enough to keep it busy for TARGET_SECONDS at the
 speed it has shown, short enough that the work left is shared out evenly. A lost task goes back to the front of the
-line; one that is lost MAX_ATTEMPTS times is set aside with its last error. When nothing waits, an idle worker gets a
+line, for its last attempt cut into single blocks, so that a block that kills its worker takes no other with it; a block
+that is lost MAX_ATTEMPTS times is set aside with its last error. When nothing waits, an idle worker gets a
 second copy of a task that takes much longer than expected: storage keeps the first result of each block.
 """
 
@@ -99,6 +100,8 @@ class Scheduler:
             return  # another copy has done it, or still may
         if task.attempts >= self.max_attempts:
             self.set_aside.append(SetAside(task, error))
+        elif task.attempts == self.max_attempts - 1:
+            self._lost.extend(Task([block], task.attempts) for block in task.blocks)
         else:
             self._lost.append(task)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,22 @@ def not_a_number(spec: RunSpec, device: torch.device) -> Model:
         return torch.stack([mean_B, torch.where(mean_B > 0.55, torch.nan, 1.0)], dim=1)
 
     return logits
+
+
+def deadly(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` that kills its process at an input whose mean is above 0.9."""
+    inner = half_space(spec, device)
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        if (x_BCHW.mean(dim=(1, 2, 3)) > 0.9).any():
+            os._exit(1)
+        return inner(x_BCHW)
+
+    return logits
+
+
+def dead_on_arrival(spec: RunSpec, device: torch.device) -> Model:
+    os._exit(1)
 
 
 def three_classes(spec: RunSpec, device: torch.device) -> Model:

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.certify import certify_all
 from pipeline.certify import certified_radius
-from pipeline.spec import Block, UserError, load_spec
+from pipeline.spec import Block, RunError, UserError, load_spec
 from pipeline.store import open_store
 from pipeline.votes import list_blocks, read_votes
-from tests.models import to_toml
+from tests.models import png, to_toml
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +85,25 @@ def test_wrong_programs_stop_with_the_first_cause(raw_spec, tmp_path):
     with pytest.raises(UserError, match="3 classes, the data set 2"):
         certify(load_spec(raw_spec), tmp_path / "three")
     assert not list((tmp_path / "nan" / "votes" / "estimation").glob("1-*"))
+
+
+def test_a_deadly_sample_is_set_aside_and_the_others_are_done(raw_spec, images, tmp_path):
+    rows = pq.read_table(images).to_pylist()
+    rows[3]["image"]["bytes"] = png(np.full((4, 4), 255, np.uint8))
+    pq.write_table(pa.Table.from_pylist(rows), images)
+    raw_spec["classifier"] = {"arch": "tests.models:deadly"}
+    result = certify(load_spec(raw_spec, ["smoothing.sigma=0.05"]), tmp_path / "run")
+    assert (result["complete"], result["samples"], result["incomplete"]) == (False, 7, 1)
+    certificates = pd.read_parquet(tmp_path / "run" / "orders" / "001" / "certificates.parquet")
+    assert certificates.set_index("sample").status.to_dict() == {
+        i: "incomplete" if i == 3 else "certified" for i in range(8)
+    }
+
+
+def test_actors_that_only_die_end_the_run(raw_spec, tmp_path):
+    raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
+    with pytest.raises(RunError, match=r"actors died 5 times in a row .* missing memory"):
+        certify(load_spec(raw_spec), tmp_path / "run", actors=1)
 
 
 def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):

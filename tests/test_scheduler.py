@@ -41,19 +41,26 @@ def test_tasks_fit_the_speed_and_shrink_towards_the_end():
     assert sizes[-1] == 100
 
 
-def test_lost_tasks_come_first_and_are_set_aside_in_the_end():
+def test_lost_tasks_come_first_and_only_the_block_to_blame_is_set_aside():
     scheduler = filled()
-    first = scheduler.next_task("a", 1, 0)
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        assert first is not None
-        assert first.attempts == attempt
-        scheduler.lost("a", f"error {attempt}")
-        if attempt < MAX_ATTEMPTS:
-            assert scheduler.next_task("a", 1, 0) is first
-    assert [(aside.task, aside.error) for aside in scheduler.set_aside] == [(first, "error 3")]
-    following = scheduler.next_task("a", 1, 0)
-    assert following is not None
-    assert not set(following.blocks) & set(first.blocks)
+    poison = BLOCKS[2]
+    now, attempts, finished = 0.0, 0, []
+    while (task := scheduler.next_task("a", 1, now)) is not None:
+        if poison in task.blocks:
+            attempts += 1
+            assert attempts == task.attempts <= MAX_ATTEMPTS
+            assert attempts < MAX_ATTEMPTS or task.blocks == [poison]
+            scheduler.lost("a", f"error {attempts}")
+            if attempts < MAX_ATTEMPTS:
+                assert scheduler.next_task("a", 1, now).blocks[0] in task.blocks  # type: ignore[union-attr]
+                scheduler.lost("a", "", attempted=False)
+        else:
+            finished += task.blocks
+            scheduler.finished("a", task.draws, 1.0)
+        now += 1
+    assert scheduler.done
+    assert [(aside.task.blocks, aside.error) for aside in scheduler.set_aside] == [([poison], "error 3")]
+    assert sorted(finished) == sorted(set(BLOCKS) - {poison})
 
 
 def test_a_loss_that_is_not_the_tasks_fault_costs_no_attempt():
