@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-BAND = "clopper-pearson 95 % per radius"
+BAND = "Clopper-Pearson 95 % per radius"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,4 +141,4 @@ def draw(axes: Any, curves: Sequence[Curve]) -> None:
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, title=f"band: {BAND}", title_fontsize=7)

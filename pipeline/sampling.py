@@ -53,9 +53,8 @@ def read_orders(store: Store) -> dict[str, Order]:
 
     Raises: RunError for an order that is damaged.
     """
-    keys = sorted(
-        entry.key for entry in store.list("orders") if entry.key.count("/") == 1 and entry.key.endswith(".json")
-    )
+    keys = [entry.key for entry in store.list("orders") if entry.key.count("/") == 1 and entry.key.endswith(".json")]
+    keys.sort(key=lambda key: (len(key), key))  # 999 before 1000
     orders = {}
     for key in keys:
         try:
