@@ -221,19 +221,24 @@ def load_spec(path_or_dict: str | os.PathLike[str] | Mapping[str, Any], override
 
 
 def votes_id(spec: RunSpec, weights_ids: Mapping[str, str]) -> str:
-    """Name what can change a vote: 32 hex digits over `identity`."""
-    canonical = json.dumps(identity(spec, weights_ids), sort_keys=True, separators=(",", ":"))
+    """Name what can change a vote: 32 hex digits over `identity`.
+
+    Values that are defaults are left out, so that a key which a later version adds renames no earlier run; a default is
+    changed only together with F_VERSION.
+    """
+    named = identity(spec, weights_ids, exclude_defaults=True)
+    canonical = json.dumps(named, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-def identity(spec: RunSpec, weights_ids: Mapping[str, str]) -> dict[str, Any]:
+def identity(spec: RunSpec, weights_ids: Mapping[str, str], *, exclude_defaults: bool = False) -> dict[str, Any]:
     """Everything that can change a vote, as plain JSON: the spec without `_OUTSIDE_VOTES_ID`, f's version, weights."""
-    kept = spec.model_dump(mode="json")
+    kept = spec.model_dump(mode="json", exclude_defaults=exclude_defaults)
     for section, key in _OUTSIDE_VOTES_ID:
         if key is None:
-            kept.pop(section)
+            kept.pop(section, None)
         else:
-            kept[section].pop(key)
+            kept.get(section, {}).pop(key, None)
     return {**kept, "f_version": F_VERSION, "weights": dict(weights_ids)}
 
 
@@ -277,19 +282,23 @@ def _merge(into: dict[str, Any], changed: Mapping[str, Any]) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first finding of pydantic's, as one line for a user."""
-    finding = error.errors()[0]
-    path = [str(part) for part in finding["loc"] if part not in ("constrained-str", "Normalize")]
+    """One of pydantic's findings, as one line for a user."""
+    findings = error.errors()
+    # of a value that may be a name or a table, a table's own findings say more than "not one of the names"
+    of_table = (one for one in findings if "Normalize" in str(one["loc"]) and not one["type"].startswith("model_"))
+    finding = next(of_table, findings[0])
+    path = [str(part) for part in finding["loc"] if part != "Normalize" and "[" not in str(part)]
     name, value = ".".join(path), finding["input"]
     if finding["type"] == "extra_forbidden":
         known = _known_keys()
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
-            key for key in known if key.split(".")[-1] == path[-1]
-        ]
-        remedy = f"the nearest valid key is {near[0]}" if near else f"valid keys: {', '.join(known)}"
+        siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        remedy = f"the nearest valid key is {near[0]}" if near else f"valid keys: {', '.join(siblings)}"
         return f"{name} = {value!r}: unknown key; {remedy}"
     if finding["type"] == "missing":
         return f"{name} is missing: add it to the spec"
+    if finding["type"] == "model_type":
+        return f"{name} = {value!r}: must be a table, [{name}]"
     message = finding["msg"].removeprefix("Value error, ")
     if finding["type"] == "value_error":  # ours: names its keys already
         return f"[{name}] {message}" if name else message

@@ -21,6 +21,12 @@ from pipeline.spec import UserError, load_spec, votes_id
         ("compute.device=tpu", r"compute\.device = 'tpu'"),
         ("denoiser.arch=unet", r"\[denoiser\.unet\]"),
         ("name=a/b", r"name = 'a/b'"),
+        ("classifier.normalize=foo", r"classifier\.normalize = 'foo': input should be 'cifar10', 'imagenet'"),
+        ("classifier.normalize={mean=[1.0]}", r"classifier\.normalize\.std is missing"),
+        ("classifier.normalize={mean=[1.0], std=[0.0]}", r"\[classifier\.normalize\].*every std above 0"),
+        ("smoothing=3", r"smoothing = 3: must be a table"),
+        ("zzz=1", r"zzz = 1: unknown key; valid keys: name, data, denoiser, classifier, smoothing, sampling, compute$"),
+        ("smoothing.sigma=nan", r"smoothing\.sigma = nan"),
         ("smoothing", r"section\.key=value"),
     ],
 )
@@ -60,6 +66,8 @@ def test_votes_id_names_what_changes_a_vote_and_nothing_else(raw_spec):
     for other in others:
         assert votes_id(load_spec(raw_spec, [other]), {"classifier": "w"}) != before, other
     assert votes_id(load_spec(raw_spec), {"classifier": "v"}) != before
+    said = ["smoothing.m=1", "smoothing.precision=fp32", "data.split=test"]  # defaults, said aloud
+    assert votes_id(load_spec(raw_spec, said), {"classifier": "w"}) == before
 
 
 def test_a_spec_given_as_a_dict_is_not_changed(raw_spec):
