@@ -65,6 +65,7 @@ def test_bootstrap_finds_what_a_launch_needs(tmp_path, monkeypatch):
     os.makedirs(tmp_path / ".ssh")
     from ray.autoscaler._private.commands import _bootstrap_config
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # Ray waits for AWS to spread its new role
     config = _bootstrap_config(check_schema(CONFIG), no_config_cache=True)
     for name, one in WORKERS.items():
         found = config["available_node_types"][name]["node_config"]
