@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.sampling import blocks_of, order_of
-from pipeline.spec import RunSpec, identity, load_spec, votes_id
+from pipeline.spec import RunSpec, load_spec
 from pipeline.store import open_store
-from pipeline.votes import claim_run
+from pipeline.votes import claim_run, run_of
 
 _DRAWS = 10  # per task: one block
 
@@ -52,13 +52,14 @@ def bench_driver(tasks: int) -> dict[str, Any]:
                 "compute": {"device": "cpu"},
             }
         )
-        weights = weights_ids(spec)
-        name, store = votes_id(spec, weights), open_store(str(Path(folder, "run")))
-        claim_run(store, {"votes_id": name, "num_classes": 2, "spec": identity(spec, weights), "name": spec.name})
+        described, store = run_of(spec, weights_ids(spec), 2), open_store(str(Path(folder, "run")))
+        claim_run(store, described)
         blocks = list(blocks_of(order_of(spec, [0]), spec.smoothing.block))
         with Cluster(address=None, device="cpu", actors=None) as cluster:
             outcome = cluster.cast(
-                Setup(spec, store.uri, name, _DRAWS), blocks, scheduler=Scheduler(target_seconds=0.0, first_draws=1)
+                Setup(spec, store.uri, described["votes_id"], _DRAWS),
+                blocks,
+                scheduler=Scheduler(target_seconds=0.0, first_draws=1),
             )
     return {
         "tasks": outcome.tasks,

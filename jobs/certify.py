@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline import curve as curves
-from pipeline.certify import certified_radius, certify, least_certifying_n
+from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound
 from pipeline.curve import Curve, curve_of
 from pipeline.data import open_dataset, sample_indices
 from pipeline.sampling import Order, missing_blocks, order_of, place_order, post_hoc_samples, read_orders
-from pipeline.spec import STAGES, Block, RunSpec, UserError, check_multiple, identity, votes_id
+from pipeline.spec import STAGES, Block, RunSpec, UserError, check_multiple
 from pipeline.store import Store, open_store
 from pipeline.votes import (
     block_lengths,
@@ -28,6 +28,7 @@ from pipeline.votes import (
     list_blocks,
     read_blocks,
     read_run,
+    run_of,
     to_table,
     write_table,
 )
@@ -64,6 +65,9 @@ def certify_all(
 
     Raises: UserError, RunError.
     """
+    devices = {spec.compute.device for spec, _ in wanted}
+    if len(devices) > 1:
+        raise UserError(f"compute.device differs between the specs ({', '.join(sorted(devices))}): certify them apart")
     runs = [_prepare(spec, home) for spec, home in wanted]
     results: list[dict[str, Any]] = []
     if not any(run.missing for run in runs):
@@ -74,14 +78,7 @@ def certify_all(
 
     stopped_by: list[int] = []
     last = max(index for index, run in enumerate(runs) if run.missing)
-    needs_gpu = {run.spec.compute.device for run in runs}
-    if len(needs_gpu) > 1:
-        raise UserError(
-            f"compute.device differs between the specs ({', '.join(sorted(needs_gpu))}): certify them apart"
-        )
-    if not address:
-        logger.info("starting a local Ray")
-    with Cluster(address=address, device=needs_gpu.pop(), actors=actors) as cluster:
+    with Cluster(address=address, device=devices.pop(), actors=actors) as cluster:
 
         def stop(number: int) -> None:
             stopped_by.append(number)
@@ -130,19 +127,16 @@ def _prepare(spec: RunSpec, home: str) -> _Run:
             "n = %d can certify nothing at alpha = %g, even where all votes agree: n must be at least %d",
             smoothing.n, smoothing.alpha, least,
         )  # fmt: skip
-    weights = weights_ids(spec)
-    name = votes_id(spec, weights)
+    described = run_of(spec, weights_ids(spec), data.num_classes)
     store = open_store(home)
     store.prepare()
-    claim_run(
-        store, {"votes_id": name, "num_classes": data.num_classes, "spec": identity(spec, weights), "name": spec.name}
-    )
+    claim_run(store, described)
     order = order_of(spec, samples)
     order_name = place_order(store, order)
     return _Run(
         spec,
         store,
-        name,
+        described["votes_id"],
         order_name,
         order,
         missing_blocks(order, smoothing.block, list_blocks(store, smoothing.block)),
@@ -251,8 +245,8 @@ class _Watch:
         self._run = run
         self._total = sum(block.draws for block in run.missing)
         self._counts: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
-        self._labels: dict[int, int] = {}
-        self._radii: list[float] = []  # of the samples completed by this call; -1 where wrong or abstained
+        self._certified = {0.0: 0, run.spec.smoothing.sigma: 0}  # radius -> samples, of those completed by this call
+        self._samples = 0
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._quiet = quiet
@@ -309,11 +303,10 @@ class _Watch:
     def _note(self, progress: Any) -> str:
         if not progress.actors:
             return f"waiting for devices: 0 of {progress.actors_wanted} ready"
-        if not self._radii:
+        if not self._samples:
             return f"{progress.actors} actors"
-        sigma, m = self._run.spec.smoothing.sigma, len(self._radii)
-        at = [f"{100 * sum(r >= radius for r in self._radii) / m:.0f}% at r={radius:g}" for radius in (0.0, sigma)]
-        return f"certified {', '.join(at)} ({m} samples)"
+        at = [f"{100 * count / self._samples:.0f}% at r={radius:g}" for radius, count in self._certified.items()]
+        return f"certified {', '.join(at)} ({self._samples} samples)"
 
     def _add(self, block: Block, label: int, votes: dict[int, int]) -> None:
         """Count a block, and certify its sample once all its draws were cast by this call."""
@@ -322,10 +315,12 @@ class _Watch:
         selection, estimation = (self._counts[sample, stage] for stage in STAGES)
         if selection.total() == smoothing.n0 and estimation.total() == smoothing.n:
             top = min(selection, key=lambda k: (-selection[k], k))
-            radius = certified_radius(estimation[top], smoothing.n, smoothing.alpha, smoothing.sigma)
-            self._radii.append(
-                float(radius) if top == label and 2 * estimation[top] > smoothing.n and radius > 0 else -1.0
-            )
+            count = (estimation[top], smoothing.n, smoothing.alpha)
+            self._samples += 1
+            if top == label and lower_confidence_bound(*count) >= 0.5:
+                reached = certified_radius(*count, smoothing.sigma)
+                for radius in self._certified:
+                    self._certified[radius] += bool(reached >= radius)
             del self._counts[sample, "selection"], self._counts[sample, "estimation"]
 
 

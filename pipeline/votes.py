@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.spec import STAGES, Block, BlockLengths, RunError, UserError
+from pipeline.spec import STAGES, Block, BlockLengths, RunError, RunSpec, UserError, identity, votes_id
 from pipeline.store import Store, open_store
 
 SCHEMA = pa.schema(
@@ -52,10 +52,20 @@ def block_key(block: Block) -> str:
     return f"votes/{block.stage}/{block.sample}-{block.draw_start}.parquet"
 
 
+def run_of(spec: RunSpec, weights_ids: Mapping[str, str], num_classes: int) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "votes_id": votes_id(spec, weights_ids),
+        "num_classes": num_classes,
+        "spec": identity(spec, weights_ids),
+        "name": spec.name,
+    }
+
+
 def claim_run(store: Store, run: Mapping[str, Any]) -> None:
     """Make the storage the home of this run, or check that it is.
 
-    `run` holds votes_id, num_classes and spec (what can change a vote; see `pipeline.spec.identity`).
+    `run` is what `run_of` gives.
 
     Raises: UserError that names what differs, where the storage holds another run's votes.
     """

@@ -134,19 +134,17 @@ def stored(tmp_path) -> Path:
     from pipeline.data import open_dataset
     from pipeline.sampling import blocks_of, order_of, place_order
     from pipeline.smoothing import weights_ids
-    from pipeline.spec import identity, votes_id
     from pipeline.store import open_store
-    from pipeline.votes import claim_run
+    from pipeline.votes import claim_run, run_of
 
     changes = ["data.samples=0:3", "compute.device=cpu", "smoothing.block.estimation=100", "smoothing.n=200"]
     spec = load_spec(SPECS / "mnist-cohen-0.50.toml", changes)
     store = open_store(str(tmp_path / "run"))
-    weights = weights_ids(spec)
-    name = votes_id(spec, weights)
-    claim_run(store, {"votes_id": name, "num_classes": 10, "spec": identity(spec, weights), "name": spec.name})
+    described = run_of(spec, weights_ids(spec), 10)
+    claim_run(store, described)
     order = order_of(spec, range(3))
     place_order(store, order)
-    Worker(Setup(spec, store.uri, name)).run(list(blocks_of(order, spec.smoothing.block)), "attempt")
+    Worker(Setup(spec, store.uri, described["votes_id"])).run(list(blocks_of(order, spec.smoothing.block)), "attempt")
     assert len(open_dataset(spec.data)) == 1000
     return tmp_path / "run"
 
