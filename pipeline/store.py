@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import boto3
 import botocore.config
@@ -114,6 +114,13 @@ class FolderStore:
         return RunError(f"{self.uri}: cannot write {key}: {error.strerror or error}; {remedy}")
 
 
+def s3_client() -> Any:
+    """A client of S3, or of the store that AWS_ENDPOINT_URL names."""
+    # standard mode retries throttling, server errors and lost connections, with jittered backoff
+    retries = {"mode": "standard", "total_max_attempts": 8}
+    return boto3.client("s3", config=botocore.config.Config(retries=retries, max_pool_connections=32))
+
+
 class S3Store:
     """A prefix in an S3 bucket, or in any store that speaks S3's conditional writes (AWS_ENDPOINT_URL names it).
 
@@ -130,9 +137,7 @@ class S3Store:
         if not bucket or not prefix:
             raise UserError(f"{uri}: a run needs a bucket and a prefix: s3://BUCKET/PREFIX")
         self._bucket, self._prefix = bucket, f"{prefix}/"
-        # standard mode retries throttling, server errors and lost connections, with jittered backoff
-        retries = {"mode": "standard", "total_max_attempts": 8}
-        self._client = boto3.client("s3", config=botocore.config.Config(retries=retries, max_pool_connections=32))
+        self._client = s3_client()
 
     def prepare(self) -> None:
         """Probe the store: an object that exists must not be put twice.

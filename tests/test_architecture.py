@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAVES = {"pipeline.spec", "pipeline.store"}
 NETWORKS = {"pipeline.denoisers", "pipeline.classifiers"}
-MATERIAL = {"pipeline.noise", "pipeline.unet", "pipeline.weights", "pipeline.data"}
+MATERIAL = {"pipeline.noise", "pipeline.unet", "pipeline.weights", "pipeline.data", "pipeline.fetch"}
 VOTES = {"pipeline.votes", "pipeline.certify"}
 
 # module -> the modules of ours that it may import, besides spec and store
@@ -19,8 +19,9 @@ ALLOWED = {
     "pipeline.store": set(),
     "pipeline.noise": set(),
     "pipeline.unet": set(),
-    "pipeline.weights": set(),
-    "pipeline.data": set(),
+    "pipeline.fetch": set(),
+    "pipeline.weights": {"pipeline.fetch"},
+    "pipeline.data": {"pipeline.fetch"},
     "pipeline.denoisers": MATERIAL,
     "pipeline.classifiers": MATERIAL,
     "pipeline.smoothing": NETWORKS | MATERIAL,
@@ -65,7 +66,7 @@ def test_imports_run_one_way(module, path):
 
 
 def test_the_table_half_works_without_torch_and_ray():
-    names = [f"pipeline.{name}" for name in ("store", "votes", "certify", "sampling", "curve", "data")]
+    names = [f"pipeline.{name}" for name in ("store", "votes", "certify", "sampling", "curve", "data", "fetch")]
     imports = ", ".join([*names, "jobs.cli"])
     code = f"import sys, {imports}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,430 @@
+"""Fetched files: once a node, whole or not at all, resumed after any interruption, never another version's bytes."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+
+from pipeline import fetch as fetching
+from pipeline.fetch import S3File, fetch, fetch_first, file_sha256, list_s3
+from pipeline.spec import RunError, UserError
+from tests.s3_servers import moto_server
+from tests.test_store_s3 import credentials
+
+ROOT = Path(__file__).parent.parent
+MB = 2**20
+CONTENT = np.random.default_rng(0).bytes(4 * MB)
+OTHER = np.random.default_rng(1).bytes(4 * MB)
+
+
+class Server:
+    """One file at any path, sent to plain HTTP and to S3 clients alike, with the failings that a test asks for."""
+
+    def __init__(self) -> None:
+        self.content = CONTENT
+        self.cuts: list[int] = []  # the connection of each next request breaks after so many bytes
+        self.knows_ranges = self.knows_if_range = self.has_etag = self.says_length = True
+        self.statuses: dict[str, int] = {}  # path -> what it is answered with
+        self.redirects: dict[str, str] = {}
+        self.pause = 0.0  # seconds before each 64 kB
+        self.gets: list[tuple[str, int]] = []  # path, first byte sent of each answer that has a body
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        if path in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", self.redirects[path])
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        etag = f'"{hashlib.md5(self.content).hexdigest()}"'
+        asked = request.headers.get("Range") if self.knows_ranges else None
+        if asked and self.knows_if_range and request.headers.get("If-Range", etag) != etag:
+            asked = None
+        status = self.statuses.get(path) or (206 if asked else 200)
+        if request.headers.get("If-Match", etag) != etag:
+            status = 412
+        if status >= 400:
+            request.send_error(status)
+            return
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        self.gets.append((path, start))
+        body = self.content[start:]
+        request.send_response(status)
+        if asked:
+            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        if self.has_etag:
+            request.send_header("ETag", etag)
+        if self.says_length:
+            request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if self.cuts:
+            body = body[: self.cuts.pop(0)]
+        for begin in range(0, len(body), 65536):
+            time.sleep(self.pause)
+            try:
+                request.wfile.write(body[begin : begin + 65536])
+            except OSError:
+                return
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching, "_FIRST_PAUSE", 0.01)
+    credentials(monkeypatch)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it saw first
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["http", "s3"])
+def uri(request, server, monkeypatch) -> str:
+    """The server's file, by HTTP and as an S3 object."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    return "s3://bucket/models/net.pt" if request.param == "s3" else f"{server.url}/bucket/models/net.pt"
+
+
+def left_in(cache: Path) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_local_files_are_used_where_they_stand(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"abc")
+    assert fetch(str(path)) == path
+    assert fetch(str(path), hashlib.sha256(b"abc").hexdigest()) == path
+    with pytest.raises(UserError, match=r"a\.pt: sha256 is ba7816bf.*, expected 0000"):
+        fetch(str(path), "0" * 64)
+    for missing in (tmp_path / "b.pt", tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            fetch(str(missing))
+    with pytest.raises(UserError, match="gs://a/b: cannot be read"):
+        fetch("gs://a/b")
+
+
+def test_one_request_and_then_the_cached_file(server, uri, cache):
+    path = fetch(uri, hashlib.sha256(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT
+    assert path.suffix == ".pt"
+    assert path.parent == cache
+    assert fetch(uri) == path
+    assert server.gets == [("/bucket/models/net.pt", 0)]
+    assert left_in(cache) == ["net.pt", "net.pt.sha256.json"]
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("DIFFSMOOTH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert fetching.cache_folder() == tmp_path / "xdg" / "diffsmooth"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetching.cache_folder() == tmp_path / ".cache" / "diffsmooth"
+
+
+def test_broken_connections_are_resumed(server, uri):
+    server.cuts = [MB, 2 * MB, 0, 0]
+    assert fetch(uri).read_bytes() == CONTENT
+    assert [start for _, start in server.gets] == [0, MB, 3 * MB, 3 * MB, 3 * MB]
+
+
+def test_a_network_that_stays_broken_ends_the_tries_and_the_next_call_goes_on(server, uri, cache):
+    server.cuts = [MB] + [0] * 4
+    with pytest.raises(RunError, match=r"failed 5 times in a row.*it goes on where this one stopped"):
+        fetch(uri)
+    assert left_in(cache) == ["net.pt.part", "net.pt.part.json"]
+    assert fetch(uri).read_bytes() == CONTENT
+    assert [start for _, start in server.gets] == [0] + [MB] * 5
+
+
+def test_changed_in_between_is_restarted(server, uri):
+    server.cuts = [MB] + [0] * 4
+    with pytest.raises(RunError):
+        fetch(uri)
+    server.content = OTHER
+    server.gets.clear()
+    assert fetch(uri).read_bytes() == OTHER
+    assert [start for _, start in server.gets] == [0]
+
+
+@pytest.mark.parametrize("failing", ["knows_if_range", "knows_ranges", "has_etag"])
+def test_changed_in_between_at_a_server_that_knows_less(server, failing):
+    setattr(server, failing, False)
+    server.cuts = [MB] + [0] * 4
+    with pytest.raises(RunError):
+        fetch(f"{server.url}/net.pt")
+    server.content = OTHER
+    assert fetch(f"{server.url}/net.pt").read_bytes() == OTHER
+
+
+def test_without_ranges_each_try_starts_again(server, uri):
+    server.knows_ranges = False
+    server.cuts = [MB, 2 * MB]
+    assert fetch(uri).read_bytes() == CONTENT
+    assert [start for _, start in server.gets] == [0, 0, 0]
+
+
+def test_without_a_length(server):
+    server.says_length = False
+    assert fetch(f"{server.url}/net.pt").read_bytes() == CONTENT
+
+
+KILLED = "import sys; from pipeline.fetch import fetch; fetch(sys.argv[1])"
+
+
+def test_killed_half_way_and_resumed(server, uri, cache):
+    server.pause = 0.02
+    process = subprocess.Popen([sys.executable, "-c", KILLED, uri], cwd=ROOT)
+    limit = time.monotonic() + 30
+    while sum(path.stat().st_size for path in cache.glob("*.part")) < MB if cache.exists() else True:
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (part,) = cache.glob("*.part")
+    stood = part.stat().st_size
+    server.pause = 0.0
+    assert fetch(uri).read_bytes() == CONTENT
+    assert [start for _, start in server.gets] == [0, stood]
+
+
+def test_killed_before_the_renaming(server, uri, cache):
+    path = fetch(uri)
+    part = path.with_name(path.name + ".part")
+    path.rename(part)
+    etag = f'"{hashlib.md5(CONTENT).hexdigest()}"'
+    path.with_name(path.name + ".part.json").write_text(json.dumps({"etag": etag, "total": len(CONTENT)}))
+    assert fetch(uri).read_bytes() == CONTENT
+    assert len(server.gets) == 1
+
+
+def test_eight_processes_make_one_request(server):
+    uri = f"{server.url}/net.pt"
+    server.pause = 0.005
+    processes = [
+        subprocess.Popen([sys.executable, "-c", KILLED + "; print(fetch(sys.argv[1]).stat().st_size)", uri],
+                         cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]  # fmt: skip
+    assert [process.communicate()[0].strip() for process in processes] == [str(len(CONTENT))] * 8
+    assert len(server.gets) == 1
+
+
+def test_wrong_sha256_is_refused_and_not_kept(server, uri, cache):
+    with pytest.raises(UserError, match=r"the downloaded file has sha256 \w{64}, expected 0{64}, and was removed"):
+        fetch(uri, "0" * 64)
+    assert [path for path in cache.glob("*.pt*") if path.suffix in (".pt", ".part")] == []
+    path = fetch(uri)
+    with pytest.raises(UserError, match=f"expected 0{{64}}: correct sha256, or delete {path} to have it fetched anew"):
+        fetch(uri, "0" * 64)
+    assert path.exists()
+
+
+def test_hashes_are_remembered_while_the_file_stands_unchanged(server, cache, monkeypatch):
+    path = fetch(f"{server.url}/net.pt")
+    fetching._sha256.cache_clear()
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(fetching, "_hash", None)
+        assert file_sha256(path) == hashlib.sha256(CONTENT).hexdigest()
+    path.write_bytes(OTHER)
+    os.utime(path, ns=(0, 0))
+    assert file_sha256(path) == hashlib.sha256(OTHER).hexdigest()
+
+
+@pytest.mark.parametrize("found_out", ["before", "while writing"])
+def test_full_disk(server, uri, cache, monkeypatch, found_out):
+    class Usage:
+        free = 1_500_000 if found_out == "before" else 10**12
+
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: Usage)
+    if found_out == "while writing":
+
+        def full(handle):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(fetching.os, "fsync", full)
+    with pytest.raises(RunError, match=r"cache: the disk is full: 4\.2 MB are needed and .*DIFFSMOOTH_CACHE"):
+        fetch(uri)
+    assert not list(cache.glob("*.part"))
+
+
+def test_cache_that_cannot_be_written(server, uri, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(RunError, match="cannot be used: Not a directory; set DIFFSMOOTH_CACHE"):
+        fetch(uri)
+
+
+def test_redirects_are_followed_and_circles_named(server):
+    server.redirects = {"/latest": "/models/net.pt", "/a": "/b", "/b": "/a"}
+    server.cuts = [MB]
+    assert fetch(f"{server.url}/latest").read_bytes() == CONTENT
+    assert server.gets == [("/models/net.pt", 0), ("/models/net.pt", MB)]
+    with pytest.raises(UserError, match="redirected in a circle"):
+        fetch(f"{server.url}/a")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (404, UserError, r"there is no such file \(404\)"),
+        (403, UserError, r"refuses to send it \(403\)"),
+        (401, UserError, r"refuses to send it \(401\)"),
+        (418, UserError, "answers 418 instead of a file"),
+        (503, RunError, "failed 5 times in a row, the last time with: the server answers 503"),
+    ],
+)
+def test_refusals_are_one_line_without_secrets(server, status, kind, message):
+    server.statuses["/net.pt"] = status
+    uri = f"{server.url}/net.pt?X-Amz-Signature=secret".replace("http://", "http://user:secret@")
+    with pytest.raises(kind, match=message) as error:
+        fetch(uri)
+    said = str(error.value)
+    assert "secret" not in said
+    assert "\n" not in said
+    assert said.startswith(f"{server.url}/net.pt?...: ")
+
+
+def test_unreachable_places(monkeypatch):
+    with pytest.raises(UserError, match=r"https://no-such-host\.invalid/a\?\.\.\.: unknown host") as error:
+        fetch("https://no-such-host.invalid/a?key=secret")
+    assert "secret" not in str(error.value)
+    with pytest.raises(RunError, match="Connection refused; check the network") as refused:
+        fetch("http://user:secret@127.0.0.1:9/a")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(UserError, match="not a valid URI"):
+        fetch("https://[bad/a")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    once = boto3.session.Config(retries={"total_max_attempts": 1})
+    monkeypatch.setattr(fetching, "s3_client", lambda: boto3.client("s3", config=once))
+    with pytest.raises(RunError, match=r"s3://bucket/a: .*check AWS_ENDPOINT_URL"):
+        fetch("s3://bucket/a")
+    with pytest.raises(UserError, match="s3://BUCKET/KEY"):
+        fetch("s3://bucket")
+
+
+def test_no_credentials(server, monkeypatch):
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    with pytest.raises(UserError, match="s3://bucket/a: no complete AWS credentials found"):
+        fetch("s3://bucket/a")
+
+
+def test_the_first_that_exists(server, tmp_path):
+    server.statuses = {"/a": 404, "/b": 403, "/d": 503}
+    a, b, c, d = (f"{server.url}/{name}" for name in "abcd")
+    assert fetch_first([a, b, c]) == fetch(c)
+    assert fetch_first([str(tmp_path / "none"), c]) == fetch(c)
+    with pytest.raises(UserError, match=f"none of these exists: {a}, {tmp_path}/none;"):
+        fetch_first([a, str(tmp_path / "none")])
+    with pytest.raises(UserError, match=rf"{b}: .*\(403\)"):
+        fetch_first([a, b])
+    with pytest.raises(RunError, match=d):
+        fetch_first([d, c])
+
+
+def test_progress_is_logged_without_secrets(server, monkeypatch, caplog):
+    monkeypatch.setattr(fetching, "_PROGRESS_EVERY", 0.0)
+    caplog.set_level(logging.INFO, "pipeline.fetch")
+    server.cuts = [MB]
+    fetch(f"{server.url}/net.pt?token=secret")
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("25 % of 4 MB" in line for line in lines)
+    assert any("going on after 1 of 4 MB" in line for line in lines)
+    assert not any("secret" in line for line in lines)
+
+
+@pytest.fixture
+def moto(monkeypatch) -> Iterator[object]:
+    with moto_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="bucket")
+        yield client
+
+
+def test_s3_as_moto_knows_it(moto, cache):
+    key = "models/a b?c#d.pt"
+    uri = f"s3://bucket/{key}"
+    etag = moto.put_object(Bucket="bucket", Key=key, Body=CONTENT)["ETag"]
+    path = fetch(uri)
+    assert path.read_bytes() == CONTENT
+
+    def interrupt(etag):
+        """Half of the file is there; its first byte is marked to tell whether it was asked for again."""
+        path.unlink()
+        path.with_name(path.name + ".part").write_bytes(b"#" + CONTENT[1 : 2 * MB])
+        path.with_name(path.name + ".part.json").write_text(json.dumps({"etag": etag, "total": len(CONTENT)}))
+
+    interrupt(etag)
+    assert fetch(uri).read_bytes() == b"#" + CONTENT[1:]
+    moto.put_object(Bucket="bucket", Key=key, Body=OTHER)
+    interrupt(etag)
+    assert fetch(uri).read_bytes() == OTHER
+    with pytest.raises(UserError, match=r"s3://bucket/none: there is no such file \(404\)"):
+        fetch("s3://bucket/none")
+    with pytest.raises(UserError, match="there is no bucket nobucket"):
+        fetch("s3://nobucket/a")
+    with pytest.raises(UserError, match=r"s3://Not_A_Bucket!/a: .*correct the location"):
+        fetch("s3://Not_A_Bucket!/a")
+    assert fetch_first(["s3://bucket/none", uri]) == path
+
+
+def test_s3_objects_at_any_position(moto):
+    for name in ("set/b.parquet", "set/a.parquet", "set/deeper/c.parquet", "setting/d.parquet"):
+        moto.put_object(Bucket="bucket", Key=name, Body=CONTENT)
+    assert list_s3("s3://bucket/set/") == ["s3://bucket/set/a.parquet", "s3://bucket/set/b.parquet"]
+    file = S3File("s3://bucket/set/a.parquet")
+    assert file.seek(-10, os.SEEK_END) == len(CONTENT) - 10
+    assert file.read(100) == CONTENT[-10:]
+    assert file.read(100) == b""
+    file.seek(MB)
+    assert file.read(5) + file.read(5) == CONTENT[MB : MB + 10]
+    moto.put_object(Bucket="bucket", Key="set/a.parquet", Body=OTHER)
+    with pytest.raises(RunError, match="the file has changed"):
+        file.read(5)
+    with pytest.raises(UserError, match="no such file"):
+        S3File("s3://bucket/none")
+    with pytest.raises(UserError, match="no bucket nobucket"):
+        list_s3("s3://nobucket/set")
