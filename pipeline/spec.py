@@ -74,6 +74,21 @@ class Data(Section):
     split: str = "test"
     samples: str = ":"
     num_classes: int | None = Field(default=None, ge=2)  # for data that does not tell
+    resize: int | None = Field(default=None, ge=1, le=10_000)  # length of the shorter side, pixels
+    crop: int | None = Field(default=None, ge=1, le=10_000)  # side of the centre square, pixels, after resizing
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("name") == "imagenet":
+            return {"resize": 256, "crop": 224, **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise ValueError(f"crop = {self.crop} exceeds resize = {self.resize}, the shorter side: take at most that")
+        return self
 
 
 class UNetSettings(Section):

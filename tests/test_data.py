@@ -1,17 +1,35 @@
 """Data sets: what is read, by index, and what is refused."""
 
+import hashlib
+import importlib.util
+import io
+import json
+import logging
 import os
+import pickle
+import shutil
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from pipeline.data import open_dataset, sample_indices
-from pipeline.spec import Data, UserError
+from pipeline import data as data_module
+from pipeline.data import Facts, Sample, known_facts, open_dataset, sample_indices
+from pipeline.fetch import S3File
+from pipeline.spec import Data, UserError, load_spec, votes_id
 from tests.models import png
+from tests.s3_servers import moto_server
+from tests.test_store_s3 import credentials
 
+FOOLBOX = importlib.util.find_spec("foolbox")
+PHOTOGRAPHS = Path(str(FOOLBOX.origin)).parent / "data" if FOOLBOX else Path("no-foolbox")
+needs_photographs = pytest.mark.skipif(FOOLBOX is None, reason="foolbox, which ships the photographs, is missing")
 CIFAR = Path(os.environ.get("DIFFSMOOTH_TEST_DATA", "../shared/data")) / "cifar10-test-1000.parquet"
 
 
@@ -90,3 +108,435 @@ def test_bad_rows_are_named(tmp_path):
         opened[1]
     with pytest.raises(UserError, match="sample 2 has label 5, beyond the 3 classes"):
         opened[2]
+
+
+def photographs(kind: str) -> list[tuple[Path, int]]:
+    """foolbox's 20 labelled images of a data set."""
+    paths = sorted(PHOTOGRAPHS.glob(f"{kind}_*"))
+    return [(path, int(path.stem.rpartition("_")[2])) for path in paths]
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory) -> Path:
+    """foolbox's ImageNet photographs in a folder per class."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for path, label in photographs("imagenet"):
+        (root / f"class-{label:03}").mkdir(exist_ok=True)
+        shutil.copy(path, root / f"class-{label:03}" / path.name)
+    (root / "class-022" / "notes.txt").write_text("no image")
+    return root
+
+
+@needs_photographs
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (300, None), (None, 200), (73, 51)])
+def test_resize_and_crop_are_torchvisions_bit_for_bit(by_class, resize, crop):
+    from torchvision import datasets, transforms
+
+    steps = [transforms.Resize(resize)] if resize else []
+    steps += [transforms.CenterCrop(crop)] if crop else []
+    truth = datasets.ImageFolder(str(by_class), transforms.Compose([*steps, transforms.ToTensor()]))
+    data = open_dataset(Data(name="imagefolder", path=str(by_class), resize=resize, crop=crop))
+    assert (len(data), data.num_classes) == (20, 19)
+    for index, (expected, label) in enumerate(truth):
+        if crop is None and expected.shape != truth[0][0].shape:
+            with pytest.raises(UserError, match=rf"sample {index} is 449 x 300 pixels, but sample 0 .* is 300 x 300"):
+                data[index]
+            continue
+        sample = data[index]
+        assert sample.image_CHW.dtype == np.float32
+        assert (sample.image_CHW == expected.numpy()).all()
+        assert sample.label == label
+        stored = Path(truth.samples[index][0]).read_bytes()
+        assert sample.sha256 == hashlib.sha256(stored + str(label).encode()).hexdigest()
+
+
+def test_file_endings_are_torchvisions():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert data_module._ENDINGS == IMG_EXTENSIONS
+
+
+@needs_photographs
+def test_images_of_unequal_size_or_too_small_are_refused(by_class):
+    data = open_dataset(Data(name="imagefolder", path=str(by_class)))
+    assert data[1].image_CHW.shape == (3, 512, 512)
+    unequal = next(index for index in range(20) if "_541" in data._source.place(index))
+    with pytest.raises(UserError, match=r"_541\.jpg: sample \d+ is 1024 x 683 pixels, but sample 0 \(.*imagenet_17_22"
+                                        r"\.jpg\) is 512 x 512.*set data\.resize and data\.crop"):  # fmt: skip
+        data[unequal]
+    small = open_dataset(Data(name="imagefolder", path=str(by_class), crop=600))
+    with pytest.raises(UserError, match=r"sample 0 is 512 x 512 pixels, smaller than data\.crop = 600"):
+        small[0]
+
+
+def test_class_folders_that_cannot_be_right_are_named(tmp_path):
+    def folder(**classes):
+        root = tmp_path / f"set-{len(list(tmp_path.iterdir()))}"
+        root.mkdir()
+        for name, files in classes.items():
+            (root / name).mkdir()
+            for file in files:
+                (root / name / file).write_bytes(png(np.zeros((4, 4), np.uint8)))
+        return str(root)
+
+    cases = [
+        (None, r"data\.path is missing"),
+        ("s3://bucket/images", "reads folders of this node only"),
+        (str(tmp_path / "none"), "No such file or directory; name the folder of class folders"),
+        (folder(), "no folder in it"),
+        (folder(a=["1.png"], b=["notes.txt"]), "no image .* in the class folder b, which yet counts as a class"),
+        (folder(train=["1.png"], test=["1.png"]), "holds test, train, which are splits, not classes"),
+        (folder(a=["1.png"]), r"only the class folder a; set data\.num_classes"),
+    ]
+    for path, message in cases:
+        with pytest.raises(UserError, match=message):
+            open_dataset(Data(name="imagefolder", path=path))
+    grey = open_dataset(Data(name="imagefolder", path=folder(b=["2.PNG", "1.png"], a=["3.jpeg"])))
+    assert [grey[index].label for index in range(3)] == [0, 1, 1]
+    assert [Path(grey._source.place(index)).name for index in range(3)] == ["3.jpeg", "1.png", "2.PNG"]
+    assert grey[0].image_CHW.shape == (3, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def imagenet_classes() -> list[str]:
+    timm = importlib.util.find_spec("timm")
+    if timm is None:
+        pytest.skip("timm, which ships ImageNet's class names, is missing")
+    return (Path(str(timm.origin)).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+
+
+def test_imagenets_classes_are_in_sorted_order(imagenet_classes):
+    assert imagenet_classes == sorted(imagenet_classes)
+    assert hashlib.sha256("\n".join(imagenet_classes).encode()).hexdigest() == data_module._IMAGENET_CLASSES
+
+
+@needs_photographs
+def test_imagenet(imagenet_classes, tmp_path, caplog):
+    from torchvision import transforms
+
+    for name in imagenet_classes:
+        (tmp_path / "val" / name).mkdir(parents=True)
+    for path, label in photographs("imagenet"):
+        shutil.copy(path, tmp_path / "val" / imagenet_classes[label] / path.name)
+    caplog.set_level(logging.INFO, "pipeline.data")
+    data = open_dataset(Data(name="imagenet", path=str(tmp_path)))
+    assert "classes 0 n01440764 to 999 n15075141, 20 images" in caplog.text
+    assert (len(data), data.num_classes) == (20, 1000)
+    truth = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
+    expected = sorted(photographs("imagenet"), key=lambda one: (one[1], one[0].name))
+    for index, (path, label) in enumerate(expected):
+        assert data[index].label == label
+        assert (data[index].image_CHW == truth(Image.open(path).convert("RGB")).numpy()).all()
+    flat = open_dataset(Data(name="imagenet", path=str(tmp_path / "val"), resize=300, crop=299))
+    assert flat[0].image_CHW.shape == (3, 299, 299)
+    (tmp_path / "val" / "n15075141").rename(tmp_path / "val" / "n15075142")
+    with pytest.raises(UserError, match=r"\(n01440764 to n15075142\) are not those of ILSVRC-2012"):
+        open_dataset(Data(name="imagenet", path=str(tmp_path)))
+    shutil.rmtree(tmp_path / "val" / "n15075142")
+    with pytest.raises(UserError, match=r"found 999 class folders .*, n01440764 the first, but ImageNet has 1000"):
+        open_dataset(Data(name="imagenet", path=str(tmp_path)))
+
+
+def test_imagenet_without_class_folders(tmp_path):
+    with pytest.raises(UserError, match="found 0 class folders"):
+        open_dataset(Data(name="imagenet", path=str(tmp_path)))
+    (tmp_path / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match="sort them into the 1000 class folders"):
+        open_dataset(Data(name="imagenet", path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"data\.split = 'heldout': imagenet has the splits"):
+        open_dataset(Data(name="imagenet", path=str(tmp_path), split="heldout"))
+
+
+def test_resize_and_crop_in_a_spec(raw_spec):
+    before = votes_id(load_spec(raw_spec), {})
+    assert votes_id(load_spec(raw_spec, ["data.resize=8"]), {}) != before
+    raw_spec["data"]["name"] = "imagenet"
+    spec = load_spec(raw_spec)
+    assert (spec.data.resize, spec.data.crop) == (256, 224)
+    assert votes_id(load_spec(raw_spec, ["data.resize=256", "data.crop=224"]), {}) == votes_id(spec, {})
+    with pytest.raises(UserError, match=r"\[data\] crop = 224 exceeds resize = 128, the shorter side"):
+        load_spec(raw_spec, ["data.resize=128"])
+    with pytest.raises(UserError, match=r"data\.crop = 0: input should be greater"):
+        load_spec(raw_spec, ["data.crop=0"])
+
+
+def pickled(pixels_NHWC, labels) -> bytes:
+    return pickle.dumps({"data": pixels_NHWC.transpose(0, 3, 1, 2).reshape(len(labels), -1), "labels": labels})
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A small CIFAR-10 of foolbox's photographs as its python version stores them, with their own md5 sums."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+    pixels_NHWC = np.stack([np.asarray(Image.open(path)) for path, _ in photographs("cifar10")])
+    labels = [label for _, label in photographs("cifar10")]
+    folder = tmp_path / "given" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    files = {
+        "test_batch": pickled(pixels_NHWC, labels),
+        "batches.meta": pickle.dumps({"label_names": list("abcdefghij")}),
+    }
+    files |= {f"data_batch_{batch}": pickled(pixels_NHWC[batch::6], labels[batch::6]) for batch in range(1, 6)}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[f"data_batch_{batch}", sums[f"data_batch_{batch}"]] for batch in range(1, 6)]
+    )
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    with tarfile.open(tmp_path / CIFAR10.filename, "w:gz") as archive:
+        archive.add(folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((tmp_path / CIFAR10.filename).read_bytes()).hexdigest())
+    return tmp_path, pixels_NHWC, labels
+
+
+@needs_photographs
+def test_cifar10_from_a_folder(cifar10):
+    root, pixels_NHWC, labels = cifar10
+    data = open_dataset(Data(name="cifar10", path=str(root / "given")))
+    assert (len(data), data.num_classes) == (20, 10)
+    for index, label in enumerate(labels):
+        expected = pixels_NHWC[index].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        assert (data[index].image_CHW == expected).all()
+        assert data[index].image_CHW.dtype == np.float32
+        assert data[index].sha256 == hashlib.sha256(pixels_NHWC[index].tobytes() + str(label).encode()).hexdigest()
+    train = open_dataset(Data(name="cifar10", path=str(root / "given"), split="train"))
+    assert [train[index].label for index in range(3)] == labels[1::6][:3]
+    with pytest.raises(IndexError):
+        data[20]
+    (root / "given" / "cifar-10-batches-py" / "test_batch").write_bytes(b"other")
+    with pytest.raises(UserError, match="a file is missing or damaged"):
+        open_dataset(Data(name="cifar10", path=str(root / "given")))
+
+
+@needs_photographs
+def test_cifar10_from_its_archive_and_by_download(cifar10, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    root, _, labels = cifar10
+    asked = []
+
+    def fetch(uri):
+        asked.append(uri)
+        return root / CIFAR10.filename
+
+    monkeypatch.setattr(data_module, "fetch", fetch)
+    for path in (str(root), str(root / CIFAR10.filename), None, "s3://bucket/cifar-10-python.tar.gz", None):
+        if path != str(root / CIFAR10.filename):  # what the call before has left is used
+            shutil.rmtree(root / "cache", ignore_errors=True)
+        assert [open_dataset(Data(name="cifar10", path=path))[3].label] == labels[3:4]
+    assert asked == [CIFAR10.url, "s3://bucket/cifar-10-python.tar.gz", CIFAR10.url]
+    (root / "cache" / "cifar10" / CIFAR10.base_folder / "data_batch_3").unlink()  # as if killed while unpacking
+    assert open_dataset(Data(name="cifar10"))[3].label == labels[3]
+    shutil.rmtree(root / "cache")
+    (root / CIFAR10.filename).write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"not cifar-10-python\.tar\.gz as published \(md5 \w{32}\): delete it"):
+        open_dataset(Data(name="cifar10"))
+
+
+def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+
+    def fail(uri):
+        raise UserError(f"{uri}: unknown host")
+
+    monkeypatch.setattr(data_module, "fetch", fail)
+    with pytest.raises(UserError, match=r"cannot be downloaded: https://.*put it into a folder, and name that"):
+        open_dataset(Data(name="cifar10"))
+    with pytest.raises(UserError, match=r"neither cifar-10-batches-py nor cifar-10-python\.tar\.gz stands there"):
+        open_dataset(Data(name="cifar10", path=str(tmp_path)))
+    with pytest.raises(UserError, match="cifar10 has the splits test and train"):
+        open_dataset(Data(name="cifar10", split="val"))
+    with pytest.raises(UserError, match="all 32 x 32"):
+        open_dataset(Data(name="cifar10", resize=64))
+
+
+def test_what_is_known_without_opening():
+    assert known_facts(Data(name="cifar10")) == Facts(10_000, (3, 32, 32), 10)
+    assert known_facts(Data(name="cifar10", split="train")) == Facts(50_000, (3, 32, 32), 10)
+    assert known_facts(Data(name="imagenet")) == Facts(50_000, (3, 224, 224), 1000)
+    assert known_facts(Data(name="imagenet", resize=512, crop=512)) == Facts(50_000, (3, 512, 512), 1000)
+    assert known_facts(Data(name="parquet", path="a")) is None
+    mnist = open_dataset(Data(name="mnist", split="heldout"))
+    found = Facts(len(mnist), mnist[0].image_CHW.shape, mnist.num_classes)
+    assert known_facts(Data(name="mnist", split="heldout")) == found
+
+
+def test_modes_within_one_set(tmp_path):
+    """Grey images in a coloured set become coloured; colour in a grey set is refused; resizing makes all coloured."""
+    grey = png(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    colour = png(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    data = open_dataset(write(tmp_path / "a.parquet", {"image": [colour, grey], "label": [0, 1]}))
+    assert (data[1].image_CHW == data[1].image_CHW[:1]).all()
+    assert data[1].image_CHW.shape == (3, 4, 4)
+    path = write(tmp_path / "b.parquet", {"image": [grey, colour], "label": [0, 1]})
+    assert open_dataset(path)[0].image_CHW.shape == (1, 4, 4)
+    with pytest.raises(UserError, match="sample 1 is of mode RGB, but sample 0 is grey"):
+        open_dataset(path)[1]
+    resized = open_dataset(path.model_copy(update={"resize": 2}))
+    assert [resized[index].image_CHW.shape for index in (1, 0)] == [(3, 2, 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("RGB", 100), ("RGBA", 100), ("LA", 100), ("P", None), ("1", 0), ("CMYK", None), ("I;16", UserError)],
+)
+def test_every_mode_is_decoded_or_named(tmp_path, mode, expected):
+    with io.BytesIO() as buffer:
+        image = Image.new("RGB", (4, 4), (100, 100, 100)).convert(mode) if mode != "I;16" else Image.new(mode, (4, 4))
+        image.save(buffer, format="JPEG" if mode == "CMYK" else "PNG")
+        stored = buffer.getvalue()
+    data = open_dataset(write(tmp_path / "a.parquet", {"image": [stored] * 2, "label": [0, 1]}))
+    if expected is UserError:
+        with pytest.raises(
+            UserError, match=r"image of sample 1 has more than 8 bits a pixel .*convert the images to 8 bits"
+        ):
+            data[1]
+        return
+    assert data[1].image_CHW.shape == (3, 4, 4)
+    if expected is not None and mode != "1":
+        assert (data[1].image_CHW == np.float32(expected) / np.float32(255)).all()
+
+
+def test_damage_anywhere_is_one_line(tmp_path):
+    """Any cut or flipped bytes give an image or a UserError, never another exception."""
+    noise = np.random.default_rng(0)
+    picture = Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    stored = []
+    for good in (jpeg(picture), png(np.asarray(picture))):
+        stored += [good[:length] for length in range(0, len(good), 41)]
+        for _ in range(40):
+            bad = bytearray(good)
+            bad[noise.integers(len(bad))] ^= 1 << noise.integers(8)
+            stored.append(bytes(bad))
+    data = open_dataset(
+        write(tmp_path / "a.parquet", {"image": [jpeg(picture), *stored], "label": [0, 1] + [0] * (len(stored) - 1)})
+    )
+    outcomes = set()
+    for index in range(1, len(data)):
+        try:
+            outcomes.add(type(data[index]))
+        except UserError as error:
+            outcomes.add((UserError, f"sample {index} " in str(error)))
+    assert outcomes == {Sample, (UserError, True)}
+
+
+def in_parts(folder: Path, split: str = "test", **changed) -> list[bytes]:
+    """Ten 4 x 4 images in three files of Hugging Face's names, row groups of two."""
+    stored = [png(np.full((4, 4), 10 * index, np.uint8)) for index in range(10)]
+    folder.mkdir(exist_ok=True)
+    for part, (start, stop) in enumerate([(0, 5), (5, 6), (6, 10)]):
+        columns = {"image": stored[start:stop], "label": [index % 2 for index in range(start, stop)]}
+        if part == 2:
+            columns |= changed
+        pq.write_table(pa.table(columns), folder / f"{split}-0000{part}-of-00003.parquet", row_group_size=2)
+    return stored
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    stored = in_parts(tmp_path / "a")
+    in_parts(tmp_path / "a", "train")
+    data = open_dataset(Data(name="parquet", path=str(tmp_path / "a")))
+    assert (len(data), data.num_classes) == (10, 2)
+    for index in (9, 0, 5, 4, 6, 1, 8):
+        assert data[index].image_CHW[0, 0, 0] == np.float32(10 * index) / np.float32(255)
+        assert data[index].label == index % 2
+        assert data[index].sha256 == hashlib.sha256(stored[index] + str(index % 2).encode()).hexdigest()
+    assert data._source.place(5).endswith("test-00001-of-00003.parquet")
+    with pytest.raises(IndexError):
+        data[10]
+    with pytest.raises(UserError, match=r"data\.split = 'validation': .*/a holds test, train; set data\.split"):
+        open_dataset(Data(name="parquet", path=str(tmp_path / "a"), split="validation"))
+    for number, name in enumerate(("x.parquet", "y.parquet")):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"image": stored[number : number + 1], "label": [number]}), tmp_path / "b" / name)
+    assert len(open_dataset(Data(name="parquet", path=str(tmp_path / "b"), split="validation"))) == 2
+
+
+def test_folders_of_parquet_files_that_do_not_fit(tmp_path):
+    in_parts(tmp_path / "a", label=["x"] * 4)
+    with pytest.raises(UserError, match=r"test-00002-of.*label: string\) differ from those of .*test-00000"):
+        open_dataset(Data(name="parquet", path=str(tmp_path / "a")))
+    in_parts(tmp_path / "b", more=[1] * 4)
+    with pytest.raises(UserError, match=r"test-00002-of.*more: int64\) differ from those of"):
+        open_dataset(Data(name="parquet", path=str(tmp_path / "b")))
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match=r"no \*\.parquet in it"):
+        open_dataset(Data(name="parquet", path=str(tmp_path / "c")))
+    with pytest.raises(UserError, match="column 'image' is string; it must hold encoded images"):
+        open_dataset(write(tmp_path / "d.parquet", {"image": ["a.png"], "label": [0]}))
+    empty = pa.array([{"bytes": None, "path": "a.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    data = write(tmp_path / "e.parquet", {"image": empty, "label": [1]})
+    with pytest.raises(UserError, match="sample 0 has no image bytes"):
+        open_dataset(data)[0]
+
+
+def test_classes_named_in_hugging_faces_metadata(tmp_path):
+    stored = [png(np.zeros((4, 4), np.uint8))] * 2
+    names = {"info": {"features": {"label": {"names": list("abcdefg"), "_type": "ClassLabel"}}}}
+    table = pa.table({"image": stored, "label": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    data = Data(name="parquet", path=str(tmp_path / "a.parquet"))
+    assert open_dataset(data).num_classes == 7
+    assert open_dataset(data.model_copy(update={"num_classes": 9})).num_classes == 9
+    pq.write_table(table.replace_schema_metadata({"huggingface": "{"}), tmp_path / "a.parquet")
+    assert open_dataset(data).num_classes == 2
+
+
+@pytest.fixture
+def moto(monkeypatch) -> Iterator[object]:
+    credentials(monkeypatch)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it saw first
+    with moto_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="bucket")
+        yield client
+
+
+def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
+    stored = [np.random.default_rng(index).bytes(50_000) for index in range(100)]  # no images: only bytes count here
+    stored[7] = png(np.full((4, 4), 70, np.uint8))
+    stored[0] = stored[50] = stored[88] = stored[7]
+    for part in range(2):
+        rows = slice(50 * part, 50 * (part + 1))
+        table = pa.table({"image": stored[rows], "label": [index % 10 for index in range(100)][rows]})
+        pq.write_table(table, tmp_path / "part.parquet", row_group_size=5)
+        moto.upload_file(str(tmp_path / "part.parquet"), "bucket", f"set/test-0000{part}-of-00002.parquet")
+    read = []
+    readinto = S3File.readinto
+
+    def counting(self, buffer):
+        read.append(readinto(self, buffer))
+        return read[-1]
+
+    monkeypatch.setattr(S3File, "readinto", counting)
+    data = open_dataset(Data(name="parquet", path="s3://bucket/set", num_classes=10))
+    assert len(data) == 100
+    assert sum(read) < 200_000
+    read.clear()
+    assert data[7].sha256 == hashlib.sha256(stored[7] + b"7").hexdigest()
+    assert sum(read) < 2 * 5 * 50_000 + 100_000  # the sample's row group, and sample 0's for the mode
+    read.clear()
+    assert data[88].label == 8
+    assert sum(read) < 5 * 50_000 + 10_000
+    one = open_dataset(Data(name="parquet", path="s3://bucket/set/test-00001-of-00002.parquet"))
+    assert (len(one), one.num_classes) == (50, 10)
+    assert one[38][1:] == data[88][1:]
+    for path, message in [
+        ("s3://bucket/none.parquet", "there is no such file"),
+        ("s3://nobucket/none.parquet", r"there is no such file|there is no bucket"),
+        ("s3://nobucket/set", "there is no bucket nobucket"),
+        ("s3://bucket/empty", r"no \*\.parquet in it"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_dataset(Data(name="parquet", path=path))
