@@ -134,7 +134,7 @@ def shown(uri: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if query else ''}"
 
 
-def full_disk(folder: Path, needed: int | None) -> RunError:
+def _full_disk(folder: Path, needed: int | None) -> RunError:
     """What to say where `folder` has no room for `needed` more bytes."""
     asked = f"{needed / 1e6:,.1f} MB are needed and " if needed is not None else ""
     return RunError(
@@ -257,7 +257,7 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 needed = _read_json(state).get("total")
                 part.unlink(missing_ok=True)
-                raise full_disk(path.parent, needed) from error
+                raise _full_disk(path.parent, needed) from error
             raise RunError(
                 f"{path.parent}: cannot write to the cache folder: {error.strerror or error}; set DIFFSMOOTH_CACHE to "
                 "another one"
@@ -287,7 +287,7 @@ def _transfer(uri: str, part: Path, state: Path) -> None:
     connect = _from_s3 if uri.startswith("s3://") else _from_http
     with connect(uri, start, etag) as answer:
         if answer.total is not None and answer.total - answer.start > shutil.disk_usage(part.parent).free:
-            raise full_disk(part.parent, answer.total - answer.start)
+            raise _full_disk(part.parent, answer.total - answer.start)
         if not answer.start:
             part.unlink(missing_ok=True)  # before the state, which would call it a part of another version
             _write_json(state, {"etag": answer.etag, "total": answer.total})
