@@ -29,6 +29,7 @@ ALLOWED = {
     "pipeline.certify": {"pipeline.votes"},
     "pipeline.sampling": VOTES,
     "pipeline.curve": VOTES,
+    "pipeline.logs": VOTES,
     "cluster.worker": {"pipeline", "pipeline.smoothing", "pipeline.data", "pipeline.votes", "pipeline.noise"},
     "cluster.scheduler": set(),
     "cluster.driver": {"cluster.worker", "cluster.scheduler", "pipeline.sampling", "pipeline.votes", "pipeline.data"},
@@ -66,7 +67,8 @@ def test_imports_run_one_way(module, path):
 
 
 def test_the_table_half_works_without_torch_and_ray():
-    names = [f"pipeline.{name}" for name in ("store", "votes", "certify", "sampling", "curve", "data", "fetch")]
+    table = ("store", "votes", "certify", "sampling", "curve", "logs", "tables", "data", "fetch")
+    names = [f"pipeline.{name}" for name in table]
     imports = ", ".join([*names, "jobs.cli"])
     code = f"import sys, {imports}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
