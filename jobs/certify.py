@@ -5,23 +5,24 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pipeline import curve as curves
 from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound
 from pipeline.curve import Curve, curve_of
 from pipeline.data import open_dataset, sample_indices
+from pipeline.logs import write_log
 from pipeline.sampling import Order, missing_blocks, order_of, place_order, post_hoc_samples, read_orders
 from pipeline.spec import STAGES, Block, RunSpec, UserError, check_multiple
 from pipeline.store import Store, open_store
+from pipeline.tables import render
 from pipeline.votes import (
     block_lengths,
     claim_run,
@@ -164,13 +165,14 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
         store.replace(f"{folder}/curve.png", picture.getvalue())
     if not quiet:
         console = Console()
-        print_curves([curve], console)
+        console.out(render([curve]), end="", highlight=False)
         order = orders[order_name]
         console.print(
             f"order {order_name}: n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, {curve.num_samples} samples"
             f"{'; POST HOC: an earlier order has looked at these samples' if curve.post_hoc else ''}\n"
             f"{store.uri}/{folder}: certificates.parquet, curve.csv, curve.png",
             highlight=False,
+            soft_wrap=True,
         )
     if incomplete:
         shown = ", ".join(map(str, incomplete[:10])) + (", ..." if len(incomplete) > 10 else "")
@@ -219,23 +221,6 @@ def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, cu
             f"{radius:g}": value for radius, value in zip(radii, curve.at(radii).tolist(), strict=True)
         },
     }
-
-
-def print_curves(shown: Sequence[Curve], console: Console) -> None:
-    """Certified accuracy at radii, a row a curve, with ACR and abstention rate; a star marks post hoc."""
-    radii = curves.table_radii(shown)
-    table = Table(title="certified accuracy, %, at l2 radius", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("run", no_wrap=True)
-    for heading in ("ACR", "abstain", *(f"{radius:g}" for radius in radii)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for curve in shown:
-        cells = [f"{100 * value:.1f}" for value in curve.at(radii)]
-        marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
-        table.add_row(curve.name + marks, f"{curve.acr:.3f}", f"{100 * curve.abstention_rate:.1f}%", *cells)
-    console.width = max(console.width, 50 + 6 * len(radii))  # a narrow terminal wraps; no figure is cut short
-    console.print(table)
-    if any(curve.post_hoc for curve in shown):
-        console.print("* post hoc: an earlier order has looked at these samples")
 
 
 class _Watch:
@@ -324,8 +309,10 @@ class _Watch:
             del self._counts[sample, "selection"], self._counts[sample, "estimation"]
 
 
-def analyze(run_uri: str, *, alpha: float | None, n0: int | None, n: int | None, quiet: bool) -> dict[str, Any]:
-    """Another order over all samples of the run's orders, from the votes that stand.
+def analyze(
+    run_uri: str, *, alpha: float | None, n0: int | None, n: int | None, export_tsv: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Another order over all samples of the run's orders, from the votes that stand; its log, where that is asked for.
 
     Raises: UserError for draws that were not cast, naming the most that were.
     """
@@ -350,7 +337,22 @@ def analyze(run_uri: str, *, alpha: float | None, n0: int | None, n: int | None,
             most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
             raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
     order = Order(samples=samples, alpha=alpha, n0=asked["n0"], n=asked["n"])
-    return _conclude(store, place_order(store, order), quiet=quiet)
+    order_name = place_order(store, order)
+    result = _conclude(store, order_name, quiet=quiet)
+    if export_tsv:
+        certificates = pd.read_parquet(io.BytesIO(store.read(f"orders/{order_name}/certificates.parquet")))
+        with writing("--export-tsv", export_tsv):
+            Path(export_tsv).write_text(write_log(certificates))
+    return result
+
+
+@contextmanager
+def writing(option: str, path: str) -> Iterator[None]:
+    """Turn a failure to write what an option asks for into the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot write it: {error.strerror}; choose another place") from error
 
 
 def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
@@ -361,27 +363,17 @@ def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
     return drawn
 
 
-def compare(run_uris: Sequence[str], picture: str, order_name: str | None) -> None:
-    """Several runs' curves in one table and one picture."""
-    if Path(picture).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {picture}: the ending must be .png, .pdf or .svg")
-    shown = []
-    for run_uri in run_uris:
-        store = open_store(run_uri)
-        run, orders = read_run(store), read_orders(store)
-        name = order_name or next(iter(orders), "")
-        if name not in orders:
-            raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
-        curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))
-        if not curve.num_samples:
-            raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
-        shown.append(curve)
-    print_curves(shown, Console())
-    try:
-        curves.plot(shown, picture)
-    except OSError as error:
-        raise UserError(f"--plot {picture}: cannot write it: {error.strerror}; choose another place") from error
-    Console().print(f"{picture}: the curves, with 95 % intervals", highlight=False)
+def stored_curve(run_uri: str, order_name: str | None) -> Curve:
+    """The curve of one of a run's orders, the first unless one is named. Raises: UserError where there is none."""
+    store = open_store(run_uri)
+    run, orders = read_run(store), read_orders(store)
+    name = order_name or next(iter(orders), "")
+    if name not in orders:
+        raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
+    curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))
+    if not curve.num_samples:
+        raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
+    return curve
 
 
 def run_status(run_uri: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from typing import Any
 import click
 
 from jobs import certify as certification
+from jobs.curve import compare
 from pipeline.spec import RunError, UserError, load_spec
+from pipeline.tables import FORMATS
 
 SPECS = Path(__file__).parent / "specs"
 
@@ -144,37 +146,66 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
 @click.option("--n0", type=int, help="Selection draws to use. [default: the first order's]")
 @click.option("--n", type=int, help="Estimation draws to use. [default: the first order's]")
+@click.option(
+    "--export-tsv",
+    metavar="FILE",
+    help="Write the certificates as a log in Cohen's layout too, radii rounded down to 6 decimals.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def analyze(run: str, alpha: float | None, n0: int | None, n: int | None, as_json: bool) -> None:
+def analyze(
+    run: str, alpha: float | None, n0: int | None, n: int | None, export_tsv: str | None, as_json: bool
+) -> None:
     """Another order from RUN's stored votes: no draws, no GPU. Marked post hoc where it is a second look.
 
     \b
     diffsmooth analyze runs/mnist --alpha 0.01
     """
-    result = certification.analyze(run, alpha=alpha, n0=n0, n=n, quiet=as_json)
+    result = certification.analyze(run, alpha=alpha, n0=n0, n=n, export_tsv=export_tsv, quiet=as_json)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     sys.exit(0 if result["complete"] else 1)
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option(
-    "--plot",
-    "picture",
-    type=click.Path(dir_okay=False),
-    default="curves.png",
-    show_default=True,
-    help="The picture to write: .png, .pdf or .svg.",
-)
+@click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_LOG...")
 @click.option("--order", default=None, help="Which order of each run. [default: the first]")
-def curve(runs: tuple[str, ...], picture: str, order: str | None) -> None:
-    """One table and one picture of several runs.
+@click.option("--grid", metavar="START:STOP:STEP", help="Radii: exact decimals up to STOP. [default: round ones]")
+@click.option("--float-grid", is_flag=True, help="Radii as published tables have them: numpy.arange in floats.")
+@click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True, help="The table's format."
+)
+@click.option("--output", metavar="FILE", help="Write the table to this file. [default: stdout]")
+@click.option("--plot", "picture", metavar="FILE", help="Draw the curves: .png, .pdf or .svg.")
+@click.option("--envelope", is_flag=True, help="Add the best of the curves at each radius, and whose it is.")
+def curve(
+    sources: tuple[str, ...],
+    order: str | None,
+    grid: str | None,
+    float_grid: bool,
+    form: str,
+    output: str | None,
+    picture: str | None,
+    envelope: bool,
+) -> None:
+    """One table and one picture of several runs and published logs.
+
+    A folder or s3://BUCKET/PREFIX is a run; a file is a log in Cohen's layout. NAME=PATH names a curve, LOG@SIGMA tells
+    a log's sigma.
 
     \b
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
+    diffsmooth curve runs/my-0.50 Cohen=sigma_0.50@0.5 --grid 0:1.5:0.25 --format latex
     """
-    certification.compare(runs, picture, order)
+    compare(
+        sources,
+        order_name=order,
+        grid=grid,
+        float_grid=float_grid,
+        form=form,
+        output=output,
+        picture=picture,
+        envelope=envelope,
+    )
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""Certificates -> certified-accuracy curve, average certified radius (ACR), tables, plots.
+"""Certificates -> certified-accuracy curve, average certified radius (ACR), envelope, plots.
 
 Certified accuracy at radius r is the share of all samples, abstentions included, whose prediction is right with a
 certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of radius where right
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ BAND = "Clopper-Pearson 95 % per radius"
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Certified accuracy of one run's certificates; incomplete samples are counted apart, never as wrong."""
+    """Certified accuracy of a run's or a log's certificates; incomplete samples are counted apart, never as wrong."""
 
     name: str
     radii: NDArray[np.float64]  # certified radius of each complete sample, 0 where it counts nothing, ascending
@@ -29,8 +29,8 @@ class Curve:
     abstained: int
     incomplete: int
     post_hoc: bool
-    sigma: float
-    max_radius: float  # what n and alpha allow
+    sigma: float | None  # None where a log does not tell
+    max_radius: float  # what n and alpha allow; of a log, the largest that it holds
 
     @property
     def num_samples(self) -> int:
@@ -72,7 +72,7 @@ class Curve:
         return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
 
 
-def curve_of(name: str, certificates: pd.DataFrame, sigma: float, max_radius: float) -> Curve:
+def curve_of(name: str, certificates: pd.DataFrame, sigma: float | None, max_radius: float) -> Curve:
     """The curve of a certificates table."""
     complete = certificates[certificates["status"] != "incomplete"]
     return Curve(
@@ -87,6 +87,22 @@ def curve_of(name: str, certificates: pd.DataFrame, sigma: float, max_radius: fl
     )
 
 
+class Envelope(NamedTuple):
+    """The best of several curves at each radius, as papers report it over several sigmas.
+
+    Chosen after looking, and no certificate of one classifier: each value is that of its `best` curve.
+    """
+
+    certified_accuracy: NDArray[np.float64]
+    best: list[Curve]
+
+
+def envelope_of(curves: Sequence[Curve], radii: ArrayLike) -> Envelope:
+    """The highest certified accuracy at each radius, and the first curve that reaches it."""
+    accuracies = np.array([curve.at(radii) for curve in curves])
+    return Envelope(accuracies.max(axis=0), [curves[index] for index in accuracies.argmax(axis=0)])
+
+
 def grid(step: float, stop: float) -> NDArray[np.float64]:
     """Decimal radii 0, step, 2 step, ... up to the first that is at least `stop`."""
     return np.array([round(index * step, 10) for index in range(math.ceil(stop / step - 1e-9) + 1)])
@@ -99,44 +115,45 @@ def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
     return np.array([0.0]) if math.isinf(step) else grid(step, math.floor(reach / step) * step)
 
 
-def plot(curves: Sequence[Curve], path: str | Path | BinaryIO, title: str | None = None) -> None:
-    """Draw the curves with their bands into one picture, a panel per sigma.
+def plot(
+    curves: Sequence[Curve], path: str | Path | BinaryIO, title: str | None = None, *, envelope: bool = False
+) -> None:
+    """Draw the curves with their bands into one picture, a panel per sigma, and one for logs that do not tell it.
 
     A path's ending chooses PNG, PDF or SVG; a file object gets PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sigmas = sorted({curve.sigma for curve in curves})
+    sigmas = sorted({curve.sigma for curve in curves}, key=lambda sigma: math.inf if sigma is None else sigma)
     figure = Figure(figsize=(max(6.4, 4.6 * len(sigmas)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for index, sigma in enumerate(sigmas):
         axes = figure.add_subplot(1, len(sigmas), index + 1)
-        axes.set_title(f"$\\sigma$ = {sigma:g}", fontsize=10)
-        draw(axes, [curve for curve in curves if curve.sigma == sigma])
+        axes.set_title("published logs" if sigma is None else f"$\\sigma$ = {sigma:g}", fontsize=10)
+        draw(axes, [curve for curve in curves if curve.sigma == sigma], envelope_over=curves if envelope else ())
     if title:
         figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=160)
 
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.
-_STYLES = [
-    ("#0072B2", "-"),
-    ("#D55E00", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-    ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
-]
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
-def draw(axes: Any, curves: Sequence[Curve]) -> None:
-    """Draw the curves on matplotlib axes."""
-    reach = max(curve.max_radius for curve in curves)
+def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] = ()) -> None:
+    """Draw the curves on matplotlib axes, and beneath them the envelope of others if some are given."""
+    reach = max(curve.max_radius for curve in curves) or 1.0
     radii = np.linspace(0, reach * 1.02, 1000)
+    if envelope_over:
+        best = envelope_of(envelope_over, radii).certified_accuracy
+        axes.plot(radii, best, color="black", linewidth=3.2, label=f"envelope of {len(envelope_over)} curves, post hoc")
     for index, curve in enumerate(curves):
-        colour, style = _STYLES[index % len(_STYLES)]
+        turn = index // len(_COLOURS)  # a colour that comes again has another line style
+        colour, style = _COLOURS[index % len(_COLOURS)], _LINES[(index + turn) % len(_LINES)]
         table = curve.table(radii)
-        label = f"{curve.name} (ACR {curve.acr:.3f}{', post hoc' if curve.post_hoc else ''})"
+        label = f"{curve.name} (ACR {curve.acr:.3f}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))

@@ -30,6 +30,7 @@ ALLOWED = {
     "pipeline.sampling": VOTES,
     "pipeline.curve": VOTES,
     "pipeline.logs": VOTES,
+    "pipeline.tables": VOTES | {"pipeline.curve"},
     "cluster.worker": {"pipeline", "pipeline.smoothing", "pipeline.data", "pipeline.votes", "pipeline.noise"},
     "cluster.scheduler": set(),
     "cluster.driver": {"cluster.worker", "cluster.scheduler", "pipeline.sampling", "pipeline.votes", "pipeline.data"},

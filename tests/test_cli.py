@@ -1,6 +1,7 @@
 """The command line's mistakes: one clear line, the right exit status, before anything is launched."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -178,8 +181,12 @@ def test_status_and_curve(stored, tmp_path):
     assert facts["orders"]["001"]["draws_missing"] == 0
     assert "3 of 3 samples" in run("status", stored).output
     picture = tmp_path / "a.svg"
-    result = run("curve", stored, stored, "--plot", picture)
+    before = sorted(tmp_path.iterdir())
+    assert run("curve", stored).exit_code == 0
+    assert sorted(tmp_path.iterdir()) == before  # no picture unless it is asked for
+    result = run("curve", stored, f"again={stored}", "--plot", picture)
     assert result.exit_code == 0, result.output
+    assert "again" in result.stdout
     assert picture.exists()
     assert ".png, .pdf or .svg" in refused(2, "curve", stored, "--plot", tmp_path / "a.gif")
     assert "choose another place" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
@@ -201,3 +208,112 @@ def test_missing_block_is_said_by_status(stored):
     facts = json.loads(run("status", stored, "--json").stdout)["orders"]["001"]
     assert (facts["draws_missing"], facts["incomplete"], facts["samples"]) == (100, 1, 2)
     assert "the most that stands for every sample is 100" in refused(2, "analyze", stored)
+
+
+LOG = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t{}\t1\t17.5\n20\t7\t5\t0.413\t0\t17.5\n"
+
+
+def log(path: Path, radius: str = "0.35") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(LOG.format(radius))
+    return path
+
+
+def table_of(*arguments: str) -> pd.DataFrame:
+    result = run("curve", *arguments, "--format", "csv")
+    assert result.exit_code == 0, result.output
+    return pd.read_csv(io.StringIO(result.stdout), dtype={"radius": str}).astype({"radius": float})  # to the last bit
+
+
+def test_a_run_and_logs_side_by_side(stored, tmp_path):
+    logs = [log(tmp_path / f"noise_{sigma}" / "test" / "sigma_0.50", f"{sigma}") for sigma in (0.25, 0.5)]
+    sources = [stored, f"{logs[0]}@0.25", f"{logs[1]}", f"Cohen={logs[1]}@0.5"]
+    grid = ("--grid", "0:0.5:0.25", "--envelope")
+    table = table_of(*sources, *grid)
+    assert table["run"].unique().tolist() == [
+        "mnist-cohen-0.50", "noise_0.25/test/sigma_0.50", "noise_0.5/test/sigma_0.50", "Cohen", "envelope"
+    ]  # fmt: skip
+    by_run = {name: rows["certified_accuracy"].tolist() for name, rows in table.groupby("run")}
+    assert by_run["noise_0.25/test/sigma_0.50"] == [0.5, 0.5, 0]
+    assert by_run["Cohen"] == [0.5, 0.5, 0.5]
+    envelope = by_run.pop("envelope")
+    assert envelope == [max(values) for values in zip(*by_run.values(), strict=True)]
+    output, picture = tmp_path / "a.tex", tmp_path / "a.PNG"
+    result = run("curve", *sources, *grid, "--format", "latex", "--output", output, "--plot", picture)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "mnist-cohen-0.50 & " in output.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_grids(tmp_path):
+    """A radius of 0.35 reaches 70 steps of 0.005 in decimals, and not in the floats of published tables."""
+    path = log(tmp_path / "a.tsv")
+    exact, published = (table_of(path, "--grid", "0:0.4:0.005", *extra) for extra in ((), ("--float-grid",)))
+    assert exact["radius"].tolist() == [float(f"{5 * index}e-3") for index in range(81)]
+    assert published["radius"].tolist() == np.arange(0, 0.4 + 0.005, 0.005).tolist()
+    assert (exact["certified_accuracy"][70], published["certified_accuracy"][70]) == (0.5, 0.0)
+    assert table_of(path, "--grid", "0.1:0.35:0.1")["radius"].tolist() == [0.1, 0.2, 0.3]
+    assert len(table_of(path, "--grid", "0:9.999:0.001")) == 10_000
+    assert exact["run"].unique().tolist() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--grid 0:1", ["0:1", "START:STOP:STEP"]),
+        ("--grid 0:one:0.1", ["0:one:0.1", "decimal numbers"]),
+        ("--grid 0:nan:0.1", ["decimal numbers"]),
+        ("--grid 0:1:0", ["the step 0 must be above 0"]),
+        ("--grid 0:1:-0.1", ["the step -0.1 must be above 0"]),
+        ("--grid 0:1e-9:1e-999", ["must be above 0"]),
+        ("--grid=-1:1:0.1", ["0 <= START <= STOP"]),
+        ("--grid 2:1:0.1", ["0 <= START <= STOP"]),
+        ("--grid 0:10:0.001", ["more than 10,000 radii", "larger step"]),
+        ("--grid 0:1e300:1e-300", ["more than 10,000 radii"]),
+        ("--float-grid", ["--grid START:STOP:STEP"]),
+        ("--plot a.gif", [".png, .pdf or .svg"]),
+    ],
+)
+def test_curve_options_are_checked_before_anything_is_read(tmp_path, options, words):
+    (tmp_path / "damaged").write_text("never read")
+    line = refused(2, "curve", tmp_path / "damaged", *options.split())
+    for word in words:
+        assert word in line
+
+
+def test_sources_that_are_none(stored, tmp_path):
+    path = log(tmp_path / "a.tsv")
+    for source, words in [
+        (tmp_path / "none.tsv", "nothing stands there"),
+        (f"{tmp_path}/none.tsv@0.5", "none.tsv@0.5: nothing stands there"),
+        (f"{path}@x", "sigma = 'x' must be a number above 0"),
+        (f"{path}@0", "sigma = '0' must be a number above 0"),
+        (f"{stored}@0.5", "a run knows its own sigma"),
+        (f"={path}", "nothing stands before the '='"),
+        (stored / "run.json", "not a log's header"),
+        (stored / "votes" / "estimation" / "1-100.parquet", "not a log"),
+    ]:
+        assert words in refused(2, "curve", source)
+    assert "two curves have the name 'a'" in refused(2, "curve", path, path)
+    assert "two curves have the name 'b'" in refused(2, "curve", f"b={path}", f"b={stored}")
+    assert "the log holds no sample" in refused(2, "curve", tmp_path / "a.tsv", log_header(tmp_path / "b.tsv"))
+    assert "--output" in refused(2, "curve", path, "--output", tmp_path / "nowhere" / "a.txt")
+    odd = log(tmp_path / "x=1@2.tsv")  # what stands under the whole text is that
+    assert table_of(odd)["run"].unique().tolist() == ["x=1@2"]
+
+
+def log_header(path: Path) -> Path:
+    path.write_text(LOG.splitlines(keepends=True)[0])
+    return path
+
+
+def test_exported_log_has_the_runs_curve(stored, tmp_path):
+    path = tmp_path / "export.tsv"
+    result = run("analyze", stored, "--export-tsv", path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["order"] == "001"
+    grid = ("--grid", "0:2:0.05")
+    ours, exported = (table_of(source, *grid)["certified_accuracy"].tolist() for source in (stored, path))
+    assert ours == exported
+    assert ours[0] > 0
+    assert "choose another place" in refused(2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from pipeline.curve import curve_of, grid, plot, table_radii
+from pipeline.curve import curve_of, envelope_of, grid, plot, table_radii
 
 
 def certificates(*rows):
@@ -56,6 +56,31 @@ def test_radii_are_exact_decimals():
     wide = replace(CURVE, max_radius=9.0)
     assert table_radii([CURVE]).tolist() == [0, 0.25, 0.5, 0.75, 1.0]
     assert len(table_radii([wide])) <= 13
+
+
+def test_envelope_takes_the_highest_and_the_first_of_equals():
+    flat = replace(CURVE, name="flat", radii=CURVE.radii * 0 + 0.3)
+    best = envelope_of([CURVE, flat], [0, 0.25, 0.3, 0.5, 2.0])
+    assert best.certified_accuracy.tolist() == [0.5, 0.5, 0.5, 0.25, 0]
+    assert [curve.name for curve in best.best] == ["run", "run", "flat", "run", "run"]
+
+
+def test_a_panel_for_logs_without_sigma_and_the_envelope_in_all(monkeypatch):
+    """The black line of every panel is the best of all the curves, those of other panels too."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    log = replace(CURVE, name="log", sigma=None, radii=CURVE.radii + 0.4, max_radius=0.0)
+    plot([log, *[CURVE] * 7, replace(CURVE, sigma=0.25)], "unused.png", envelope=True)
+    panels = figures[0].axes
+    assert [axes.get_title() for axes in panels] == ["$\\sigma$ = 0.25", "$\\sigma$ = 0.5", "published logs"]
+    for axes in panels:
+        black = axes.get_lines()[0]
+        assert black.get_color() == "black"
+        assert black.get_ydata() == pytest.approx(log.at(black.get_xdata()))
+    looks = {(line.get_color(), str(line.get_linestyle())) for line in panels[1].get_lines()[1:]}
+    assert len(looks) == 7
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])

@@ -1,0 +1,189 @@
+"""Curves -> a table of certified accuracies: text, Markdown, LaTeX or CSV.
+
+In percent with one decimal, a row a curve; CSV has the unrounded share, a row a curve and radius.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.curve import Curve, Envelope, envelope_of, table_radii
+
+logger = logging.getLogger(__name__)
+
+ENVELOPE = "envelope"  # the name of its row or block
+
+_Radii = NDArray[np.float64]
+_Cells = list[list[str]]  # run, ACR, abstained, then an accuracy a radius
+_HEADINGS = ("run", "ACR", "abstain, %")
+_CAPTION = "certified accuracy, %, at l2 radius"
+
+
+def render(curves: Sequence[Curve], form: str = "text", *, radii: _Radii | None = None, envelope: bool = False) -> str:
+    """The table of curves in one of FORMATS, at round radii unless some are given; it ends with a line end."""
+    chosen = table_radii(curves) if radii is None else radii
+    return FORMATS[form](curves, chosen, envelope_of(curves, chosen) if envelope else None)
+
+
+def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> list[str]:
+    """What must be said with a table: post hoc looks, and whose the envelope's values are."""
+    said = []
+    if any(curve.post_hoc for curve in curves):
+        said.append("* post hoc: an earlier order has looked at these samples")
+    if envelope:
+        spans = []
+        for _, group in groupby(zip(radii, envelope.best, strict=True), key=lambda pair: pair[1].name):
+            span = list(group)
+            (first, best), (last, _) = span[0], span[-1]
+            reach = f"{_radius(first)} to {_radius(last)}" if last > first else _radius(first)
+            spans.append(f"{reach} from {best.name}{'' if best.sigma is None else f' (sigma {best.sigma:g})'}")
+        said += [
+            "envelope: choosing the best run per radius after looking is how papers report several sigmas, but it is "
+            "not a certificate of one classifier: each radius's number belongs to the run named here",
+            f"envelope by radius: {'; '.join(spans)}",
+        ]
+    return said
+
+
+def _text(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
+    table = Table(title=_CAPTION, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for heading in (*_HEADINGS, *map(_radius, radii)):
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    for cells in _cells(curves, radii):
+        table.add_row(*map(Text, cells))
+    if envelope:
+        table.add_section()
+        table.add_row(*_envelope_cells(envelope))
+    # as wide as the table: a narrow terminal wraps; no figure is cut short
+    console = Console(file=io.StringIO(), width=100_000, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().rstrip("\n").split("\n")]
+    return _joined([*lines, *_notes(curves, radii, envelope)])
+
+
+def _markdown(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    rows = _with_best(_cells(curves, radii), _escaped_markdown, "**{}**".format)
+    if envelope:
+        rows.append(_envelope_cells(envelope))
+    return _joined(
+        [
+            f"{_CAPTION[0].upper()}{_CAPTION[1:]}",
+            "",
+            line([*_HEADINGS, *map(_radius, radii)]),
+            line(["---"] + ["---:"] * (len(radii) + 2)),
+            *map(line, rows),
+            *(f"\n{_escaped_markdown(note)}" for note in _notes(curves, radii, envelope)),
+        ]
+    )
+
+
+def _latex(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return rf"{' & '.join(cells)} \\"
+
+    return _joined(
+        [
+            r"% needs \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{l{'r' * (len(radii) + 2)}}}",
+            r"\toprule",
+            rf" & & & \multicolumn{{{len(radii)}}}{{c}}{{certified accuracy, \%, at $\ell_2$ radius}} \\",
+            rf"\cmidrule(l){{4-{len(radii) + 3}}}",
+            line([*map(_escaped_latex, _HEADINGS), *map(_radius, radii)]),
+            r"\midrule",
+            *map(line, _with_best(_cells(curves, radii), _escaped_latex, r"\textbf{{{}}}".format)),
+            *([r"\midrule", line(_envelope_cells(envelope))] if envelope else []),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par{{\footnotesize {_escaped_latex(note)}}}" for note in _notes(curves, radii, envelope)),
+        ]
+    )
+
+
+def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
+    """Columns run, radius, certified_accuracy; an envelope adds its block and the column best_run.
+
+    The notes have no place in it, and are logged.
+    """
+    for note in _notes(curves, radii, envelope):
+        logger.warning("%s", note)
+    columns = {"radius": radii}
+    blocks = [pd.DataFrame({"run": one.name, **columns, "certified_accuracy": one.at(radii)}) for one in curves]
+    if envelope:
+        best = [one.name for one in envelope.best]
+        values = {"certified_accuracy": envelope.certified_accuracy, "best_run": best}
+        blocks.append(pd.DataFrame({"run": ENVELOPE, **columns, **values}))
+    return pd.concat(blocks).to_csv(index=False, lineterminator="\n")
+
+
+FORMATS: dict[str, Callable[[Sequence[Curve], _Radii, Envelope | None], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "latex": _latex,
+    "csv": _csv,
+}
+
+
+def _cells(curves: Sequence[Curve], radii: _Radii) -> _Cells:
+    cells = []
+    for curve in curves:
+        marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
+        shares = [f"{100 * curve.abstention_rate:.1f}", *_percent(curve.at(radii))]
+        cells.append([curve.name + marks, f"{curve.acr:.3f}", *shares])
+    return cells
+
+
+def _envelope_cells(envelope: Envelope) -> list[str]:
+    return [ENVELOPE, "", "", *_percent(envelope.certified_accuracy)]
+
+
+def _with_best(rows: _Cells, escape: Callable[[str], str], mark: Callable[[str], str]) -> _Cells:
+    """Names escaped; of several rows the highest figure in each column marked, ties as printed all of them."""
+    _, acr, _, *accuracies = zip(*rows, strict=True)
+    highest = [max(column, key=float) if len(rows) > 1 else "" for column in (acr, *accuracies)]
+    highest.insert(1, "")  # abstaining less is no merit in itself
+    return [
+        [
+            escape(name),
+            *(mark(cell) if cell == top and float(cell) else cell for cell, top in zip(cells, highest, strict=True)),
+        ]
+        for name, *cells in rows
+    ]
+
+
+def _percent(shares: NDArray[np.float64]) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def _radius(radius: float) -> str:
+    return f"{radius:.10g}"  # 0.35, of the float grid's 0.35000000000000003 too
+
+
+def _escaped_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text)
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    character: f"\\{character}" for character in "{}$&#_%"
+}
+
+
+def _escaped_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _joined(lines: Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
