@@ -1,59 +1,56 @@
-"""CLASSIFIERS: networks that turn x_BCHW in [0, 1] into logits_BK, normalisation inside.
+"""CLASSIFIERS: networks that turn x_BCHW in [0, 1] into logits_BK, resizing and normalisation inside.
 
 Shapes: B batch, C channels, H W image, K classes.
 """
 
+import importlib
+import json
+import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.spec import Normalize, RunSpec, UserError
-from pipeline.weights import load_into, load_weights, own_function
+from pipeline.weights import build, function_id, own_function, weights_id
 
-# name -> (mean, std) per channel, in [0, 1] pixel units
-_NORMALIZATIONS: dict[str, tuple[list[float], list[float]]] = {
-    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
-    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "center-imagenet": ([0.485, 0.456, 0.406], [1.0, 1.0, 1.0]),  # SmoothAdv's ImageNet models: mean only
-    "half": ([0.5], [0.5]),
-    "none": ([0.0], [1.0]),
+# name -> mean and std per channel, in [0, 1] pixel units
+_NORMALIZATIONS = {
+    "cifar10": Normalize(mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
+    "imagenet": Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    "center-imagenet": Normalize(mean=[0.485, 0.456, 0.406], std=[1.0, 1.0, 1.0]),  # SmoothAdv: mean only
+    "half": Normalize(mean=[0.5], std=[0.5]),
+    "none": Normalize(mean=[0.0], std=[1.0]),
 }
 
 
-class Normalized(nn.Module):
-    """(x - mean) / std, then the network."""
+class Input(NamedTuple):
+    """What a network wants of its input, as the metadata that travel with its weights say."""
 
-    mean_1C11: Tensor
-    std_1C11: Tensor
+    normalize: Normalize
+    size: int | None = None  # side in pixels; images of another size are resized to it
+    interpolation: str = "bicubic"  # how, antialiased: bicubic or bilinear
 
-    def __init__(self, network: nn.Module, normalize: str | Normalize) -> None:
-        super().__init__()
-        mean, std = (normalize.mean, normalize.std) if isinstance(normalize, Normalize) else _NORMALIZATIONS[normalize]
-        self.network = network
-        self.identity = normalize == "none"
-        self.register_buffer("mean_1C11", torch.tensor(mean)[None, :, None, None], persistent=False)
-        self.register_buffer("std_1C11", torch.tensor(std)[None, :, None, None], persistent=False)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not self.identity:
-            x_BCHW = (x_BCHW - self.mean_1C11) / self.std_1C11
-        dtype = next(self.network.parameters()).dtype
-        return self.network(x_BCHW.to(dtype)).float()
+class Architecture(NamedTuple):
+    make: Callable[[int], nn.Module]  # number of classes -> network
+    input: Input | None = None  # None: its files do not say, so the spec must
+    weights: str | None = None  # where the published weights lie
 
 
 class MnistCNN(nn.Module):
     """The embedded default's classifier: three convolutions of widths 16, 32, 32 and a linear layer, 17,000
-    parameters; 1 x 28 x 28 in, 10 logits out."""
+    parameters; 1 x 28 x 28 in."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
         self.norm1, self.norm2, self.norm3 = nn.BatchNorm2d(16), nn.BatchNorm2d(32), nn.BatchNorm2d(32)
-        self.fc = nn.Linear(32 * 3 * 3, 10)
+        self.fc = nn.Linear(32 * 3 * 3, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
@@ -62,33 +59,221 @@ class MnistCNN(nn.Module):
         return self.fc(x_BCHW.flatten(1))
 
 
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"mnist_cnn": MnistCNN}
+class _BasicBlock(nn.Module):
+    def __init__(self, width: int, out_width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out_width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_width)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_width)
+        self.downsample: nn.Module = nn.Identity()
+        if (stride, width) != (1, out_width):
+            convolution = nn.Conv2d(width, out_width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_width))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        return F.relu(self.bn2(self.conv2(h_BCHW)) + self.downsample(x_BCHW))
 
 
-def build_classifier(spec: RunSpec, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The spec's classifier with its weights: x_BCHW in [0, 1] -> logits_BK.
+class CifarResNet(nn.Module):
+    """ResNet for 32 x 32 images of depth 6 n + 2 (He et al. 2016, arXiv 1512.03385, section 4.2), projecting where the
+    width doubles, with the key names of Cohen's files."""
 
-    Raises: UserError for weights that do not load.
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+
+        def layer(width: int, out_width: int, stride: int) -> nn.Sequential:
+            first = _BasicBlock(width, out_width, stride)
+            rest = (_BasicBlock(out_width, out_width, 1) for _ in range((depth - 2) // 6 - 1))
+            return nn.Sequential(first, *rest)
+
+        self.layer1, self.layer2, self.layer3 = layer(16, 16, 1), layer(16, 32, 2), layer(32, 64, 2)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        h_BCHW = self.layer3(self.layer2(self.layer1(h_BCHW)))
+        return self.fc(F.avg_pool2d(h_BCHW, 8).flatten(1))
+
+
+def _resnet50(num_classes: int) -> nn.Module:
+    from torchvision.models import resnet50
+
+    return resnet50(num_classes=num_classes)
+
+
+CLASSIFIERS: dict[str, Architecture] = {
+    "mnist_cnn": Architecture(MnistCNN, Input(_NORMALIZATIONS["none"])),
+    "cifar_resnet20": Architecture(lambda num_classes: CifarResNet(20, num_classes)),
+    "cifar_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
+    "imagenet32_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
+    "resnet50": Architecture(_resnet50),
+}
+
+
+def _torchvision(name: str) -> Architecture:
+    """A model of torchvision, with the input of its default weights."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
+        # those two change their input in a way of their own, which no metadata tell
+        raise UserError(
+            f"classifier.arch = 'torchvision:{name}': not a classifier of torchvision that can be used here"
+        )
+    weights = models.get_model_weights(name).DEFAULT
+    says = weights.transforms()
+    return Architecture(
+        lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes),
+        Input(Normalize(mean=says.mean, std=says.std), says.crop_size[0], says.interpolation.value),
+        weights.url,
+    )
+
+
+def _timm(name: str) -> Architecture:
+    """A model of timm, with the input of its pretrained configuration."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise UserError(f"classifier.arch = 'timm:{name}' needs a package: pip install 'diffsmooth[models]'") from None
+    says = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if says is None:
+        raise UserError(f"classifier.arch = 'timm:{name}': timm {timm.__version__} knows no such model")
+    home = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return Architecture(
+        lambda num_classes: timm.create_model(name, num_classes=num_classes),
+        Input(Normalize(mean=list(says.mean), std=list(says.std)), says.input_size[-1], says.interpolation),
+        f"{home}/{says.hf_hub_id}/resolve/main/model.safetensors" if says.hf_hub_id else says.url or None,
+    )
+
+
+_FAMILIES: dict[str, Callable[[str], Architecture]] = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _architecture(arch: str) -> Architecture | None:
+    """None for an own function. Raises: UserError for a name that is not known."""
+    family, colon, name = arch.partition(":")
+    if colon and family in _FAMILIES:
+        return _FAMILIES[family](name)
+    if colon:
+        own_function(arch)
+        return None
+    if arch not in CLASSIFIERS:
+        raise UserError(
+            f"classifier.arch = {arch!r} is unknown: choose one of {', '.join(CLASSIFIERS)}, torchvision:NAME, "
+            "timm:NAME, or name your own as package.module:function"
+        )
+    return CLASSIFIERS[arch]
+
+
+def _input(spec: RunSpec, architecture: Architecture) -> Input:
+    """What the spec and the metadata together say of the network's input."""
+    normalize = spec.classifier.normalize
+    if isinstance(normalize, str):
+        normalize = _NORMALIZATIONS[normalize]
+    if architecture.input is not None:
+        return architecture.input if normalize is None else architecture.input._replace(normalize=normalize)
+    if normalize is None:
+        raise UserError(
+            f"classifier.normalize is missing, and files of {spec.classifier.arch} do not say it: Cohen's CIFAR models "
+            "want 'cifar10', his ImageNet models 'imagenet', SmoothAdv's ImageNet models 'center-imagenet'"
+        )
+    return Input(normalize)
+
+
+class Prepared(nn.Module):
+    """Resize where the size differs, (x - mean) / std, then the network."""
+
+    mean_1C11: Tensor
+    std_1C11: Tensor
+
+    def __init__(self, network: nn.Module, wants: Input) -> None:
+        super().__init__()
+        self.network = network
+        self.wants = wants
+        self.as_is = wants.normalize == _NORMALIZATIONS["none"]
+        self.register_buffer("mean_1C11", torch.tensor(wants.normalize.mean)[None, :, None, None], persistent=False)
+        self.register_buffer("std_1C11", torch.tensor(wants.normalize.std)[None, :, None, None], persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        size = self.wants.size
+        if size is not None and x_BCHW.shape[2:] != (size, size):
+            mode = self.wants.interpolation
+            x_BCHW = F.interpolate(x_BCHW, (size, size), mode=mode, antialias=True, align_corners=False)
+        if not self.as_is:
+            x_BCHW = (x_BCHW - self.mean_1C11) / self.std_1C11
+        dtype = next(self.network.parameters()).dtype
+        return self.network(x_BCHW.to(dtype)).float()
+
+
+def build_classifier(
+    spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int
+) -> Callable[[Tensor], Tensor]:
+    """The spec's classifier with its weights (without, on the meta device): x_BCHW in [0, 1] -> logits_BK.
+
+    Raises: UserError for weights that do not load and for images that do not fit.
     """
-    section = spec.classifier
-    if ":" in section.arch:
-        return own_function(section.arch)(spec, device)
-    if section.checkpoint is None:
-        raise UserError(f"classifier.checkpoint is missing: arch = {section.arch!r} needs a file of weights")
-    with torch.device("meta"):
-        network = CLASSIFIERS[section.arch]()
-    load_into(network, load_weights(section.checkpoint), section.checkpoint)
-    network = network.to(dtype=dtype).eval().requires_grad_(False)
-    return Normalized(network, section.normalize).to(device).to(memory_format=torch.channels_last)
+    architecture = _architecture(spec.classifier.arch)
+    if architecture is None:
+        return own_function(spec.classifier.arch)(spec, device)
+    wants = _input(spec, architecture)
+    if len(wants.normalize.mean) not in (1, channels):
+        raise UserError(
+            f"the images have {channels} channels, classifier.normalize has {len(wants.normalize.mean)}: take a "
+            "classifier of such images, or the normalisation that it was trained with"
+        )
+    location = "" if device.type == "meta" else _weights(spec, architecture)
+
+    def explain(state: dict[str, Tensor]) -> str:
+        return (
+            f"the architecture is {spec.classifier.arch} for the data set's {num_classes} classes; take its file, or "
+            "another classifier.arch"
+        )
+
+    network = build(lambda: architecture.make(num_classes), location, device, explain=explain)
+    first = next((one for one in network.parameters() if one.ndim == 4), None)
+    if first is not None and first.shape[1] != channels:
+        raise UserError(f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}")
+    return Prepared(network.to(dtype), wants).to(device).to(memory_format=torch.channels_last)
+
+
+def classifier_ids(spec: RunSpec) -> dict[str, str]:
+    """What votes_id must know of the classifier besides the spec: the weights' hash, an own function's source hash, the
+    input that a library's metadata ask for.
+
+    Raises: UserError for a missing file, another sha256 than the spec's, or a function without a source file.
+    """
+    architecture, arch = _architecture(spec.classifier.arch), spec.classifier.arch
+    ids = {}
+    if architecture is None:
+        ids["classifier.source"] = function_id(arch)
+    elif arch not in CLASSIFIERS:
+        wants = _input(spec, architecture)
+        says = {**wants._asdict(), "normalize": wants.normalize.model_dump()}
+        ids["classifier.input"] = json.dumps(says, sort_keys=True)
+    if architecture is not None or spec.classifier.checkpoint is not None:
+        ids["classifier"] = weights_id(_weights(spec, architecture), spec.classifier.sha256)
+    return ids
+
+
+def _weights(spec: RunSpec, architecture: Architecture | None) -> str:
+    """Where the weights lie: where the spec says, else where a library publishes them."""
+    location = spec.classifier.checkpoint or (architecture.weights if architecture else None)
+    if location is None:
+        raise UserError(f"classifier.checkpoint is missing: arch = {spec.classifier.arch!r} needs a file of weights")
+    return location
 
 
 def check_classifier(spec: RunSpec) -> None:
-    """Raises: UserError for an architecture that is not known."""
-    arch = spec.classifier.arch
-    if ":" in arch:
-        own_function(arch)
-    elif arch not in CLASSIFIERS:
+    """Raises: UserError for an architecture that is not known, or whose normalisation or interpolation is not."""
+    architecture = _architecture(spec.classifier.arch)
+    if architecture is None:
+        return
+    wants = _input(spec, architecture)
+    if wants.interpolation not in ("bicubic", "bilinear"):
         raise UserError(
-            f"classifier.arch = {arch!r} is unknown: choose one of {', '.join(CLASSIFIERS)}, or name your own as "
-            "package.module:function"
+            f"classifier.arch = {spec.classifier.arch!r} resizes by {wants.interpolation!r}; bicubic and bilinear are "
+            "known here: name your own as package.module:function"
         )

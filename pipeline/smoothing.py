@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.classifiers import build_classifier, check_classifier
+from pipeline.classifiers import build_classifier, check_classifier, classifier_ids
 from pipeline.data import Sample, open_dataset, sample_indices
-from pipeline.denoisers import Denoiser, build_denoiser, check_denoiser
+from pipeline.denoisers import Denoiser, build_denoiser, check_denoiser, denoiser_ids
 from pipeline.spec import Block, RunSpec, UserError
-from pipeline.weights import function_id, weights_id
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,37 +72,38 @@ def build_base_classifier(spec: RunSpec, device: str | torch.device) -> BaseClas
 
     Raises: UserError for what cannot be loaded or does not fit together.
     """
-    device = torch.device(device)
     data = open_dataset(spec.data)
     shape = data[sample_indices(spec.data.samples, len(data))[0]].image_CHW.shape
-    smoothing, dtype = spec.smoothing, _DTYPES[spec.smoothing.precision]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
-    local_MCHW = noise.local_noise(
-        local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
-    )
-    f = BaseClassifier(
-        denoiser=build_denoiser(spec, device, dtype, shape[0]),
-        classifier=build_classifier(spec, device, dtype),
-        local_noise_MCHW=torch.from_numpy(local_MCHW).to(device),
-        sigma=smoothing.sigma,
-        num_classes=data.num_classes,
-    )
+    f = base_classifier(spec, torch.device(device), shape, data.num_classes)
     _check_scores(f, torch.full((1, *shape), 0.5, device=device))
     return f
 
 
+def base_classifier(spec: RunSpec, device: torch.device, shape: tuple[int, ...], num_classes: int) -> BaseClassifier:
+    """f of a spec for images of a shape C, H, W; on the meta device without weights or votes, to be counted only.
+
+    Raises: UserError for what cannot be loaded or does not fit together.
+    """
+    smoothing, dtype, (channels, height, width) = spec.smoothing, _DTYPES[spec.smoothing.precision], shape
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
+    local_MCHW = noise.local_noise(
+        local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
+    )
+    return BaseClassifier(
+        denoiser=build_denoiser(spec, device, dtype, (channels, height, width)),
+        classifier=build_classifier(spec, device, dtype, channels, num_classes),
+        local_noise_MCHW=torch.from_numpy(local_MCHW).to(device),
+        sigma=smoothing.sigma,
+        num_classes=num_classes,
+    )
+
+
 def weights_ids(spec: RunSpec) -> dict[str, str]:
-    """What votes_id must know of f besides the spec: the weights files' hashes, an own function's source hash.
+    """What votes_id must know of f besides the spec: the hashes of the files and functions that it is made of.
 
     Raises: UserError for a missing file, another sha256 than the spec's, or a function that cannot be imported.
     """
-    ids = {}
-    for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
-        if section.checkpoint is not None:
-            ids[name] = weights_id(section.checkpoint, section.sha256)
-        if ":" in section.arch:
-            ids[f"{name}.source"] = function_id(section.arch)
-    return ids
+    return {**denoiser_ids(spec), **classifier_ids(spec)}
 
 
 def check_base_classifier(spec: RunSpec) -> None:
@@ -215,8 +215,20 @@ def _batches(
 
 
 def _check_scores(f: BaseClassifier, x_BCHW: Tensor) -> None:
-    """Refuse networks whose output does not fit the data set or is not finite."""
-    x0_BCHW = f.denoise(x_BCHW)
+    """Refuse networks whose input or output does not fit the data set, or whose output is not finite."""
+    shape, part = tuple(x_BCHW.shape[1:]), "denoiser"
+    try:
+        x0_BCHW = f.denoise(x_BCHW)
+        part = "classifier"
+        f.classify(x0_BCHW)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the {part} cannot take images of shape {shape} ({reason}): take a {part} of such images, or set "
+            "data.resize and data.crop"
+        ) from error
     if x0_BCHW.shape != x_BCHW.shape:
         raise UserError(f"the denoiser turns {tuple(x_BCHW.shape)} into {tuple(x0_BCHW.shape)}: it must keep the shape")
     scores_BK = f(x_BCHW)

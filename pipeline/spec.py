@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,7 @@ class Denoiser(Section):
     arch: str = "none"
     checkpoint: str | None = None
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    steps: int = Field(default=1, ge=1, le=1000)  # 1: one-shot; more: deterministic DDIM from the timestep of sigma
     unet: UNetSettings | None = None
 
     @model_validator(mode="after")
@@ -121,8 +123,9 @@ class Denoiser(Section):
             raise ValueError("unet is missing: arch = 'unet' needs its hyper-parameters in [denoiser.unet]")
         if self.arch != "unet" and self.unet is not None:
             raise ValueError(f"unet is given, but arch = {self.arch!r}: [denoiser.unet] belongs to arch = 'unet'")
-        if self.arch == "none" and self.checkpoint is not None:
-            raise ValueError("checkpoint is given, but arch = 'none' loads nothing: remove it or name the architecture")
+        if self.arch == "none" and (self.checkpoint is not None or self.steps > 1):
+            given = "steps" if self.checkpoint is None else "checkpoint"
+            raise ValueError(f"{given} is given, but arch = 'none' denoises nothing: remove it or name an architecture")
         return self
 
 
@@ -141,7 +144,8 @@ class Classifier(Section):
     arch: str
     checkpoint: str | None = None
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize = "none"
+    # None: as the architecture's own metadata say; the field's checkpoints, which say nothing, need it given
+    normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize | None = None
 
 
 class BlockLengths(Section):
@@ -267,9 +271,21 @@ def _anchor(raw: dict[str, Any], folder: Path) -> None:
         table = raw.get(section)
         if not isinstance(table, dict) or not isinstance(table.get(key), str):
             continue
-        location = os.path.expanduser(table[key])
+        location = os.path.expanduser(_expand(f"{section}.{key}", table[key]))
+        table[key] = location
         if "://" not in location and not location.startswith("embedded:"):
             table[key] = str(folder / location)
+
+
+def _expand(name: str, location: str) -> str:
+    """Put environment variables, written ${NAME}, into a location."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise UserError(f"{name} = {location!r}: {match[1]} is not set; set it in the environment, or give a path")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, location)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -3,13 +3,14 @@ arXiv 2105.05233), with their key names.
 
 Shapes: B batch, C channels, H W image, E time embedding, T attention positions.
 
-A denoiser calls the network at one timestep only. `fold_timestep` then turns each residual block's time-dependent scale
-and shift into the affine of its group norm, and the embedding is never computed again:
+A denoiser calls the network at few timesteps only. `fold` then turns each residual block's time-dependent scale and
+shift into the affine of its group norm, and the embedding is never computed again:
     (1 + scale) * (w * norm(h) + b) + shift  =  [(1 + scale) w] * norm(h) + [(1 + scale) b + shift].
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,26 +56,26 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
         self.resample = Resample(resample)
-        self.folded: tuple[Tensor, Tensor] | None = None
+        self.folded: dict[int, tuple[Tensor, Tensor]] = {}  # timestep -> affine of the second group norm
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, time: int | Tensor) -> Tensor:
+        """`time` is a timestep that was folded, or the embedding emb_BE."""
         norm_in, silu_in, conv_in = self.in_layers
         h_BCHW = conv_in(self.resample(silu_in(norm_in(x_BCHW))))
         norm, silu, _, conv = self.out_layers
         assert isinstance(norm, GroupNorm)
-        if emb_BE is None:
-            assert self.folded is not None
-            h_BCHW = F.group_norm(h_BCHW.float(), norm.num_groups, *self.folded, norm.eps).to(h_BCHW.dtype)
+        if isinstance(time, int):
+            h_BCHW = F.group_norm(h_BCHW.float(), norm.num_groups, *self.folded[time], norm.eps).to(h_BCHW.dtype)
         else:
-            scale_BC, shift_BC = self.emb_layers(emb_BE).chunk(2, dim=1)
+            scale_BC, shift_BC = self.emb_layers(time).chunk(2, dim=1)
             h_BCHW = norm(h_BCHW) * (1 + scale_BC[:, :, None, None]) + shift_BC[:, :, None, None]
         return self.skip_connection(self.resample(x_BCHW)) + conv(silu(h_BCHW))
 
-    def fold(self, emb_1E: Tensor) -> None:
+    def fold(self, t: int, emb_1E: Tensor) -> None:
         scale_1C, shift_1C = self.emb_layers(emb_1E).float().chunk(2, dim=1)
         norm = self.out_layers[0]
         scale_C = 1 + scale_1C[0]
-        self.folded = (scale_C * norm.weight.float(), scale_C * norm.bias.float() + shift_1C[0])
+        self.folded[t] = (scale_C * norm.weight.float(), scale_C * norm.bias.float() + shift_1C[0])
 
 
 class Attention(nn.Module):
@@ -118,9 +119,9 @@ class Upsample(nn.Module):
 class Stack(nn.Sequential):
     """Layers in a row, of which only residual blocks take the time embedding."""
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BCHW: Tensor, time: int | Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
-            x_BCHW = layer(x_BCHW, emb_BE) if isinstance(layer, ResBlock) else layer(x_BCHW)
+            x_BCHW = layer(x_BCHW, time) if isinstance(layer, ResBlock) else layer(x_BCHW)
         return x_BCHW
 
 
@@ -175,18 +176,18 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stack(*layers))
         self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor | None = None) -> Tensor:
-        """eps, float32, B x C x H x W; t_B in schedule steps, None once `fold_timestep` has fixed it."""
+    def forward(self, x_BCHW: Tensor, t: int | Tensor) -> Tensor:
+        """eps, float32, B x C x H x W, at a timestep that was folded, or at timesteps t_B of the schedule."""
         settings = self.settings
-        emb_BE = None if t_B is None else self._embed(t_B)
+        time = t if isinstance(t, int) else self._embed(t)
         h_BCHW = F.pixel_unshuffle(x_BCHW, settings.patch).to(self.dtype)
         skips: list[Tensor] = []
         for block in self.input_blocks:
-            h_BCHW = block(h_BCHW, emb_BE)
+            h_BCHW = block(h_BCHW, time)
             skips.append(h_BCHW)
-        h_BCHW = self.middle_block(h_BCHW, emb_BE)
+        h_BCHW = self.middle_block(h_BCHW, time)
         for block in self.output_blocks:
-            h_BCHW = block(torch.cat([h_BCHW, skips.pop()], dim=1), emb_BE)
+            h_BCHW = block(torch.cat([h_BCHW, skips.pop()], dim=1), time)
         out = self.out(h_BCHW)[:, : self.image_channels * settings.patch**2]  # eps only, not the learned variance
         return F.pixel_shuffle(out.float(), settings.patch)
 
@@ -195,14 +196,13 @@ class UNet(nn.Module):
         return next(self.parameters()).dtype
 
     @torch.no_grad()
-    def fold_timestep(self, t: int) -> None:
-        """Fix the timestep for all later calls with t_B = None."""
-        emb_1E = self._embed(torch.tensor([t], device=next(self.parameters()).device))
-        for block in self._res_blocks():
-            block.fold(emb_1E)
-
-    def _res_blocks(self) -> Iterator[ResBlock]:
-        return (module for module in self.modules() if isinstance(module, ResBlock))
+    def fold(self, timesteps: Iterable[int]) -> None:
+        """Precompute, in the weights' precision of now, all that depends on these timesteps alone."""
+        for t in timesteps:
+            emb_1E = self._embed(torch.tensor([t], device=next(self.parameters()).device))
+            for module in self.modules():
+                if isinstance(module, ResBlock):
+                    module.fold(t, emb_1E)
 
     def _embed(self, t_B: Tensor) -> Tensor:
         """Sinusoids, cosines first, then two linear layers; timesteps rescaled to 0..1000 where the model wants it."""
@@ -214,3 +214,39 @@ class UNet(nn.Module):
         embedding = torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1)
         embedding = F.pad(embedding, (0, settings.model_channels % 2))
         return self.time_embed(embedding.to(self.dtype))
+
+
+def settings_in(state: Mapping[str, Tensor], image_channels: int) -> dict[str, Any]:
+    """What the keys and shapes of an OpenAI-style state dict tell of its `UNetSettings`, as key -> value.
+
+    Heads, groups, schedule and timesteps leave no trace in them. Empty for a state dict of another kind.
+    """
+
+    def width(key: str) -> int:
+        return state[f"{key}.weight"].shape[0] if f"{key}.weight" in state else 0
+
+    blocks_in = len({key.split(".")[1] for key in state if key.startswith("input_blocks.")})
+    if not blocks_in or "time_embed.0.weight" not in state or "out.2.weight" not in state:
+        return {}
+    # the last block of each level but the highest ends in an upsampling: a convolution, or a second residual block
+    updown = not any(".op.weight" in key for key in state)
+    ups = [key for key in state if key.startswith("output_blocks.") and key.split(".")[2] != "0"]
+    marker = ".in_layers.0.weight" if updown else ".conv.weight"
+    levels = 1 + sum(key.endswith(marker) for key in ups)
+    per_level, uneven = divmod(blocks_in, levels)
+    if uneven:
+        return {}
+    base = state["time_embed.0.weight"].shape[1]
+    channels = state["input_blocks.0.0.weight"].shape[1]
+    first = [1 + level * per_level for level in range(levels)]
+    return {
+        "model_channels": base,
+        "channel_mult": [width(f"input_blocks.{index}.0.in_layers.2") // base for index in first],
+        "num_res_blocks": per_level - 1,
+        "attention_factors": [
+            2**level for level, index in enumerate(first) if f"input_blocks.{index}.1.qkv.weight" in state
+        ],
+        "resblock_updown": updown,
+        "learn_sigma": width("out.2") == 2 * channels,
+        "patch": math.isqrt(channels // image_channels),
+    }

@@ -1,27 +1,32 @@
 """The UNet and the one-shot prediction, against closed forms and independent re-derivations."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from pipeline.denoisers import OneShotDenoiser, alphas_cumprod, timestep
-from pipeline.spec import UNetSettings, UserError
-from pipeline.unet import Attention, ResBlock, UNet
+from pipeline.denoisers import (
+    PRESETS,
+    DiffusionDenoiser,
+    alphas_cumprod,
+    build_denoiser,
+    check_denoiser,
+    denoiser_ids,
+    timestep,
+    timesteps,
+)
+from pipeline.spec import UNetSettings, UserError, load_spec
+from pipeline.unet import Attention, ResBlock, UNet, settings_in
 
-CIFAR = UNetSettings(
-    model_channels=128, channel_mult=[1, 2, 2, 2], num_res_blocks=3, attention_factors=[2, 4], num_heads=4,
-    learn_sigma=True, schedule="cosine", steps=4000, rescale_timesteps=True,
-)  # fmt: skip
-IMAGENET = UNetSettings(
-    model_channels=256, channel_mult=[1, 1, 2, 2, 4, 4], num_res_blocks=2, attention_factors=[8, 16, 32],
-    num_head_channels=64, resblock_updown=True, learn_sigma=True, schedule="linear", steps=1000,
-)  # fmt: skip
+CIFAR, IMAGENET = PRESETS["openai-cifar10"], PRESETS["openai-imagenet256"]
 SMALL = UNetSettings(
     model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_factors=[2], num_heads=2, num_groups=4, patch=2
 )
+LINEAR = alphas_cumprod("linear", 1000)
 SIGMAS = (0.12, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -37,12 +42,13 @@ def small() -> UNet:
     ("settings", "expected"), [(CIFAR, [573, 1158, 1984, 2490, 2809]), (IMAGENET, [70, 145, 259, 339, 396])]
 )
 def test_published_timesteps(settings, expected):
-    assert [timestep(settings, sigma) for sigma in SIGMAS] == expected
+    abar = alphas_cumprod(settings.schedule, settings.steps)
+    assert [timestep(abar, sigma) for sigma in SIGMAS] == expected
 
 
 def test_sigma_beyond_the_schedule_names_the_largest():
     with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps: it reaches 78\.\d+ at most"):
-        timestep(IMAGENET, 90.0)
+        timestep(LINEAR, 90.0)
 
 
 def test_cosine_schedule_is_its_closed_form():
@@ -63,8 +69,8 @@ def test_sizes_of_the_published_networks(settings, channels, millions):
 def test_folded_timestep_changes_nothing(small):
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for t in (0, 17, 999):
-        small.fold_timestep(t)
-        assert torch.allclose(small(x), small(x, torch.full((3,), t)), atol=1e-5)
+        small.fold([t])
+        assert torch.allclose(small(x, t), small(x, torch.full((3,), t)), atol=1e-5)
 
 
 def test_patches_keep_the_image_shape(small):
@@ -117,20 +123,18 @@ def test_residual_block_by_hand():
     assert torch.allclose(block(x, emb), skip + h, atol=1e-4)
 
 
-class _GaussianUNet(torch.nn.Module):
+def optimal_eps(mu: float, s: float, abar=LINEAR):
     """The optimal eps for images of independent pixels N(mu, s^2) on [-1, 1], in closed form."""
 
-    def __init__(self, mu: float, s: float) -> None:
-        super().__init__()
-        self.settings, self.mu, self.s, self.t = IMAGENET, mu, s, -1
+    def predict(x_t, t):
+        variance = float(abar[t]) * s**2 + 1 - float(abar[t])
+        return math.sqrt(1 - abar[t]) * (x_t - math.sqrt(abar[t]) * mu) / variance
 
-    def fold_timestep(self, t: int) -> None:
-        self.t = t
+    return predict
 
-    def forward(self, x_t):
-        abar = float(alphas_cumprod("linear", 1000)[self.t])
-        variance = abar * self.s**2 + 1 - abar
-        return math.sqrt(1 - abar) * (x_t - math.sqrt(abar) * self.mu) / variance
+
+def denoiser(predict_eps, sigma, steps=1, abar=LINEAR):
+    return DiffusionDenoiser(predict_eps, abar, timesteps(abar, sigma, steps))
 
 
 @pytest.mark.parametrize("sigma", [0.25, 1.0])
@@ -138,8 +142,8 @@ def test_denoised_is_the_posterior_mean_of_a_known_gaussian(sigma):
     """x0 = E[image | image + noise]: catches a wrong scale, a swapped factor 2, an off-by-one timestep."""
     mu, s = 0.1, 0.3
     x = torch.linspace(-0.2, 1.2, 40).reshape(1, 1, 5, 8)
-    found = OneShotDenoiser(_GaussianUNet(mu, s))(x, sigma)  # type: ignore[arg-type]
-    abar = float(alphas_cumprod("linear", 1000)[timestep(IMAGENET, sigma)])
+    found = denoiser(optimal_eps(mu, s), sigma)(x, sigma)
+    abar = float(LINEAR[timestep(LINEAR, sigma)])
     noise = (1 - abar) / abar  # the schedule's own noise variance on [-1, 1]: at least (2 sigma)^2, by less than a step
     assert (2 * sigma) ** 2 <= noise < (2 * sigma) ** 2 * 1.03
     expected = (noise * mu + s**2 * (2 * x - 1)) / (noise + s**2)
@@ -147,6 +151,186 @@ def test_denoised_is_the_posterior_mean_of_a_known_gaussian(sigma):
 
 
 def test_prediction_is_clamped_and_the_input_is_not():
-    unet = _GaussianUNet(0.0, 100.0)  # a prior so wide that x0 = x_t / sqrt(abar)
+    wide = optimal_eps(0.0, 100.0)  # a prior so wide that x0 = x_t / sqrt(abar)
     x = torch.tensor([[[[-3.0, 0.25, 4.0]]]])
-    assert torch.allclose(OneShotDenoiser(unet)(x, 0.5), torch.tensor([[[[0.0, 0.25, 1.0]]]]), atol=1e-3)  # type: ignore[arg-type]
+    assert torch.allclose(denoiser(wide, 0.5)(x, 0.5), torch.tensor([[[[0.0, 0.25, 1.0]]]]), atol=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5])
+def test_many_ddim_steps_solve_the_probability_flow(sigma):
+    """For images N(mu, s^2) the flow from x_t down to t = 0 keeps the standard score (x_t - sqrt(abar) mu) / std_t."""
+    mu, s = 0.1, 0.2
+    x = torch.linspace(0.4, 0.7, 6).reshape(1, 1, 2, 3)
+    first = timestep(LINEAR, sigma)
+    x_t = math.sqrt(LINEAR[first]) * (2 * x - 1)
+    score = (x_t - math.sqrt(LINEAR[first]) * mu) / math.sqrt(LINEAR[first] * s**2 + 1 - LINEAR[first])
+    expected = (mu + s * score + 1) / 2
+    errors = [
+        (denoiser(optimal_eps(mu, s), sigma, steps)(x, sigma) - expected).abs().max().item() for steps in (1, 8, 64)
+    ]
+    assert errors[0] > 0.01
+    assert errors[2] < 0.15 * errors[1] < 0.15 * errors[0]
+    assert errors[2] < 2e-3
+
+
+def test_denoised_is_the_posterior_mean_of_a_known_mixture():
+    """Two Gaussians a pixel: eps is the score of the noised mixture, E[image | noisy] comes from quadrature."""
+    sigma, w, mu, s = 0.5, (0.3, 0.7), (-0.5, 0.4), (0.1, 0.2)
+
+    def predict(x_t, t):
+        a2, b2 = float(LINEAR[t]), 1 - float(LINEAR[t])
+        x_t = x_t.double().requires_grad_()
+        density = sum(
+            weight * torch.exp(-((x_t - math.sqrt(a2) * m) ** 2) / (2 * (a2 * d**2 + b2))) / math.sqrt(a2 * d**2 + b2)
+            for weight, m, d in zip(w, mu, s, strict=True)
+        )
+        (score,) = torch.autograd.grad(density.log().sum(), x_t)
+        return (-math.sqrt(b2) * score).float()
+
+    x = torch.linspace(0.1, 0.9, 9).reshape(1, 1, 3, 3)
+    found = denoiser(predict, sigma)(x, sigma).double().numpy().ravel()
+    abar = LINEAR[timestep(LINEAR, sigma)]
+    image = np.linspace(-2, 2, 20_001)  # on [-1, 1]
+    prior = sum(p / d * np.exp(-((image - m) ** 2) / (2 * d**2)) for p, m, d in zip(w, mu, s, strict=True))
+    for noisy, value in zip(x.numpy().ravel(), found, strict=True):
+        posterior = prior * np.exp(-((2 * noisy - 1 - image) ** 2) / (2 * (1 - abar) / abar))
+        assert value == pytest.approx((np.sum(image * posterior) / np.sum(posterior) + 1) / 2, abs=1e-5)
+
+
+def test_group_norm_adds_its_epsilon_to_the_variance():
+    """At a standard deviation of 1e-3 an epsilon of 1e-5 decides; 1e-6 would triple the output."""
+    x = 1e-3 * torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(4))
+    groups = x.reshape(2, 4, -1)
+    scale = (groups.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = ((groups - groups.mean(2, keepdim=True)) / scale).reshape(x.shape)
+    block, attention = ResBlock(8, 8, 6, groups=4), Attention(8, 2, groups=4)
+    for norm in (block.in_layers[0], block.out_layers[0], attention.norm):
+        assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+def meta_state(settings, channels):
+    with torch.device("meta"):
+        return UNet(settings, channels).state_dict()
+
+
+def test_public_layouts():
+    """Names and shapes where a wrong block count, attention place or upsampling would show."""
+    cifar, imagenet = meta_state(CIFAR, 3), meta_state(IMAGENET, 3)
+    for state, key, shape in [
+        (cifar, "input_blocks.4.0.op.weight", (128, 128, 3, 3)),
+        (cifar, "input_blocks.5.1.qkv.weight", (768, 256, 1)),
+        (cifar, "output_blocks.3.1.conv.weight", (256, 256, 3, 3)),
+        (cifar, "output_blocks.7.2.conv.weight", (256, 256, 3, 3)),
+        (cifar, "out.2.weight", (6, 128, 3, 3)),
+        (imagenet, "input_blocks.3.0.in_layers.2.weight", (256, 256, 3, 3)),
+        (imagenet, "input_blocks.10.1.qkv.weight", (1536, 512, 1)),
+        (imagenet, "middle_block.1.qkv.weight", (3072, 1024, 1)),
+        (imagenet, "output_blocks.2.2.in_layers.2.weight", (1024, 1024, 3, 3)),
+        (imagenet, "output_blocks.17.0.skip_connection.weight", (256, 512, 1, 1)),
+    ]:
+        assert tuple(state[key].shape) == shape, key
+
+
+UPDOWN = SMALL.model_copy(update={"resblock_updown": True, "learn_sigma": True, "channel_mult": [1, 2, 3]})
+
+
+@pytest.mark.parametrize(("settings", "channels"), [(CIFAR, 3), (IMAGENET, 3), (SMALL, 1), (UPDOWN, 2)])
+def test_settings_are_read_back_from_the_keys(settings, channels):
+    told = settings_in(meta_state(settings, channels), channels)
+    assert told == {key: getattr(settings, key) for key in told}
+    assert len(told) == 7
+    assert settings_in({"fc.weight": torch.zeros(1)}, 3) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_channels", 16), ("num_res_blocks", 2), ("learn_sigma", True), ("patch", 1), ("channel_mult", [1, 1]),
+     ("attention_factors", [1, 2]), ("resblock_updown", True)],
+)  # fmt: skip
+def test_a_mismatch_names_the_setting_that_explains_it(tmp_path, raw_spec, small, key, value):
+    save_file(small.state_dict(), tmp_path / "unet.safetensors")
+    section = {"arch": "unet", "checkpoint": str(tmp_path / "unet.safetensors")}
+    spec = load_spec({**raw_spec, "denoiser": {**section, "unet": {**SMALL.model_dump(), key: value}}})
+    with pytest.raises(UserError) as error:
+        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 8))
+    message = str(error.value)
+    assert f"{key} = {getattr(SMALL, key)} where the architecture has {value}" in message
+    assert "expects" in message or "missing" in message or "no place" in message
+
+
+def test_image_sides_that_do_not_divide_are_refused(tmp_path, raw_spec, small):
+    save_file(small.state_dict(), tmp_path / "unet.safetensors")
+    section = {"arch": "unet", "checkpoint": str(tmp_path / "unet.safetensors"), "unet": SMALL.model_dump()}
+    spec = load_spec({**raw_spec, "denoiser": section})
+    with pytest.raises(UserError, match=r"images of 8 x 6 pixels.*multiples of 4"):
+        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 6))
+
+
+def test_steps_go_from_the_timestep_of_sigma_evenly_towards_zero():
+    assert timesteps(LINEAR, 0.5, 1) == [259]
+    assert timesteps(LINEAR, 0.5, 4) == [259, 194, 130, 65]
+    with pytest.raises(UserError, match=r"denoiser\.steps = 300.*timestep 259: take 259 steps at most"):
+        timesteps(LINEAR, 0.5, 300)
+
+
+DIFFUSERS_UNET = {
+    "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4, "attention_head_dim": 8, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path):
+    """A DDPM saved by diffusers, as google/ddpm-cifar10-32 was, with random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    network, generator = diffusers.UNet2DModel(**DIFFUSERS_UNET), torch.Generator().manual_seed(5)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    diffusers.DDPMPipeline(network, scheduler).save_pretrained(tmp_path / "ddpm")
+    return tmp_path / "ddpm"
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("early", [False, True])
+def test_diffusers_folder(pipeline_folder, raw_spec, kind, early):
+    """x0 as diffusers' own scheduler predicts it, from both layouts of the folder and of the attention's keys."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    scheduler_config = pipeline_folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler_config.read_text()) | {"prediction_type": kind}
+    scheduler_config.write_text(json.dumps(config))
+    pipeline = DDPMPipeline.from_pretrained(pipeline_folder)
+    if early:
+        state = load_file(pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            state = {key.replace(f".{new}.", f".{old}."): value for key, value in state.items()}
+        scheduler_config.rename(pipeline_folder / "scheduler_config.json")
+        (pipeline_folder / "unet" / "config.json").rename(pipeline_folder / "config.json")
+        (pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        save_file(state, pipeline_folder / "diffusion_pytorch_model.safetensors")
+    raw = {**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}}
+    raw["smoothing"] = {**raw["smoothing"], "sigma": 0.5}
+    spec = load_spec(raw)
+    assert set(denoiser_ids(spec)) == {"denoiser", "denoiser.config", "denoiser.scheduler"}
+    found = build_denoiser(spec, torch.device("cpu"), torch.float32, (3, 8, 8))
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    scheduler = DDPMScheduler.from_config(config)
+    x_t = scheduler.alphas_cumprod[259].sqrt() * (2 * x - 1)
+    with torch.no_grad():
+        output = pipeline.unet(x_t, 259).sample
+        step = scheduler.step(output, 259, x_t, generator=torch.Generator().manual_seed(0))
+        assert torch.allclose(found(x, 0.5), (step.pred_original_sample + 1) / 2, atol=1e-5)
+
+
+def test_diffusers_mistakes(pipeline_folder, raw_spec):
+    spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}})
+    with pytest.raises(UserError, match="a denoiser of 3 channels, the images have 1"):
+        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 8))
+    (pipeline_folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        build_denoiser(spec, torch.device("cpu"), torch.float32, (3, 8, 8))
+    (pipeline_folder / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_denoiser(spec)

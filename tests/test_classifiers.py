@@ -1,0 +1,153 @@
+"""Classifiers: the published architectures against independent ones, and the input that each network wants."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
+
+from pipeline.classifiers import CifarResNet, Input, Prepared, build_classifier, check_classifier, classifier_ids
+from pipeline.spec import Normalize, UserError, load_spec
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+SEED = torch.Generator()
+
+
+def uniform(network):
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            low = 0.5 if "var" in name else -0.2
+            tensor.uniform_(low, low + 0.4, generator=generator)
+    return network.eval()
+
+
+def classifier_spec(raw_spec, **section):
+    return load_spec({**raw_spec, "classifier": section})
+
+
+@pytest.mark.parametrize("depth", [20, 110])
+def test_cifar_resnet_is_built_of_torchvisions_blocks(depth):
+    """The same keys, and the same logits as an independent assembly of torchvision's basic blocks."""
+    network, n = uniform(CifarResNet(depth, 10)), (depth - 2) // 6
+
+    def layer(width, out_width, stride):
+        down = nn.Sequential(nn.Conv2d(width, out_width, 1, stride, bias=False), nn.BatchNorm2d(out_width))
+        first = BasicBlock(width, out_width, stride, down if stride > 1 else None)
+        return nn.Sequential(first, *(BasicBlock(out_width, out_width) for _ in range(n - 1)))
+
+    other = nn.ModuleDict(
+        {"conv1": nn.Conv2d(3, 16, 3, padding=1, bias=False), "bn1": nn.BatchNorm2d(16), "layer1": layer(16, 16, 1),
+         "layer2": layer(16, 32, 2), "layer3": layer(32, 64, 2), "fc": nn.Linear(64, 10)}
+    )  # fmt: skip
+    other.load_state_dict(network.state_dict())
+    other.eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    h = other["layer3"](other["layer2"](other["layer1"](F.relu(other["bn1"](other["conv1"](x))))))
+    with torch.no_grad():
+        assert torch.allclose(network(x), other["fc"](h.mean(dim=(2, 3))), rtol=1e-4, atol=1e-5)
+
+
+def test_resnet110_has_its_published_size():
+    with torch.device("meta"):
+        assert sum(one.numel() for one in CifarResNet(110, 10).parameters()) == pytest.approx(1.73e6, rel=2e-3)
+
+
+class Echo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BCHW):
+        return x_BCHW
+
+
+@pytest.mark.parametrize(
+    ("normalize", "expected"),
+    [
+        ("none", [0.5, 0.5, 0.5]),
+        ("half", [0, 0, 0]),
+        ("cifar10", [(0.5 - 0.4914) / 0.2023, (0.5 - 0.4822) / 0.1994, (0.5 - 0.4465) / 0.2010]),
+        ("imagenet", [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]),
+        ("center-imagenet", [0.5 - 0.485, 0.5 - 0.456, 0.5 - 0.406]),
+        ({"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}, [0.4, 0.15, 0.05]),
+    ],
+)
+def test_normalisations(raw_spec, tmp_path, normalize, expected, monkeypatch):
+    from pipeline import classifiers
+
+    monkeypatch.setitem(classifiers.CLASSIFIERS, "echo", classifiers.Architecture(lambda num_classes: Echo()))
+    torch.save(Echo().state_dict(), tmp_path / "a.pt")
+    spec = classifier_spec(raw_spec, arch="echo", checkpoint=str(tmp_path / "a.pt"), normalize=normalize)
+    seen = build_classifier(spec, CPU, FP32, 3, 2)(torch.full((1, 3, 1, 1), 0.5))
+    assert seen.ravel().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_images_of_another_size_are_resized_inside():
+    wants = Input(Normalize(mean=[0.0], std=[1.0]), size=64, interpolation="bicubic")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    seen = Prepared(Echo(), wants)(x)
+    assert torch.equal(seen, F.interpolate(x, (64, 64), mode="bicubic", antialias=True))
+    assert torch.equal(Prepared(Echo(), wants)(seen), seen)  # of its own size: untouched
+    ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)  # half-pixel centres: a ramp stays a ramp, half as steep
+    steep = (ramp[..., 1:] - ramp[..., :-1]).mean()
+    inner = Prepared(Echo(), wants)(ramp)[..., 8:-8]
+    assert torch.allclose(inner[..., 1:] - inner[..., :-1], steep / 2, atol=1e-5)
+
+
+def test_a_normalisation_that_no_file_tells_must_be_given(raw_spec):
+    for arch in ("cifar_resnet110", "resnet50"):
+        with pytest.raises(UserError, match=r"classifier\.normalize is missing.*'center-imagenet'"):
+            check_classifier(classifier_spec(raw_spec, arch=arch, checkpoint="a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet18", r"'resnet18' is unknown: choose one of mnist_cnn, .*torchvision:NAME"),
+        ("torchvision:resnet99", r"torchvision:resnet99"),
+        ("torchvision:googlenet", r"torchvision:googlenet"),
+        ("timm:resnet99", r"timm .* knows no such model"),
+    ],
+)
+def test_unknown_architectures(raw_spec, arch, message):
+    if arch.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(UserError, match=message):
+        check_classifier(classifier_spec(raw_spec, arch=arch))
+
+
+def test_torchvision_takes_input_and_weights_from_the_metadata(raw_spec, tmp_path):
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    network = uniform(resnet18(num_classes=7))
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    spec = classifier_spec(raw_spec, arch="torchvision:resnet18", checkpoint=str(tmp_path / "a.pt"))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    wants = ResNet18_Weights.DEFAULT.transforms()
+    resized = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (wants.mean, wants.std))
+    with torch.no_grad():
+        expected = network((resized - mean) / std)
+        assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 7)(x), expected, atol=1e-4)
+    ids = classifier_ids(spec)
+    assert "bilinear" in ids["classifier.input"]
+    overridden = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"normalize": "half"})})
+    assert classifier_ids(overridden)["classifier.input"] != ids["classifier.input"]
+    with pytest.raises(UserError, match=r"fc\.weight has shape \(7, 512\).*\(10, 512\).*10 classes"):
+        build_classifier(spec, CPU, FP32, 3, 10)
+    with pytest.raises(UserError, match=r"3 channels|has 3"):
+        build_classifier(spec, CPU, FP32, 1, 7)
+
+
+def test_timm_takes_its_input_from_the_metadata(raw_spec, tmp_path):
+    timm = pytest.importorskip("timm")
+    network = uniform(timm.create_model("test_vit", num_classes=3))
+    torch.save({"state_dict": {f"1.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "a.pt")
+    spec = classifier_spec(raw_spec, arch="timm:test_vit", checkpoint=str(tmp_path / "a.pt"))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    says = timm.models.get_pretrained_cfg("test_vit")
+    resized = F.interpolate(x, says.input_size[1:], mode=says.interpolation, antialias=True)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (says.mean, says.std))
+    with torch.no_grad():
+        assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 3)(x), network((resized - mean) / std), atol=1e-4)
