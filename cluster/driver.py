@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cluster.scheduler import Scheduler, SetAside
-from cluster.worker import Receipt, Setup, Worker
+from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
 from pipeline.spec import Block, RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ class _Shell:
         self._worker = None  # frees the models of an earlier run first
         self._worker = Worker(setup)
 
+    def check(self) -> CleanAccuracy:
+        assert self._worker is not None
+        return self._worker.clean_accuracy()
+
     def run(self, blocks: list[Block], attempt: str) -> Receipt:
         assert self._worker is not None
         return self._worker.run(blocks, attempt)
@@ -53,6 +57,7 @@ class Progress(NamedTuple):
     actors: int  # that wait for tasks or run one
     actors_wanted: int
     new: list[tuple[Block, int, dict[int, int]]]  # blocks stored since the last word: block, label, votes per class
+    clean: CleanAccuracy | None  # of the first actor that loaded the models, once it has looked
 
 
 @dataclass
@@ -159,7 +164,9 @@ class _Cast:
         self._idle: list[Any] = []
         self._waking: dict[Any, Any] = {}  # future -> actor
         self._loading: dict[Any, Any] = {}
+        self._checking: dict[Any, Any] = {}
         self._running: dict[Any, Any] = {}
+        self._clean: CleanAccuracy | None = None
         self._failed_starts = 0
         self._first_task: float | None = None
         scheduler.add(blocks)
@@ -181,7 +188,7 @@ class _Cast:
                     break
             else:
                 self._dispatch(now)
-            pending = [*self._running, *self._loading, *self._waking]
+            pending = [*self._running, *self._checking, *self._loading, *self._waking]
             waiting = time.monotonic()
             done, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
             if done:
@@ -212,12 +219,15 @@ class _Cast:
             del self._idle[:spare]
 
     def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
-        """Take in what became of a future: an actor that lives, one that has loaded, a receipt; or a failure."""
+        """Take in what became of a future: an actor that lives, has loaded or has checked, a receipt; or a failure."""
         if future in self._waking:
             self._collect_awake(future, self._waking.pop(future))
             return []
         if future in self._loading:
             self._collect_loaded(future, self._loading.pop(future))
+            return []
+        if future in self._checking:
+            self._collect_checked(future, self._checking.pop(future))
             return []
         return self._collect_receipt(future, self._running.pop(future))
 
@@ -242,6 +252,20 @@ class _Cast:
             self._wake(actor)
         else:
             self._failed_starts = 0
+            if self._clean is None and not self._checking:  # the others begin their tasks meanwhile
+                self._checking[actor.check.remote()] = actor
+            else:
+                self._idle.append(actor)
+
+    def _collect_checked(self, future: Any, actor: Any) -> None:
+        try:
+            self._clean = ray.get(future)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayActorError as error:
+            self._count_failed_start(error)
+            self._wake(actor)
+        else:
             self._idle.append(actor)
 
     def _collect_receipt(self, future: Any, actor: Any) -> list[tuple[Block, int, dict[int, int]]]:
@@ -293,9 +317,10 @@ class _Cast:
             Progress(
                 draws=self._outcome.draws,
                 seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
-                actors=len(self._idle) + len(self._running),
+                actors=len(self._idle) + len(self._checking) + len(self._running),
                 actors_wanted=len(self._cluster.actors),
                 new=new,
+                clean=self._clean,
             )
         )
 

@@ -1,17 +1,19 @@
 """One device with f loaded once: casts the votes of a task's blocks and commits each block as it finishes. No Ray."""
 
+import contextlib
 import functools
 import logging
 import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline import noise
-from pipeline.data import Sample, open_dataset
+from pipeline.data import UNLABELLED, Sample, open_dataset, sample_indices
 from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import Block, RunSpec, UserError, votes_id
 from pipeline.store import open_store
@@ -19,8 +21,10 @@ from pipeline.votes import block_key, encode_block
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("numpy", "torch", "pillow", "pyarrow")
+_PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
+_MODEL_PACKAGES = ("timm", "diffusers")
 _CPU_BATCH, _GPU_BATCH = 64, 512
+_CLEAN_SAMPLES = 64
 
 
 class Setup(NamedTuple):
@@ -40,6 +44,14 @@ class Receipt(NamedTuple):
     duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
     seconds: float
     draws: int
+
+
+class CleanAccuracy(NamedTuple):
+    """How many of some labelled samples the classifier alone gets right, without noise or denoiser."""
+
+    right: int
+    samples: int
+    num_classes: int
 
 
 class Worker:
@@ -95,6 +107,19 @@ class Worker:
                 duplicates.append(block)
         return Receipt(stored, duplicates, time.perf_counter() - start, sum(block.draws for block in blocks))
 
+    def clean_accuracy(self) -> CleanAccuracy:
+        """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""
+        indices = sample_indices(self._setup.spec.data.samples, len(self._data))
+        chosen = indices[:: max(1, len(indices) // _CLEAN_SAMPLES)][:_CLEAN_SAMPLES]
+        samples = [sample for sample in map(self._load, chosen) if sample.label != UNLABELLED]
+        right = 0
+        for start in range(0, len(samples), self._batch_size):
+            batch = samples[start : start + self._batch_size]
+            x_BCHW = torch.from_numpy(np.stack([sample.image_CHW for sample in batch])).to(self._device)
+            predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
+            right += sum(k == sample.label for k, sample in zip(predicted_B, batch, strict=True))
+        return CleanAccuracy(right, len(samples), self._f.num_classes)
+
     def _load(self, index: int) -> Sample:
         return self._data[index]
 
@@ -123,5 +148,14 @@ def _facts(device: torch.device, batch_size: int, setup: Setup) -> dict[str, Any
         "precision": setup.spec.smoothing.precision,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """The packages that can change a vote; those that only some models need, where they are installed."""
+    versions = {name: version(name) for name in _PACKAGES}
+    for name in _MODEL_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

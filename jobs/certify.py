@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.special import bdtrc
 
 from pipeline import curve as curves
-from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound
+from pipeline.certify import Certificate, certified_radius, certify, least_certifying_n, lower_confidence_bound
 from pipeline.curve import Curve, curve_of
 from pipeline.data import open_dataset, sample_indices
 from pipeline.logs import write_log
@@ -36,6 +37,7 @@ from pipeline.votes import (
 
 logger = logging.getLogger(__name__)
 
+_CHANCE = 1e-3  # how improbable a clean accuracy must be by chance to be taken for better
 _LOG_SECONDS = 10.0  # between plain progress lines, and between writes of progress.json
 
 
@@ -53,13 +55,14 @@ class _Run(NamedTuple):
 def certify_all(
     wanted: Sequence[tuple[RunSpec, str]],
     *,
+    certificate: Certificate = "top",
     address: str | None,
     actors: int | None,
     batch_size: int | None,
     quiet: bool,
     on_stop: Callable[[Callable[[int], None]], None],
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """Certify specs one after another on the same actors, each in its storage.
+    """Certify specs one after another on the same actors, each in its storage; or predict, by the certificate.
 
     All specs are checked before the cluster is touched. `on_stop` is given the function that a signal handler is to
     call with its signal's number. Returns a result a run, and the signal that stopped the work, if one did.
@@ -69,7 +72,7 @@ def certify_all(
     devices = {spec.compute.device for spec, _ in wanted}
     if len(devices) > 1:
         raise UserError(f"compute.device differs between the specs ({', '.join(sorted(devices))}): certify them apart")
-    runs = [_prepare(spec, home) for spec, home in wanted]
+    runs = [_prepare(spec, home, certificate) for spec, home in wanted]
     results: list[dict[str, Any]] = []
     if not any(run.missing for run in runs):
         return [_conclude(run.store, run.order_name, quiet=quiet) for run in runs], None
@@ -114,7 +117,7 @@ def certify_all(
     return results, None
 
 
-def _prepare(spec: RunSpec, home: str) -> _Run:
+def _prepare(spec: RunSpec, home: str, certificate: Certificate) -> _Run:
     """Check a spec against its data, weights and storage, and place its order."""
     from pipeline.smoothing import check_base_classifier, weights_ids
 
@@ -122,17 +125,17 @@ def _prepare(spec: RunSpec, home: str) -> _Run:
     data = open_dataset(spec.data)
     samples = sample_indices(spec.data.samples, len(data))
     check_base_classifier(spec)
-    least = least_certifying_n(smoothing.alpha)
+    least = least_certifying_n(smoothing.alpha, certificate)
     if smoothing.n < least:
         logger.warning(
-            "n = %d can certify nothing at alpha = %g, even where all votes agree: n must be at least %d",
-            smoothing.n, smoothing.alpha, least,
+            "n = %d can %s nothing at alpha = %g, even where all votes agree: n must be at least %d",
+            smoothing.n, "predict" if certificate == "predict" else "certify", smoothing.alpha, least,
         )  # fmt: skip
     described = run_of(spec, weights_ids(spec), data.num_classes)
     store = open_store(home)
     store.prepare()
     claim_run(store, described)
-    order = order_of(spec, samples)
+    order = order_of(spec, samples, certificate)
     order_name = place_order(store, order)
     return _Run(
         spec,
@@ -156,7 +159,8 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     certificates.to_parquet(buffer, index=False)
     store.replace(f"{folder}/certificates.parquet", buffer.getvalue())
     incomplete = certificates.loc[certificates["status"] == "incomplete", "sample"].tolist()
-    if curve.num_samples:
+    order, predicts = orders[order_name], orders[order_name].certificate == "predict"
+    if curve.num_samples and not predicts:
         fine = curve.table(curves.grid(0.01, curve.max_radius))
         store.replace(f"{folder}/curve.csv", fine.to_csv(index=False).encode())
         picture = io.BytesIO()
@@ -165,12 +169,15 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
         store.replace(f"{folder}/curve.png", picture.getvalue())
     if not quiet:
         console = Console()
-        console.out(render([curve]), end="", highlight=False)
-        order = orders[order_name]
+        if predicts:
+            accuracy, abstained = 100 * curve.at([0.0])[0], 100 * curve.abstention_rate
+            console.print(f"predictions: {accuracy:.1f} % right, {abstained:.1f} % abstained", highlight=False)
+        else:
+            console.out(render([curve]), end="", highlight=False)
         console.print(
             f"order {order_name}: n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, {curve.num_samples} samples"
             f"{'; POST HOC: an earlier order has looked at these samples' if curve.post_hoc else ''}\n"
-            f"{store.uri}/{folder}: certificates.parquet, curve.csv, curve.png",
+            f"{store.uri}/{folder}: certificates.parquet{'' if predicts else ', curve.csv, curve.png'}",
             highlight=False,
             soft_wrap=True,
         )
@@ -189,6 +196,7 @@ def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Or
         n0=order.n0,
         n=order.n,
         samples=order.samples,
+        certificate=order.certificate,
         order=order_name,
         mode=order.mode,
         post_hoc=post_hoc.__contains__,
@@ -201,7 +209,12 @@ def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Cur
 
 
 def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve) -> dict[str, Any]:
-    radii = curves.table_radii([curve])
+    if order.certificate == "predict":
+        reached: dict[str, Any] = {"accuracy": float(curve.at([0.0])[0])}
+    else:
+        radii = curves.table_radii([curve])
+        accuracy = zip(radii, curve.at(radii).tolist(), strict=True)
+        reached = {"acr": curve.acr, "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy}}
     return {
         "name": curve.name,
         "run": store.uri,
@@ -214,12 +227,10 @@ def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, cu
         "n0": order.n0,
         "n": order.n,
         "alpha": order.alpha,
+        "certificate": order.certificate,
         "post_hoc": curve.post_hoc,
-        "acr": curve.acr,
         "abstention_rate": curve.abstention_rate,
-        "certified_accuracy": {
-            f"{radius:g}": value for radius, value in zip(radii, curve.at(radii).tolist(), strict=True)
-        },
+        **reached,
     }
 
 
@@ -232,6 +243,7 @@ class _Watch:
         self._counts: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
         self._certified = {0.0: 0, run.spec.smoothing.sigma: 0}  # radius -> samples, of those completed by this call
         self._samples = 0
+        self._clean: Any = None
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._quiet = quiet
@@ -259,6 +271,9 @@ class _Watch:
 
     def __call__(self, progress: Any) -> None:
         """Take in a `cluster.driver.Progress`."""
+        if progress.clean is not None and self._clean is None:
+            self._clean = progress.clean
+            self._judge(progress.clean)
         for block, label, votes in progress.new:
             self._add(block, label, votes)
         rate = progress.draws / progress.seconds if progress.seconds else 0.0
@@ -285,32 +300,54 @@ class _Watch:
             line = f"{self._run.spec.name}: {progress.draws:,} of {self._total:,} draws, {rate:,.0f}/s{left}; {note}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
+    def _judge(self, clean: Any) -> None:
+        """Say the bare classifier's accuracy; warn where chance would do as well, if so few samples can tell."""
+        chance = 1 / clean.num_classes
+        if float(bdtrc(clean.samples - 1, clean.samples, chance)) > _CHANCE:
+            return
+        right = f"{clean.right} of {clean.samples} clean samples"
+        if float(bdtrc(clean.right - 1, clean.samples, chance)) > _CHANCE:
+            logger.warning(
+                "WARNING: the classifier alone gets %s right, no better than chance (%g of %d). Most often "
+                "classifier.normalize is wrong, or the order of the classes; a certificate of this f is of little use",
+                right, round(clean.samples * chance, 1), clean.samples,
+            )  # fmt: skip
+        elif not self._quiet:
+            self._console.print(f"the classifier alone gets {right} right", highlight=False)
+
     def _note(self, progress: Any) -> str:
         if not progress.actors:
             return f"waiting for devices: 0 of {progress.actors_wanted} ready"
-        if not self._samples:
+        if not self._samples or self._run.order.certificate == "predict":
             return f"{progress.actors} actors"
         at = [f"{100 * count / self._samples:.0f}% at r={radius:g}" for radius, count in self._certified.items()]
         return f"certified {', '.join(at)} ({self._samples} samples)"
 
     def _add(self, block: Block, label: int, votes: dict[int, int]) -> None:
         """Count a block, and certify its sample once all its draws were cast by this call."""
-        smoothing, sample = self._run.spec.smoothing, block.sample
+        order, sample = self._run.order, block.sample
         self._counts[sample, block.stage].update(votes)
         selection, estimation = (self._counts[sample, stage] for stage in STAGES)
-        if selection.total() == smoothing.n0 and estimation.total() == smoothing.n:
-            top = min(selection, key=lambda k: (-selection[k], k))
-            count = (estimation[top], smoothing.n, smoothing.alpha)
+        if selection.total() == order.n0 and estimation.total() == order.n:
             self._samples += 1
+            top = min(selection, key=lambda k: (-selection[k], k), default=-1)  # PREDICT selects nothing
+            count = (estimation[top], order.n, order.alpha)
             if top == label and lower_confidence_bound(*count) >= 0.5:
-                reached = certified_radius(*count, smoothing.sigma)
+                reached = certified_radius(*count, self._run.spec.smoothing.sigma)
                 for radius in self._certified:
                     self._certified[radius] += bool(reached >= radius)
             del self._counts[sample, "selection"], self._counts[sample, "estimation"]
 
 
 def analyze(
-    run_uri: str, *, alpha: float | None, n0: int | None, n: int | None, export_tsv: str | None, quiet: bool
+    run_uri: str,
+    *,
+    alpha: float | None,
+    n0: int | None,
+    n: int | None,
+    certificate: Certificate | None = None,
+    export_tsv: str | None = None,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Another order over all samples of the run's orders, from the votes that stand; its log, where that is asked for.
 
@@ -323,20 +360,23 @@ def analyze(
     first = next(iter(orders.values()))
     samples = sorted({sample for order in orders.values() for sample in order.samples})
     lengths = block_lengths(run)
+    certificate = certificate or first.certificate
     asked = {"n0": first.n0 if n0 is None else n0, "n": first.n if n is None else n}
+    if certificate == "predict":
+        asked["n0"] = 0
     alpha = first.alpha if alpha is None else alpha
     if not 0 < alpha < 0.5:
         raise UserError(f"--alpha {alpha} must lie between 0 and 0.5")
     standing = list_blocks(store, lengths)
     for (name, value), stage in zip(asked.items(), STAGES, strict=True):
-        if value < 1:
+        if value < 1 and (name == "n" or certificate != "predict"):
             raise UserError(f"--{name} {value} must be at least 1")
         check_multiple(f"--{name}", value, lengths.of(stage), stage)
         drawn = min(_prefix(standing, sample, stage, lengths.of(stage)) for sample in samples)
         if value > drawn:
             most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
             raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
-    order = Order(samples=samples, alpha=alpha, n0=asked["n0"], n=asked["n"])
+    order = Order(samples=samples, alpha=alpha, n0=asked["n0"], n=asked["n"], certificate=certificate)
     order_name = place_order(store, order)
     result = _conclude(store, order_name, quiet=quiet)
     if export_tsv:
@@ -422,7 +462,10 @@ def print_status(facts: dict[str, Any]) -> None:
             f"{', post hoc' if order['post_hoc'] else ''}: {order['samples']} of "
             f"{order['samples'] + order['incomplete']} samples, {order['draws_done']:,} draws done, {state}"
         )
-        if order["samples"]:
+        if order["samples"] and order["certificate"] == "predict":
+            abstained = 100 * order["abstention_rate"]
+            lines.append(f"  predictions so far  {100 * order['accuracy']:.1f}% right, {abstained:.1f}% abstained")
+        elif order["samples"]:
             accuracy = "  ".join(
                 f"r={radius}: {100 * value:.1f}%" for radius, value in order["certified_accuracy"].items()
             )

@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: certify, status, analyze, curve, bench.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, curve, bench.
 
 Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
 Ctrl-C and SIGTERM, resumable.
@@ -18,6 +18,7 @@ import click
 
 from jobs import certify as certification
 from jobs.curve import compare
+from pipeline.certify import CERTIFICATES, Certificate
 from pipeline.spec import RunError, UserError, load_spec
 from pipeline.tables import FORMATS
 
@@ -62,21 +63,57 @@ def main() -> None:
         sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
 
 
+_CAST_OPTIONS = [
+    click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
+    click.option(
+        "--out",
+        help="Home of the run, a folder or s3://BUCKET/PREFIX; with several specs, of their runs. [default: runs/NAME]",
+    ),
+    click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]"),
+    click.option(
+        "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), help="Draws a batch. [default: 64 on a CPU, 512 on a GPU]"
+    ),
+    click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec."),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout."),
+]
+
+
+def _casts_votes(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_CAST_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
-@click.option(
-    "--out",
-    help="Home of the run, a folder or s3://BUCKET/PREFIX (with several specs: of their runs). [default: runs/NAME]",
-)
-@click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]")
-@click.option(
-    "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
-)
-@click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch. [default: 64 on a CPU, 512 on a GPU]")
-@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def certify(
+@_casts_votes
+def certify(**options: Any) -> None:
+    """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
+
+    \b
+    diffsmooth certify mnist
+    diffsmooth certify my.toml --out runs/a --set smoothing.sigma=1.0
+    """
+    _cast("top", **options)
+
+
+@main.command()
+@_casts_votes
+def predict(**options: Any) -> None:
+    """Cast votes and predict with abstention (Cohen's PREDICT); stored, resumed and grown as certify does.
+
+    \b
+    diffsmooth predict mnist --set smoothing.n=100 --set smoothing.block.estimation=100
+    """
+    _cast("predict", **options)
+
+
+def _cast(
+    certificate: Certificate,
+    *,
     specs: tuple[str, ...],
     out: str | None,
     address: str | None,
@@ -86,12 +123,6 @@ def certify(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
-
-    \b
-    diffsmooth certify mnist
-    diffsmooth certify my.toml --out runs/a --set smoothing.sigma=1.0
-    """
     if cpu:
         overrides = (*overrides, "compute.device=cpu")
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
@@ -103,6 +134,7 @@ def certify(
     ]
     results, signal_number = certification.certify_all(
         list(zip(loaded, homes, strict=True)),
+        certificate=certificate,
         address=address,
         actors=actors,
         batch_size=batch_size,
@@ -146,6 +178,7 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
 @click.option("--n0", type=int, help="Selection draws to use. [default: the first order's]")
 @click.option("--n", type=int, help="Estimation draws to use. [default: the first order's]")
+@click.option("--certificate", type=click.Choice(CERTIFICATES), help="What to claim. [default: the first order's]")
 @click.option(
     "--export-tsv",
     metavar="FILE",
@@ -153,14 +186,22 @@ def status(run: str, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def analyze(
-    run: str, alpha: float | None, n0: int | None, n: int | None, export_tsv: str | None, as_json: bool
+    run: str,
+    alpha: float | None,
+    n0: int | None,
+    n: int | None,
+    certificate: Certificate | None,
+    export_tsv: str | None,
+    as_json: bool,
 ) -> None:
     """Another order from RUN's stored votes: no draws, no GPU. Marked post hoc where it is a second look.
 
     \b
     diffsmooth analyze runs/mnist --alpha 0.01
     """
-    result = certification.analyze(run, alpha=alpha, n0=n0, n=n, export_tsv=export_tsv, quiet=as_json)
+    result = certification.analyze(
+        run, alpha=alpha, n0=n0, n=n, certificate=certificate, export_tsv=export_tsv, quiet=as_json
+    )
     if as_json:
         click.echo(json.dumps(result, indent=2))
     sys.exit(0 if result["complete"] else 1)
@@ -206,6 +247,41 @@ def curve(
         picture=picture,
         envelope=envelope,
     )
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.option(
+    "--gpu", "gpus", multiple=True, metavar="NAME[=PRICE]", help="A GPU, with its dollars an hour. [default: all known]"
+)
+@click.option(
+    "--utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of the GPU's peak that is reached.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def plan(
+    specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Draws, FLOPs, GPU-hours and dollars of SPEC, before anything is launched; needs no weights.
+
+    \b
+    diffsmooth plan imagenet-diffsmooth-0.50 --gpu H100=2.50 --gpu A100=1.60
+    """
+    from rich.console import Console
+
+    from jobs import plan as planning
+
+    prices = planning.parse_gpus(gpus)
+    loaded = [load_spec(find_spec(name), overrides) for name in specs]
+    plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
+    if as_json:
+        click.echo(json.dumps(plans, indent=2))
+    else:
+        planning.print_plans(plans, Console())
 
 
 @main.command()

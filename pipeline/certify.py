@@ -7,16 +7,23 @@ The selection votes choose the top class c_A and never enter the bound; the esti
     certified radius = sigma * Phi^-1(p_A lower bound)         (equation 3 with p_B = 1 - p_A)
 
 Both are computed from the upper tail q = 1 - p_A, which keeps its digits where p_A is close to 1.
+
+PREDICT (the same paper's Algorithm 1) needs no selection: it answers the class with the most votes, and abstains unless
+a two-sided binomial test tells its count from the runner-up's. It says nothing of a radius.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv, ndtri
+from scipy.special import bdtrc, betaincinv, ndtri
 
 ABSTAINED, NO_PREDICTION = -1, -2
+
+Certificate = Literal["top", "predict"]
+CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
 
 COLUMNS = (
     "sample", "label", "status", "prediction", "top_class", "n0", "n", "n_A", "p_A_lower", "p_B_upper", "radius",
@@ -58,9 +65,51 @@ def certified_radius(n_A: ArrayLike, n: ArrayLike, alpha: float, sigma: float) -
     return np.where(q <= 0.5, -sigma * ndtri(np.minimum(q, 0.5)), 0.0) + 0.0
 
 
-def least_certifying_n(alpha: float) -> int:
-    """The least n with which any count certifies: alpha^(1/n) >= 1/2."""
-    return int(np.ceil(np.log(alpha) / np.log(0.5)))
+def prediction_p_value(n_A: ArrayLike, n_B: ArrayLike) -> NDArray[np.float64]:
+    """Two-sided p-value of n_A against n_B <= n_A votes, were both classes equally likely, over whole numbers.
+
+    Raises: ValueError unless 0 <= n_B <= n_A.
+    """
+    first, second = np.broadcast_arrays(np.asarray(n_A), np.asarray(n_B))
+    if (second < 0).any() or (second > first).any():
+        raise ValueError("n_A and n_B must satisfy 0 <= n_B <= n_A")
+    return np.minimum(1.0, 2 * bdtrc(first - 1.0, first + second, 0.5))
+
+
+def least_certifying_n(alpha: float, certificate: Certificate = "top") -> int:
+    """The least n with which votes that all agree are enough: alpha^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
+    return int(np.ceil(np.log(alpha if certificate == "top" else alpha / 2) / np.log(0.5)))
+
+
+class _Verdict(NamedTuple):
+    """What a certificate says of each sample, were its votes complete."""
+
+    top_class: NDArray[np.int64]
+    n_A: NDArray[np.int64]
+    p_A_lower: NDArray[np.float64]
+    radius: NDArray[np.float64]
+    stands: NDArray[np.bool_]  # it does not abstain
+
+
+def _top(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
+    """CERTIFY: the selection's top class, bounded by the estimation's votes for it."""
+    top_class = selection.argmax(axis=1)
+    n = np.maximum(estimation.sum(axis=1), 1)
+    n_A = estimation[np.arange(len(estimation)), top_class]
+    bound = lower_confidence_bound(n_A, n, alpha)
+    return _Verdict(top_class, n_A, bound, certified_radius(n_A, n, alpha, sigma), bound >= 0.5)
+
+
+def _predict(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
+    """PREDICT: the estimation's top class against its runner-up; a bound or a radius is not claimed."""
+    top_class = estimation.argmax(axis=1)
+    ordered = np.sort(np.pad(estimation, ((0, 0), (1, 0))), axis=1)
+    n_A, n_B = ordered[:, -1], ordered[:, -2]
+    nothing = np.full(len(n_A), np.nan)
+    return _Verdict(top_class, n_A, nothing, np.zeros(len(n_A)), prediction_p_value(n_A, n_B) <= alpha)
+
+
+_VERDICTS = {"top": _top, "predict": _predict}
 
 
 def certify(
@@ -71,46 +120,48 @@ def certify(
     n0: int,
     n: int,
     samples: Sequence[int] | None = None,
+    certificate: Certificate = "top",
     order: str = "",
     mode: str = "fixed",
     post_hoc: Callable[[int], bool] = lambda sample: False,
 ) -> pd.DataFrame:
     """Certificates of samples (all that have votes, unless some are named) from the first n0 and n draws of each.
 
-    A sample that lacks draws is `incomplete`; ties at selection go to the lowest class. Returns one row a sample with
-    COLUMNS: `status` is certified, abstained or incomplete; `prediction` is -1 for abstained, -2 where none was made.
-    `post_hoc` tells of a sample whether an earlier order has looked at it with other settings.
+    A sample that lacks draws is `incomplete`; ties go to the lowest class. Returns one row a sample with COLUMNS:
+    `status` is certified (predicted, with certificate "predict"), abstained or incomplete; `prediction` is -1 for
+    abstained, -2 where none was made. `post_hoc` tells of a sample whether an earlier order has looked at it with other
+    settings.
     """
     votes = votes.astype({"stage": str})
     index = pd.Index(sorted(set(votes["sample"])) if samples is None else list(samples), name="sample", dtype="int64")
     selection = _counts(votes, "selection", n0, index)
     estimation = _counts(votes, "estimation", n, index)
-    n0_drawn, n_drawn = selection.sum(axis=1).to_numpy(), estimation.sum(axis=1).to_numpy()
-    top_class = np.where(n0_drawn > 0, selection.to_numpy().argmax(axis=1), NO_PREDICTION)
-    n_A = np.where(n0_drawn > 0, estimation.to_numpy()[np.arange(len(index)), np.maximum(top_class, 0)], 0)
+    n0_drawn, n_drawn = selection.sum(axis=1), estimation.sum(axis=1)
     complete = (n0_drawn == n0) & (n_drawn == n)
-    bound = np.where(complete, lower_confidence_bound(n_A, n, alpha), 0.0)
-    radius = np.where(complete, certified_radius(n_A, n, alpha, sigma), 0.0)
-    certified = complete & (bound >= 0.5)
-    prediction = np.where(certified, top_class, np.where(complete, ABSTAINED, NO_PREDICTION))
+    verdict = _VERDICTS[certificate](selection, estimation, alpha, sigma)
+    chosen = (n_drawn if certificate == "predict" else n0_drawn) > 0
+    stands = complete & verdict.stands
+    prediction = np.where(stands, verdict.top_class, np.where(complete, ABSTAINED, NO_PREDICTION))
+    bound = np.where(complete, verdict.p_A_lower, np.nan if certificate == "predict" else 0.0)
     label = votes.groupby("sample")["label"].first().reindex(index, fill_value=-1).to_numpy()
+    positive = "predicted" if certificate == "predict" else "certified"
     return pd.DataFrame(
         {
             "sample": index.to_numpy(dtype=np.int32),
             "label": label.astype(np.int32),
-            "status": np.where(certified, "certified", np.where(complete, "abstained", "incomplete")),
+            "status": np.where(stands, positive, np.where(complete, "abstained", "incomplete")),
             "prediction": prediction.astype(np.int32),
-            "top_class": top_class.astype(np.int32),
+            "top_class": np.where(chosen, verdict.top_class, NO_PREDICTION).astype(np.int32),
             "n0": n0_drawn.astype(np.int32),
             "n": n_drawn.astype(np.int32),
-            "n_A": n_A.astype(np.int32),
+            "n_A": np.where(chosen, verdict.n_A, 0).astype(np.int32),
             "p_A_lower": bound,
             "p_B_upper": 1 - bound,
-            "radius": radius,
-            "correct": certified & (prediction == label),
+            "radius": np.where(complete, verdict.radius, 0.0),
+            "correct": stands & (prediction == label),
             "sigma": float(sigma),
             "alpha": float(alpha),
-            "certificate": "top",
+            "certificate": certificate,
             "mode": mode,
             "order": order,
             "post_hoc": np.array([post_hoc(int(sample)) for sample in index], dtype=bool),
@@ -119,9 +170,9 @@ def certify(
     )
 
 
-def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index) -> pd.DataFrame:
+def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index) -> NDArray[np.int64]:
     """Votes per sample (rows, as `index`) and class (columns 0 .. max) among the first `limit` draws of a stage."""
     chosen = votes[(votes["stage"] == stage) & (votes["draw_stop"] <= limit)]
     num_classes = int(votes["class"].max()) + 1 if len(votes) else 1
     table = chosen.pivot_table(index="sample", columns="class", values="votes", aggfunc="sum", fill_value=0)
-    return table.reindex(index=index, columns=range(num_classes), fill_value=0).astype(np.int64)
+    return table.reindex(index=index, columns=range(num_classes), fill_value=0).to_numpy(dtype=np.int64)

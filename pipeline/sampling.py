@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline.certify import Certificate
 from pipeline.spec import STAGES, Block, BlockLengths, RunError, RunSpec, Section
 from pipeline.store import Store
 
@@ -20,20 +21,27 @@ class Order(Section):
     """What is asked of a run. Two orders with equal `settings` make one claim, on the samples of both."""
 
     samples: list[int]
-    n0: int = Field(ge=1)
+    n0: int = Field(ge=0)  # 0 for PREDICT, which selects nothing
     n: int = Field(ge=1)
     alpha: float = Field(gt=0, lt=0.5)
     mode: Literal["fixed"] = "fixed"
-    certificate: Literal["top"] = "top"
+    certificate: Certificate = "top"
 
     @property
     def settings(self) -> tuple[Any, ...]:
         return (self.n0, self.n, self.alpha, self.mode, self.certificate)
 
 
-def order_of(spec: RunSpec, samples: Iterable[int]) -> Order:
+def order_of(spec: RunSpec, samples: Iterable[int], certificate: Certificate = "top") -> Order:
     smoothing = spec.smoothing
-    return Order(samples=list(samples), n0=smoothing.n0, n=smoothing.n, alpha=smoothing.alpha, mode=spec.sampling.mode)
+    return Order(
+        samples=list(samples),
+        n0=0 if certificate == "predict" else smoothing.n0,
+        n=smoothing.n,
+        alpha=smoothing.alpha,
+        mode=spec.sampling.mode,
+        certificate=certificate,
+    )
 
 
 def place_order(store: Store, order: Order) -> str:

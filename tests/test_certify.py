@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, norm
 
-from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound
+from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound, prediction_p_value
 from pipeline.spec import Block
 from pipeline.votes import StoredBlock, to_table
 
@@ -158,3 +158,47 @@ def test_whole_procedure_errs_at_most_alpha_times():
     wrong = (radii > 0) & (radii > norm.ppf(p_top))
     assert wrong.mean() < 1.5 * alpha
     assert wrong.mean() > alpha / 4  # the simulation does reach the bound
+
+
+def estimation_votes(counts_SK):
+    """A table with the estimation votes of samples 0, 1, ... only, labelled 0."""
+    blocks = [
+        StoredBlock(
+            Block(sample, "estimation", 0, int(sum(counts))), 0, np.flatnonzero(counts).astype(np.int32),
+            np.asarray(counts)[np.flatnonzero(counts)].astype(np.int32), {},
+        )
+        for sample, counts in enumerate(counts_SK)
+    ]  # fmt: skip
+    return to_table(blocks)
+
+
+@pytest.mark.parametrize(("n_A", "n_B"), [(0, 0), (1, 0), (10, 0), (11, 0), (60, 40), (66, 34), (500, 500), (580, 420)])
+def test_prediction_p_value_is_the_two_sided_binomial_test(n_A, n_B):
+    expected = binomtest(n_A, n_A + n_B, 0.5).pvalue if n_A + n_B else 1.0
+    assert prediction_p_value(n_A, n_B) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="n_B <= n_A"):
+        prediction_p_value(3, 4)
+
+
+def test_predict_tells_the_two_top_classes_apart_or_abstains():
+    """67 to 33 of 100 has p = .0009; 66 to 34 has .0018; a third class takes no part in the test."""
+    votes = estimation_votes([[67, 33], [66, 34], [0, 100], [50, 50], [60, 10, 30], [40, 10, 50]])
+    table = certify(votes, sigma=0.5, alpha=0.001, n0=0, n=100, certificate="predict")
+    assert table["prediction"].tolist() == [0, -1, 1, -1, -1, -1]
+    assert table["status"].tolist() == ["predicted", "abstained", "predicted", "abstained", "abstained", "abstained"]
+    assert table["correct"].tolist() == [True, False, False, False, False, False]
+    assert table["top_class"].tolist() == [0, 0, 1, 0, 0, 2]
+    assert table["p_A_lower"].isna().all()
+    assert (table["radius"] == 0).all()
+    short = certify(votes, sigma=0.5, alpha=0.001, n0=0, n=200, certificate="predict")
+    assert (short["status"] == "incomplete").all()
+
+
+def test_predict_errs_at_most_alpha_times():
+    """At the worst case, two classes equally likely, any answer at all counts as an error."""
+    rng, paths, alpha, n = np.random.default_rng(7), 40_000, 0.05, 60
+    n_A = rng.binomial(n, 0.5, paths)
+    answered = prediction_p_value(np.maximum(n_A, n - n_A), np.minimum(n_A, n - n_A)) <= alpha
+    assert 0.5 * alpha < answered.mean() <= alpha
+    assert least_certifying_n(0.001, "predict") == 11
+    assert prediction_p_value(11, 0) <= 0.001 < prediction_p_value(10, 0)
