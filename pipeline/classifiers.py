@@ -7,14 +7,16 @@ import importlib
 import json
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spec import Normalize, RunSpec, UserError
-from pipeline.weights import build, function_id, own_function, weights_id
+from pipeline.fetch import fetch_first
+from pipeline.spec import Normalize, RunSpec, UserError, check_set
+from pipeline.weights import as_folder, build, function_id, load_json, own_function, weights_id
 
 # name -> mean and std per channel, in [0, 1] pixel units
 _NORMALIZATIONS = {
@@ -24,6 +26,7 @@ _NORMALIZATIONS = {
     "half": Normalize(mean=[0.5], std=[0.5]),
     "none": Normalize(mean=[0.0], std=[1.0]),
 }
+_AS_IS = _NORMALIZATIONS["none"]
 
 
 class Input(NamedTuple):
@@ -37,7 +40,9 @@ class Input(NamedTuple):
 class Architecture(NamedTuple):
     make: Callable[[int], nn.Module]  # number of classes -> network
     input: Input | None = None  # None: its files do not say, so the spec must
-    weights: str | None = None  # where the published weights lie
+    weights: Callable[[], str | None] = lambda: None  # where the published weights lie
+    beside: tuple[tuple[str, str], ...] = ()  # what votes_id calls a file that stands beside the weights, its location
+    load: Callable[[str, torch.device], nn.Module] | None = None  # weights, device -> network; None: `weights.build`
 
 
 class MnistCNN(nn.Module):
@@ -106,7 +111,7 @@ def _resnet50(num_classes: int) -> nn.Module:
 
 
 CLASSIFIERS: dict[str, Architecture] = {
-    "mnist_cnn": Architecture(MnistCNN, Input(_NORMALIZATIONS["none"])),
+    "mnist_cnn": Architecture(MnistCNN, Input(_AS_IS)),
     "cifar_resnet20": Architecture(lambda num_classes: CifarResNet(20, num_classes)),
     "cifar_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
     "imagenet32_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
@@ -128,33 +133,94 @@ def _torchvision(name: str) -> Architecture:
     return Architecture(
         lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes),
         Input(Normalize(mean=says.mean, std=says.std), says.crop_size[0], says.interpolation.value),
-        weights.url,
+        lambda: weights.url,
     )
 
 
 def _timm(name: str) -> Architecture:
     """A model of timm, with the input of its pretrained configuration."""
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError:
-        raise UserError(f"classifier.arch = 'timm:{name}' needs a package: pip install 'diffsmooth[models]'") from None
-    says = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    create, models = _library("timm", "create_model"), _library("timm", "models")
+    says = models.get_pretrained_cfg(name) if models.is_model(name) else None
     if says is None:
-        raise UserError(f"classifier.arch = 'timm:{name}': timm {timm.__version__} knows no such model")
+        raise UserError(f"classifier.arch = 'timm:{name}': the installed timm knows no such model")
     home = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return Architecture(
-        lambda num_classes: timm.create_model(name, num_classes=num_classes),
+        lambda num_classes: create(name, num_classes=num_classes),
         Input(Normalize(mean=list(says.mean), std=list(says.std)), says.input_size[-1], says.interpolation),
-        f"{home}/{says.hf_hub_id}/resolve/main/model.safetensors" if says.hf_hub_id else says.url or None,
+        lambda: f"{home}/{says.hf_hub_id}/resolve/main/model.safetensors" if says.hf_hub_id else says.url or None,
     )
 
 
-_FAMILIES: dict[str, Callable[[str], Architecture]] = {"torchvision": _torchvision, "timm": _timm}
+def _transformers(spec: RunSpec) -> Architecture:
+    """An image classifier in transformers' layout: config.json, preprocessor_config.json and weights in one folder."""
+    folder = check_set("classifier.checkpoint", spec.classifier.checkpoint or "").rstrip("/")
+    if not folder:
+        raise UserError("classifier.checkpoint is missing: arch = 'transformers' needs the folder of a model")
+    auto = _library("transformers", "AutoModelForImageClassification")
+    files = {name: str(fetch_first([f"{folder}/{name}.json"])) for name in ("config", "preprocessor_config")}
+    config, says = load_json(files["config"]), load_json(files["preprocessor_config"])
+    size = says.get("size", {}).get("height") if isinstance(says.get("size"), dict) else says.get("size")
+    wants = Input(
+        Normalize(mean=says["image_mean"], std=says["image_std"]) if says.get("do_normalize", True) else _AS_IS,
+        size,
+        {2: "bilinear", 3: "bicubic"}.get(says.get("resample", 2), f"resample = {says.get('resample')}"),
+    )
+
+    def make(num_classes: int) -> nn.Module:
+        configuration = _library("transformers", "AutoConfig").for_model(**config)
+        if configuration.num_labels != num_classes:
+            raise UserError(
+                f"{folder}: a classifier of {configuration.num_labels} classes, the data set has {num_classes}"
+            )
+        return _Logits(auto.from_config(configuration))
+
+    def load(weights: str, device: torch.device) -> nn.Module:
+        names = {f"{'model' if weights.endswith('.safetensors') else 'pytorch_model'}{Path(weights).suffix}": weights}
+        with as_folder({**names, "config.json": files["config"]}) as local:
+            try:
+                network, found = auto.from_pretrained(local, output_loading_info=True, local_files_only=True)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); get the files again"
+                ) from error
+        amiss = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+        if amiss:
+            raise UserError(
+                f"{folder}: {amiss[0]} and {len(amiss) - 1} more keys are missing or superfluous; get the files again"
+            )
+        return _Logits(network).to(device).eval().requires_grad_(False)
+
+    def weights() -> str:
+        return str(fetch_first([f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"]))
+
+    return Architecture(make, wants, weights, tuple((f"classifier.{name}", path) for name, path in files.items()), load)
 
 
-def _architecture(arch: str) -> Architecture | None:
+class _Logits(nn.Module):
+    """A transformers model that returns its logits alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.network(x_BCHW).logits
+
+
+def _library(package: str, name: str) -> Any:
+    """A library's attribute. Raises: UserError where the package is not installed."""
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ImportError:
+        raise UserError(f"this spec's classifier needs {package}: pip install 'diffsmooth[models]'") from None
+
+
+def _architecture(spec: RunSpec) -> Architecture | None:
     """None for an own function. Raises: UserError for a name that is not known."""
+    arch = spec.classifier.arch
     family, colon, name = arch.partition(":")
+    if arch == "transformers":
+        return _transformers(spec)
     if colon and family in _FAMILIES:
         return _FAMILIES[family](name)
     if colon:
@@ -162,19 +228,23 @@ def _architecture(arch: str) -> Architecture | None:
         return None
     if arch not in CLASSIFIERS:
         raise UserError(
-            f"classifier.arch = {arch!r} is unknown: choose one of {', '.join(CLASSIFIERS)}, torchvision:NAME, "
-            "timm:NAME, or name your own as package.module:function"
+            f"classifier.arch = {arch!r} is unknown: choose one of {', '.join(CLASSIFIERS)}, transformers, "
+            "torchvision:NAME, timm:NAME, or name your own as package.module:function"
         )
     return CLASSIFIERS[arch]
 
 
+_FAMILIES: dict[str, Callable[[str], Architecture]] = {"torchvision": _torchvision, "timm": _timm}
+
+
 def _input(spec: RunSpec, architecture: Architecture) -> Input:
     """What the spec and the metadata together say of the network's input."""
-    normalize = spec.classifier.normalize
+    normalize, interpolation = spec.classifier.normalize, spec.classifier.interpolation
     if isinstance(normalize, str):
         normalize = _NORMALIZATIONS[normalize]
     if architecture.input is not None:
-        return architecture.input if normalize is None else architecture.input._replace(normalize=normalize)
+        says = architecture.input
+        return Input(normalize or says.normalize, says.size, interpolation or says.interpolation)
     if normalize is None:
         raise UserError(
             f"classifier.normalize is missing, and files of {spec.classifier.arch} do not say it: Cohen's CIFAR models "
@@ -193,7 +263,7 @@ class Prepared(nn.Module):
         super().__init__()
         self.network = network
         self.wants = wants
-        self.as_is = wants.normalize == _NORMALIZATIONS["none"]
+        self.as_is = wants.normalize == _AS_IS
         self.register_buffer("mean_1C11", torch.tensor(wants.normalize.mean)[None, :, None, None], persistent=False)
         self.register_buffer("std_1C11", torch.tensor(wants.normalize.std)[None, :, None, None], persistent=False)
 
@@ -215,7 +285,7 @@ def build_classifier(
 
     Raises: UserError for weights that do not load and for images that do not fit.
     """
-    architecture = _architecture(spec.classifier.arch)
+    architecture = _architecture(spec)
     if architecture is None:
         return own_function(spec.classifier.arch)(spec, device)
     wants = _input(spec, architecture)
@@ -232,7 +302,10 @@ def build_classifier(
             "another classifier.arch"
         )
 
-    network = build(lambda: architecture.make(num_classes), location, device, explain=explain)
+    if architecture.load is not None and device.type != "meta":
+        network = architecture.load(location, device)
+    else:
+        network = build(lambda: architecture.make(num_classes), location, device, explain=explain)
     first = next((one for one in network.parameters() if one.ndim == 4), None)
     if first is not None and first.shape[1] != channels:
         raise UserError(f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}")
@@ -245,7 +318,7 @@ def classifier_ids(spec: RunSpec) -> dict[str, str]:
 
     Raises: UserError for a missing file, another sha256 than the spec's, or a function without a source file.
     """
-    architecture, arch = _architecture(spec.classifier.arch), spec.classifier.arch
+    architecture, arch = _architecture(spec), spec.classifier.arch
     ids = {}
     if architecture is None:
         ids["classifier.source"] = function_id(arch)
@@ -255,20 +328,22 @@ def classifier_ids(spec: RunSpec) -> dict[str, str]:
         ids["classifier.input"] = json.dumps(says, sort_keys=True)
     if architecture is not None or spec.classifier.checkpoint is not None:
         ids["classifier"] = weights_id(_weights(spec, architecture), spec.classifier.sha256)
-    return ids
+    beside = architecture.beside if architecture else ()
+    return ids | {name: weights_id(location) for name, location in beside}
 
 
 def _weights(spec: RunSpec, architecture: Architecture | None) -> str:
     """Where the weights lie: where the spec says, else where a library publishes them."""
-    location = spec.classifier.checkpoint or (architecture.weights if architecture else None)
+    given = None if architecture and architecture.load else spec.classifier.checkpoint  # a folder where it has a loader
+    location = given or (architecture.weights() if architecture else None)
     if location is None:
         raise UserError(f"classifier.checkpoint is missing: arch = {spec.classifier.arch!r} needs a file of weights")
-    return location
+    return check_set("classifier.checkpoint", location)
 
 
 def check_classifier(spec: RunSpec) -> None:
     """Raises: UserError for an architecture that is not known, or whose normalisation or interpolation is not."""
-    architecture = _architecture(spec.classifier.arch)
+    architecture = _architecture(spec)
     if architecture is None:
         return
     wants = _input(spec, architecture)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.fetch import fetch_first
-from pipeline.spec import RunSpec, UNetSettings, UserError
+from pipeline.spec import RunSpec, UNetSettings, UserError, check_set
 from pipeline.unet import UNet, settings_in
 from pipeline.weights import State, build, function_id, load_json, own_function, weights_id
 
@@ -260,6 +260,7 @@ def _files(spec: RunSpec) -> dict[str, str]:
     arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
     if checkpoint is None:
         raise UserError(f"denoiser.checkpoint is missing: arch = {arch!r} needs a file of weights")
+    check_set("denoiser.checkpoint", checkpoint)
     if arch != "diffusers":
         return {"denoiser": checkpoint}
     folder = checkpoint.rstrip("/")

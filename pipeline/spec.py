@@ -146,6 +146,7 @@ class Classifier(Section):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     # None: as the architecture's own metadata say; the field's checkpoints, which say nothing, need it given
     normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None  # to the network's own size; None: as its metadata say
 
 
 class BlockLengths(Section):
@@ -266,26 +267,30 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _anchor(raw: dict[str, Any], folder: Path) -> None:
-    """Make the relative locations in `raw` absolute; `embedded:` names and URIs stay."""
+    """Put environment variables, ${NAME}, into the locations in `raw` and make relative ones absolute.
+
+    `embedded:` names and URIs stay; so do variables that are not set, until somebody needs the location."""
     for section, key in (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint")):
         table = raw.get(section)
         if not isinstance(table, dict) or not isinstance(table.get(key), str):
             continue
-        location = os.path.expanduser(_expand(f"{section}.{key}", table[key]))
-        table[key] = location
-        if "://" not in location and not location.startswith("embedded:"):
+        location = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), table[key])
+        table[key] = location = os.path.expanduser(location)
+        if "://" not in location and not location.startswith(("embedded:", "${")):
             table[key] = str(folder / location)
 
 
-def _expand(name: str, location: str) -> str:
-    """Put environment variables, written ${NAME}, into a location."""
+def check_set(name: str, location: str) -> str:
+    """The location, unless an environment variable in it, written ${NAME}, was not set when the spec was read.
 
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise UserError(f"{name} = {location!r}: {match[1]} is not set; set it in the environment, or give a path")
-        return os.environ[match[1]]
-
-    return re.sub(r"\$\{(\w+)\}", value, location)
+    Raises: UserError.
+    """
+    unset = re.search(r"\$\{(\w+)\}", location)
+    if unset:
+        raise UserError(
+            f"{name} = {location!r}: {unset[1]} is not set; set it in the environment, or --set {name}=PATH"
+        )
+    return location
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

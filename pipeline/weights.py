@@ -7,11 +7,13 @@ file's network is found by its keys: under any prefix (`module.`, `1.`, `1.modul
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
 import pickle
-from collections.abc import Callable, Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,15 @@ def _reason(error: Exception) -> str:
     """The one line of what torch says of a file that tells something of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def as_folder(files: Mapping[str, str]) -> Iterator[Path]:
+    """A folder, for as long as it is needed, in which files stand under given names: name -> location."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, location in files.items():
+            (Path(folder) / name).symlink_to(_split(location)[0].resolve())
+        yield Path(folder)
 
 
 def load_json(location: str) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Classifiers: the published architectures against independent ones, and the input that each network wants."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
@@ -10,7 +13,6 @@ from pipeline.classifiers import CifarResNet, Input, Prepared, build_classifier,
 from pipeline.spec import Normalize, UserError, load_spec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-SEED = torch.Generator()
 
 
 def uniform(network):
@@ -107,7 +109,7 @@ def test_a_normalisation_that_no_file_tells_must_be_given(raw_spec):
         ("resnet18", r"'resnet18' is unknown: choose one of mnist_cnn, .*torchvision:NAME"),
         ("torchvision:resnet99", r"torchvision:resnet99"),
         ("torchvision:googlenet", r"torchvision:googlenet"),
-        ("timm:resnet99", r"timm .* knows no such model"),
+        ("timm:resnet99", r"the installed timm knows no such model"),
     ],
 )
 def test_unknown_architectures(raw_spec, arch, message):
@@ -151,3 +153,47 @@ def test_timm_takes_its_input_from_the_metadata(raw_spec, tmp_path):
     mean, std = (torch.tensor(one)[:, None, None] for one in (says.mean, says.std))
     with torch.no_grad():
         assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 3)(x), network((resized - mean) / std), atol=1e-4)
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    """A fine-tuned ViT as the hub has it, in the layout that transformers saves, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        num_labels=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
+        patch_size=16,
+    )  # fmt: skip
+    network = uniform(transformers.ViTForImageClassification(config))
+    network.save_pretrained(tmp_path / "vit")
+    says = {"size": 32, "resample": 2, "do_normalize": True, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(says))
+    return tmp_path / "vit", network
+
+
+def test_transformers_folder(raw_spec, vit_folder):
+    folder, network = vit_folder
+    x = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+    section = {"arch": "transformers", "checkpoint": str(folder)}
+    for given, mode, mean, std in (({}, "bilinear", 0.4, 0.3), (DDS, "bicubic", 0.5, 0.5)):
+        spec = classifier_spec(raw_spec, **section, **given)
+        resized = F.interpolate(x, (32, 32), mode=mode, antialias=True)
+        with torch.no_grad():
+            expected = network((resized - mean) / std).logits
+            assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 3)(x), expected, atol=1e-5)
+    assert set(classifier_ids(spec)) == {
+        "classifier", "classifier.config", "classifier.preprocessor_config", "classifier.input"
+    }  # fmt: skip
+    build_classifier(spec, torch.device("meta"), FP32, 3, 3)
+    with pytest.raises(UserError, match="a classifier of 3 classes, the data set has 10"):
+        build_classifier(spec, torch.device("meta"), FP32, 3, 10)
+    state = load_file(folder / "model.safetensors")
+    del state["classifier.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"classifier\.weight and 0 more keys are missing or superfluous"):
+        build_classifier(spec, CPU, FP32, 3, 3)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        check_classifier(spec)
+
+
+DDS = {"normalize": "half", "interpolation": "bicubic"}
