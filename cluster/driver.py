@@ -166,6 +166,7 @@ class _Cast:
         self._loading: dict[Any, Any] = {}
         self._checking: dict[Any, Any] = {}
         self._running: dict[Any, Any] = {}
+        self._looked = False  # an actor has been asked for the clean accuracy; nobody is asked twice
         self._clean: CleanAccuracy | None = None
         self._failed_starts = 0
         self._first_task: float | None = None
@@ -252,7 +253,8 @@ class _Cast:
             self._wake(actor)
         else:
             self._failed_starts = 0
-            if self._clean is None and not self._checking:  # the others begin their tasks meanwhile
+            if not self._looked:  # the others begin their tasks meanwhile
+                self._looked = True
                 self._checking[actor.check.remote()] = actor
             else:
                 self._idle.append(actor)
@@ -263,7 +265,7 @@ class _Cast:
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
-            self._count_failed_start(error)
+            logger.warning("the clean accuracy is not known: its actor died (%s)", _line(error))
             self._wake(actor)
         else:
             self._idle.append(actor)

@@ -2,8 +2,9 @@
 
 Blocks wait in order; a task is cut for a worker when it asks, long enough to keep it busy for TARGET_SECONDS at the
 speed it has shown, short enough that the work left is shared out evenly. A lost task goes back to the front of the
-line, for its last attempt cut into single blocks, so that a block that kills its worker takes no other with it; a block
-that is lost MAX_ATTEMPTS times is set aside with its last error. When nothing waits, an idle worker gets a
+line, for its last two attempts cut into single blocks: a block that kills its worker takes no other with it, and a
+neighbour that merely shared its first attempts survives one more mishap. A block that is lost MAX_ATTEMPTS times is set
+aside with its last error. When nothing waits, an idle worker gets a
 second copy of a task that takes much longer than expected: storage keeps the first result of each block.
 """
 
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from pipeline.spec import Block
 
 TARGET_SECONDS = 60.0
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 4
 SHARES = 4  # a task takes at most 1 / (SHARES * workers) of the draws that wait
 STRAGGLER_FACTOR = 2.0
 DEADLINE_FACTOR, DEADLINE_FLOOR = 10.0, 600.0  # a task is given up after this many times its expected seconds
@@ -100,7 +101,7 @@ class Scheduler:
             return  # another copy has done it, or still may
         if task.attempts >= self.max_attempts:
             self.set_aside.append(SetAside(task, error))
-        elif task.attempts == self.max_attempts - 1:
+        elif task.attempts == self.max_attempts - 2:
             self._lost.extend(Task([block], task.attempts) for block in task.blocks)
         else:
             self._lost.append(task)

@@ -63,6 +63,7 @@ def bench_driver(tasks: int) -> dict[str, Any]:
             )
     return {
         "tasks": outcome.tasks,
+        "draws": outcome.draws,
         "seconds": outcome.seconds,
         "tasks_per_second": outcome.tasks / outcome.seconds,
         "driver_ms_per_task": 1000 * outcome.driver_seconds / outcome.tasks,

@@ -404,10 +404,13 @@ def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
 
 
 def stored_curve(run_uri: str, order_name: str | None) -> Curve:
-    """The curve of one of a run's orders, the first unless one is named. Raises: UserError where there is none."""
+    """The curve of one of a run's orders, the first with radii unless one is named. Raises: UserError where there is none."""
     store = open_store(run_uri)
     run, orders = read_run(store), read_orders(store)
-    name = order_name or next(iter(orders), "")
+    with_radii = [name for name, order in orders.items() if order.certificate != "predict"]
+    name = order_name or next(iter(with_radii), "")
+    if order_name in orders and order_name not in with_radii or orders and not with_radii:
+        raise UserError(f"{run_uri} order {order_name or next(iter(orders))} holds predictions, which have no radius")
     if name not in orders:
         raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
     curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))

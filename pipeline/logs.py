@@ -79,7 +79,9 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def write_log(certificates: pd.DataFrame) -> str:
-    """Certificates in Cohen's layout, radii rounded down; incomplete samples are left out and warned of.
+    """Certificates in Cohen's layout, radii rounded down, or predictions in that of PREDICT.
+
+    Incomplete samples are left out and warned of.
 
     The layout has no word for a skipped sample: it is written as one that abstained.
     """
@@ -91,10 +93,11 @@ def write_log(certificates: pd.DataFrame) -> str:
             len(left_out), len(certificates), ", ".join(map(str, left_out[:10])) + (", ..." if left_out[10:] else ""),
         )  # fmt: skip
     columns = (complete[name].tolist() for name in ("sample", "label", "prediction", "radius", "correct"))
-    lines = ["\t".join(CERTIFY)]
+    predictions = "predict" in set(certificates.get("certificate", ()))
+    lines = ["\t".join(PREDICT if predictions else CERTIFY)]
     for sample, label, prediction, radius, correct in zip(*columns, strict=True):
-        floor = Decimal(radius).quantize(_RADIUS_STEP, rounding=ROUND_FLOOR)
-        lines.append(f"{sample}\t{label}\t{max(prediction, ABSTAINED)}\t{floor}\t{correct:d}\t0:00:00")
+        floor = "" if predictions else f"{Decimal(radius).quantize(_RADIUS_STEP, rounding=ROUND_FLOOR)}\t"
+        lines.append(f"{sample}\t{label}\t{max(prediction, ABSTAINED)}\t{floor}{correct:d}\t0:00:00")
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,12 @@ def half_space(spec: RunSpec, device: torch.device) -> Model:
     return logits
 
 
+def upside_down(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` with its classes swapped: always wrong on clean images."""
+    inner = half_space(spec, device)
+    return lambda x_BCHW: inner(x_BCHW).flip(1)
+
+
 def not_a_number(spec: RunSpec, device: torch.device) -> Model:
     """NaN for bright inputs only, so that it shows while drawing and not on the grey image of the first check."""
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.certify import certify_all
+from jobs.certify import analyze, certify_all, stored_curve
 from pipeline.certify import certified_radius
 from pipeline.spec import Block, RunError, UserError, load_spec
 from pipeline.store import open_store
@@ -26,9 +26,15 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def certify(spec, home, *, actors=2, batch_size=16):
+def certify(spec, home, *, actors=2, batch_size=16, **kind):
     results, stopped = certify_all(
-        [(spec, str(home))], address=None, actors=actors, batch_size=batch_size, quiet=True, on_stop=lambda stop: None
+        [(spec, str(home))],
+        address=None,
+        actors=actors,
+        batch_size=batch_size,
+        quiet=True,
+        on_stop=lambda stop: None,
+        **kind,
     )
     assert stopped is None
     return results[0]
@@ -61,6 +67,36 @@ def test_the_cut_changes_nothing_and_again_does_nothing(raw_spec, tmp_path):
     assert "draws_cast" not in again
     certify(spec, tmp_path / "b", actors=3, batch_size=256)
     pd.testing.assert_frame_equal(table(tmp_path / "a"), table(tmp_path / "b"))
+
+
+def test_predict_shares_storage_resume_and_votes_with_certify(raw_spec, tmp_path):
+    spec = load_spec(raw_spec)
+    predicted = certify(spec, tmp_path / "run", certificate="predict")
+    assert (predicted["accuracy"], predicted["abstention_rate"], predicted["draws_cast"]) == (1.0, 0.0, 8 * 200)
+    assert not predicted["post_hoc"]
+    assert "draws_cast" not in certify(spec, tmp_path / "run", certificate="predict")
+    rows = pd.read_parquet(tmp_path / "run" / "orders" / "001" / "certificates.parquet")
+    assert rows["status"].eq("predicted").all()
+    certified = certify(spec, tmp_path / "run")
+    assert (certified["draws_cast"], certified["post_hoc"]) == (8 * 50, True)
+    certify(spec, tmp_path / "alone")
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "alone"))
+    log = tmp_path / "predictions.tsv"
+    analyze(str(tmp_path / "run"), alpha=None, n0=None, n=None, export_tsv=str(log), quiet=True)
+    assert log.read_text().splitlines()[:2] == ["idx\tlabel\tpredict\tcorrect\ttime", "0\t0\t0\t1\t0:00:00"]
+    with pytest.raises(UserError, match="holds predictions, which have no radius"):
+        stored_curve(str(tmp_path / "run"), "001")
+    assert stored_curve(str(tmp_path / "run"), None).acr > 0  # the first order that has radii
+
+
+@pytest.mark.parametrize(("arch", "warned"), [("half_space", False), ("upside_down", True)])
+def test_a_classifier_no_better_than_chance_is_warned_of(raw_spec, images, tmp_path, caplog, arch, warned):
+    rows = pq.read_table(images).to_pylist() * 5  # 40 samples: 8 could be luck
+    pq.write_table(pa.Table.from_pylist(rows), images)
+    raw_spec["classifier"] = {"arch": f"tests.models:{arch}"}
+    certify(load_spec(raw_spec, ["smoothing.n=100"]), tmp_path / "run")
+    assert ("gets 0 of 40 clean samples right, no better than chance" in caplog.text) == warned
+    assert ("classifier.normalize" in caplog.text) == warned
 
 
 def test_growing_draws_only_what_is_missing(raw_spec, tmp_path):
@@ -213,5 +249,6 @@ def test_bench_counts_every_task():
     from jobs.bench import bench_driver
 
     figures = bench_driver(20)
-    assert figures["tasks"] == 21  # one of selection, twenty of estimation
+    assert figures["draws"] == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
+    assert figures["tasks"] >= 21
     assert 0 < figures["driver_ms_per_task"] < 1000 * figures["seconds"]
