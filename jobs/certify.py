@@ -404,15 +404,18 @@ def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
 
 
 def stored_curve(run_uri: str, order_name: str | None) -> Curve:
-    """The curve of one of a run's orders, the first with radii unless one is named. Raises: UserError where there is none."""
+    """The curve of one of a run's orders, the first that has radii unless one is named.
+
+    Raises: UserError where there is none.
+    """
     store = open_store(run_uri)
     run, orders = read_run(store), read_orders(store)
     with_radii = [name for name, order in orders.items() if order.certificate != "predict"]
-    name = order_name or next(iter(with_radii), "")
-    if order_name in orders and order_name not in with_radii or orders and not with_radii:
-        raise UserError(f"{run_uri} order {order_name or next(iter(orders))} holds predictions, which have no radius")
+    name = order_name or next(iter(with_radii or orders), "")
     if name not in orders:
         raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
+    if name not in with_radii:
+        raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
     curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))
     if not curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")

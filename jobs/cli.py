@@ -59,6 +59,8 @@ def find_spec(name: str) -> Path:
 def main() -> None:
     """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray."""
     logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
+    for told in ("pipeline.fetch", "pipeline.data"):  # downloads under way, and the order of the classes
+        logging.getLogger(told).setLevel(logging.INFO)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
 

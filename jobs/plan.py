@@ -120,7 +120,7 @@ def _flops(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dict[str, i
 
 def print_plans(plans: Sequence[dict[str, Any]], console: Console) -> None:
     """Each plan in words and as a table of GPUs; the sum of several."""
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 40 + sum(26 + len(one["name"]) for one in plans))  # wraps; nothing is cut short
     for one in plans:
         lines = [
             f"[bold]{one['name']}[/]: {one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
@@ -135,7 +135,7 @@ def print_plans(plans: Sequence[dict[str, Any]], console: Console) -> None:
                 f"GFLOP a draw: denoiser {denoiser:,.1f}, classifier {classifier:,.1f}{copies}; "
                 f"in all {one['total_flop']:.3g} FLOP in {one['precision']}"
             )
-        console.print("\n".join(lines), highlight=False)
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if any(one["total_flop"] is not None for one in plans):
         console.print(_costs(plans))
 

@@ -1,6 +1,10 @@
 """Classifiers: the published architectures against independent ones, and the input that each network wants."""
 
 import json
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -197,3 +201,37 @@ def test_transformers_folder(raw_spec, vit_folder):
 
 
 DDS = {"normalize": "half", "interpolation": "bicubic"}
+
+
+class _Hub(SimpleHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_timm_model_without_a_checkpoint_comes_from_the_hub(raw_spec, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    classes = timm.models.get_pretrained_cfg("test_resnet").num_classes
+    network = uniform(timm.create_model("test_resnet", num_classes=classes))
+    folder = tmp_path / "hub" / timm.models.get_pretrained_cfg("test_resnet").hf_hub_id / "resolve" / "main"
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, directory=str(tmp_path / "hub")))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+    spec = classifier_spec(raw_spec, arch="timm:test_resnet")
+    first = classifier_ids(spec)
+    loaded = build_classifier(spec, CPU, FP32, 3, classes)
+    server.shutdown()
+    assert len(_Hub.asked) == 1  # once for the identity and the weights
+    assert classifier_ids(spec) == first
+    x = torch.rand(1, 3, *timm.models.get_pretrained_cfg("test_resnet").input_size[1:])
+    assert loaded(x).shape == (1, classes)
+    with pytest.raises(UserError, match=r"head|fc"):
+        build_classifier(spec, CPU, FP32, 3, classes + 1)

@@ -412,16 +412,16 @@ def test_s3_as_moto_knows_it(moto, cache):
 
 
 def test_s3_objects_at_any_position(moto):
-    for name in ("set/b.parquet", "set/a.parquet", "set/deeper/c.parquet", "setting/d.parquet"):
+    for name in ("listed/b.parquet", "listed/a.parquet", "listed/deeper/c.parquet", "listed-too/d.parquet"):
         moto.put_object(Bucket="bucket", Key=name, Body=CONTENT)
-    assert list_s3("s3://bucket/set/") == ["s3://bucket/set/a.parquet", "s3://bucket/set/b.parquet"]
-    file = S3File("s3://bucket/set/a.parquet")
+    assert list_s3("s3://bucket/listed/") == ["s3://bucket/listed/a.parquet", "s3://bucket/listed/b.parquet"]
+    file = S3File("s3://bucket/listed/a.parquet")
     assert file.seek(-10, os.SEEK_END) == len(CONTENT) - 10
     assert file.read(100) == CONTENT[-10:]
     assert file.read(100) == b""
     file.seek(MB)
     assert file.read(5) + file.read(5) == CONTENT[MB : MB + 10]
-    moto.put_object(Bucket="bucket", Key="set/a.parquet", Body=OTHER)
+    moto.put_object(Bucket="bucket", Key="listed/a.parquet", Body=OTHER)
     with pytest.raises(RunError, match="the file has changed"):
         file.read(5)
     with pytest.raises(UserError, match="no such file"):

@@ -1,0 +1,95 @@
+"""What a run will cost: FLOPs as published, arithmetic by hand, and neither weights nor data at hand."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import SPECS, main
+from jobs.plan import GPUS, parse_gpus, plan
+from pipeline.classifiers import check_classifier
+from pipeline.denoisers import check_denoiser
+from pipeline.spec import UserError, load_spec
+
+PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
+
+
+def cost(name, **changes):
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    return plan(load_spec(SPECS / f"{name}.toml", overrides), prices={"H100": 2.0, "T4": None}, utilization=0.5)
+
+
+# GFLOP of one forward pass: denoiser, classifier (all copies)
+FLOPS = [
+    ("cifar10-cohen-0.50", 0, 0.51),
+    ("cifar10-diffsmooth-0.50", 16.8, 5 * 0.51),
+    ("imagenet-cohen-0.50", 0, 8.2),
+    ("imagenet-diffsmooth-0.50-local-0.26", 1713, 5 * 123),
+]
+
+
+@pytest.mark.parametrize(("name", "denoiser", "classifier"), FLOPS)
+def test_flops_are_those_of_the_published_networks(name, denoiser, classifier):
+    pytest.importorskip("timm")
+    found = cost(name)["gflop_per_draw"]
+    assert found["denoiser"] == pytest.approx(denoiser, rel=0.02)
+    assert found["classifier"] == pytest.approx(classifier, rel=0.02)
+
+
+def test_hours_dollars_and_blocks_by_hand():
+    found = cost("imagenet-cohen-1.00", **{"smoothing.precision": "bf16"})
+    draws = 500 * 100_100
+    assert (found["samples"], found["draws"], found["blocks"]) == (500, draws, 500 * (1 + 10))
+    assert found["total_flop"] == pytest.approx(draws * found["gflop_per_draw"]["classifier"] * 1e9)
+    h100, t4 = found["costs"]
+    assert h100["gpu_hours"] == pytest.approx(found["total_flop"] / (989e12 * 0.5 * 3600))
+    assert h100["dollars"] == pytest.approx(2 * h100["gpu_hours"])
+    assert (t4["gpu_hours"], t4["dollars"]) == (None, None)  # it has no bf16
+    assert 3.81 < found["largest_radius"] < 3.8116
+
+
+def test_steps_of_the_denoiser_multiply_its_cost():
+    one, four = (cost("cifar10-diffsmooth-0.50", **{"denoiser.steps": steps}) for steps in (1, 4))
+    assert four["gflop_per_draw"]["denoiser"] == pytest.approx(4 * one["gflop_per_draw"]["denoiser"])
+
+
+def test_there_is_a_spec_for_each_published_number():
+    methods = ("cohen", "smoothadv", "dds", "diffsmooth", "local-0.26")
+    assert len(PUBLISHED) == 2 * 3 * len(methods)
+    for path in PUBLISHED:
+        spec = load_spec(path)
+        if spec.denoiser.arch != "none":
+            check_denoiser(spec)
+        if spec.classifier.arch != "transformers":  # asks its folder
+            check_classifier(spec)
+        assert f"{spec.smoothing.sigma:.2f}" in path.stem
+        assert spec.smoothing.local_sigma == (
+            0.26 if "local" in path.stem else 0.25 if "diffsmooth" in path.stem else 0
+        )
+
+
+def test_an_own_function_that_cannot_run_without_weights_still_gets_its_draws(raw_spec):
+    found = plan(load_spec(raw_spec), prices=dict.fromkeys(GPUS), utilization=0.4)
+    assert found["draws"] == 8 * 250
+    assert found["image_shape"] == [1, 4, 4]
+
+
+def test_gpus_and_prices_are_checked():
+    assert parse_gpus(["h100=2.50", "T4"]) == {"H100": 2.5, "T4": None}
+    assert list(parse_gpus([])) == list(GPUS)
+    for wrong, message in {"H101": "the peak of H101 is not known", "H100=x": "must be dollars", "H100=-1": "must be",
+                           "H100=nan": "must be dollars"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            parse_gpus([wrong])
+
+
+def test_the_command_prints_words_or_json():
+    arguments = ["plan", "cifar10-cohen-0.25", "cifar10-diffsmooth-0.25", "--gpu", "A100=1.5"]
+    text = CliRunner().invoke(main, arguments).output
+    assert "500 samples x 100,100 draws = 50,050,000 draws" in text
+    assert "A100" in text
+    assert "$" in text
+    plans = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert [one["name"] for one in plans] == ["cifar10-cohen-0.25", "cifar10-diffsmooth-0.25"]
+    missing = CliRunner().invoke(main, ["certify", "cifar10-cohen-0.25", "--cpu", "--set", "data.name=mnist"])
+    assert missing.exit_code == 2
