@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.fetch import S3File, cache_folder, fetch, is_remote, list_s3, node_lock
-from pipeline.spec import Data, RunError, UserError
+from pipeline.spec import Data, RunError, UserError, check_set
 
 logger = logging.getLogger(__name__)
 
@@ -540,6 +540,8 @@ def open_dataset(data: Data) -> Dataset:
     """
     if data.name not in DATASETS:
         raise UserError(f"data.name = {data.name!r} is unknown: choose one of {', '.join(DATASETS)}")
+    if data.path is not None:
+        check_set("data.path", data.path)
     return DATASETS[data.name](data)
 
 
