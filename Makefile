@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffsmooth certify mnist
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+soak: $(VENV)/installed
+	for seed in 1 2 3 4 5; do $(BIN)/python -m tests.chaos --seed $$seed || exit 1; done
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

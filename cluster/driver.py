@@ -2,7 +2,8 @@
 
 Only block lists and small receipts travel through Ray; votes go from the actor straight to storage, weights from a
 file to the actor. Actors that wait for a device are left waiting, so that an autoscaling cluster brings nodes up for
-them; each is used as soon as it has loaded its models.
+them; each is used as soon as it has loaded its models. An actor on a node that is being drained gets no new task, and
+moves to another node once the one in flight has ended.
 """
 
 import logging
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.util.metrics import Counter, Histogram
 
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 _START_ATTEMPTS = 5  # starts in a row, per actor, that may die before the run is given up
 _KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between looks at deadlines and stop requests
+_DRAIN_LOOK = 3.0  # seconds between looks for nodes that are being drained
 
 
 class _Shell:
@@ -33,9 +36,11 @@ class _Shell:
     def __init__(self) -> None:
         self._worker: Worker | None = None
 
-    def load(self, setup: Setup) -> None:
+    def load(self, setup: Setup) -> str:
+        """Returns the id of the node that the actor is on."""
         self._worker = None  # frees the models of an earlier run first
         self._worker = Worker(setup)
+        return ray.get_runtime_context().get_node_id()
 
     def check(self) -> CleanAccuracy:
         assert self._worker is not None
@@ -88,6 +93,7 @@ class Cluster:
         )
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
+            _hush_ray()
             try:
                 _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -168,6 +174,10 @@ class _Cast:
         self._running: dict[Any, Any] = {}
         self._looked = False  # an actor has been asked for the clean accuracy; nobody is asked twice
         self._clean: CleanAccuracy | None = None
+        self._nodes: dict[Any, str] = {}  # actor -> the node that it loaded its models on
+        self._draining: set[str] = set()
+        self._looked_for_drains = 0.0
+        self._metrics = _Metrics(setup.spec.name)
         self._failed_starts = 0
         self._first_task: float | None = None
         scheduler.add(blocks)
@@ -188,6 +198,7 @@ class _Cast:
                     self._outcome.stopped = True
                     break
             else:
+                self._leave_draining_nodes(now)
                 self._dispatch(now)
             pending = [*self._running, *self._checking, *self._loading, *self._waking]
             waiting = time.monotonic()
@@ -219,6 +230,19 @@ class _Cast:
             self._cluster.release(self._idle[:spare])
             del self._idle[:spare]
 
+    def _leave_draining_nodes(self, now: float) -> None:
+        """Restart idle actors whose node is to go; Ray places them on another, or they wait for one."""
+        if now - self._looked_for_drains > _DRAIN_LOOK:
+            self._looked_for_drains = now
+            self._draining = set(ray._private.state.state.get_draining_nodes())
+        if not self._draining:
+            return
+        for actor in [actor for actor in self._idle if self._nodes.get(actor) in self._draining]:
+            logger.warning("node %s is being drained: its actor moves on", self._nodes.pop(actor)[:8])
+            self._idle.remove(actor)
+            ray.kill(actor, no_restart=False)
+            self._wake(actor)
+
     def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
         """Take in what became of a future: an actor that lives, has loaded or has checked, a receipt; or a failure."""
         if future in self._waking:
@@ -245,7 +269,7 @@ class _Cast:
 
     def _collect_loaded(self, future: Any, actor: Any) -> None:
         try:
-            ray.get(future)
+            self._nodes[actor] = ray.get(future)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
@@ -288,10 +312,12 @@ class _Cast:
         self._outcome.tasks += 1
         self._outcome.draws += sum(block.draws for block, _, _ in receipt.votes)
         self._outcome.duplicates += len(receipt.duplicates)
+        self._metrics.finished(receipt)
         return receipt.votes
 
     def _lose(self, actor: Any, error: RayTaskError | RayActorError) -> None:
         self._outcome.lost += 1
+        self._metrics.lost(error)
         logger.warning("a task was lost and goes back in line: %s", _line(error))
         self._scheduler.lost(_name(actor), _line(error), attempted=not getattr(error, "preempted", False))
 
@@ -325,6 +351,44 @@ class _Cast:
                 clean=self._clean,
             )
         )
+
+
+class _Metrics:
+    """What Prometheus sees of a run: ray_diffsmooth_* on each node's metrics port."""
+
+    def __init__(self, run: str) -> None:
+        tags = ("run", "device")
+        self._run = run
+        self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
+        self._blocks = Counter("diffsmooth_blocks", "Blocks stored.", tags)
+        self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed though they stood already.", tags)
+        bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
+        self._seconds = Histogram("diffsmooth_task_seconds", "Seconds per task.", bounds, tags)
+        self._lost = Counter("diffsmooth_lost_tasks", "Attempts that ended in an error.", ("run", "error"))
+
+    def finished(self, receipt: Receipt) -> None:
+        tags = {"run": self._run, "device": receipt.device}
+        self._seconds.observe(receipt.seconds, tags)
+        for counter, value in (
+            (self._draws, sum(block.draws for block, _, _ in receipt.votes)),
+            (self._blocks, len(receipt.votes)),
+            (self._duplicates, len(receipt.duplicates)),
+        ):
+            if value:  # a counter takes nothing else
+                counter.inc(value, tags)
+
+    def lost(self, error: Exception) -> None:
+        self._lost.inc(1, {"run": self._run, "error": _line(error).partition(":")[0]})
+
+
+def _hush_ray() -> None:
+    """Make a line on stderr of what Ray prints to a driver's stdout: a raylet's death comes with its last 20 lines."""
+
+    def say(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        for text in data["lines"]:
+            logger.warning("Ray says: %s", next(iter(text.strip().splitlines()), "")[:300])
+
+    ray._private.worker.print_to_stdstream = say
 
 
 def _knock(address: str) -> None:

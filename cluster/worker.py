@@ -44,6 +44,7 @@ class Receipt(NamedTuple):
     duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
     seconds: float
     draws: int
+    device: str = ""
 
 
 class CleanAccuracy(NamedTuple):
@@ -105,7 +106,8 @@ class Worker:
                 stored.append((block, sample.label, {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}))
             else:
                 duplicates.append(block)
-        return Receipt(stored, duplicates, time.perf_counter() - start, sum(block.draws for block in blocks))
+        seconds, draws = time.perf_counter() - start, sum(block.draws for block in blocks)
+        return Receipt(stored, duplicates, seconds, draws, self._facts["device"])
 
     def clean_accuracy(self) -> CleanAccuracy:
         """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""

@@ -1,0 +1,254 @@
+"""One run through everything that clouds do to it, against the same votes cast undisturbed.
+
+    python -m tests.chaos --seed 0
+
+A Ray of several nodes with logical GPUs, a real S3 server behind a proxy that fails a share of the calls and swallows
+answers, two drivers on one run at once. As blocks come in, at points that the seed chooses: actors are killed with -9,
+a node is removed and another added, a driver is killed with -9 and started again. At the end every block stands once
+and the votes equal those of a worker that was left in peace. Prints a report as JSON.
+"""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.cluster_utils import Cluster
+
+from cluster.worker import Setup, Worker
+from pipeline.sampling import blocks_of, order_of
+from pipeline.spec import RunSpec, load_spec
+from pipeline.store import FolderStore, open_store
+from pipeline.votes import claim_run, list_blocks, read_run, read_votes
+from tests.models import png, to_toml
+from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server
+
+ROOT = Path(__file__).parent.parent
+SAMPLES, BATCH = 16, 16
+FAILED_SHARE, SWALLOWED_SHARE = 0.05, 0.05
+
+
+def make_spec(folder: Path) -> RunSpec:
+    """Sixteen images for the half-space classifier at some 500 draws a second and actor: 96 blocks."""
+    images = [png(np.full((4, 4), 100 + 55 * (index % 2), np.uint8)) for index in range(SAMPLES)]
+    pq.write_table(
+        pa.table({"image": images, "label": [index % 2 for index in range(SAMPLES)]}), folder / "images.parquet"
+    )
+    return load_spec(
+        {
+            "name": "chaos",
+            "data": {"name": "parquet", "path": str(folder / "images.parquet")},
+            "classifier": {"arch": "tests.models:slow_half_space"},
+            "smoothing": {"sigma": 0.25, "n0": 50, "n": 500, "block": {"selection": 50, "estimation": 100}},
+            "compute": {"device": "auto"},
+        }
+    )
+
+
+class Faults:
+    """Which calls of the store fail: a share of all by a stream of its own, so that the seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng, self._lock = np.random.default_rng([seed, 1]), threading.Lock()
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, method: str, path: str, number: int) -> Any:
+        with self._lock:
+            luck = self._rng.random()
+        if luck < FAILED_SHARE:
+            self.counts["calls failed"] += 1
+            return 503, "SlowDown"
+        if luck < FAILED_SHARE + SWALLOWED_SHARE and method == "PUT":
+            self.counts["answers swallowed"] += 1
+            return "drop"
+        return None
+
+
+def descendants(pid: int) -> set[int]:
+    """The process ids below `pid`."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found: set[int] = set()
+    grown = {pid}
+    while grown:
+        found |= grown
+        grown = {child for child, parent in parents.items() if parent in grown} - found
+    return found - {pid}
+
+
+def busy_actors() -> list[int]:
+    """Process ids of this cluster's actors that run a task now, by their titles."""
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::_Shell.run"):
+            found.append(pid)
+    return sorted(found)
+
+
+class Chaos:
+    """The cluster, the drivers, and what is done to them."""
+
+    def __init__(self, spec: RunSpec, home: str, folder: Path, log: Path, rng: np.random.Generator) -> None:
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 1024**2},
+        )
+        self.nodes = [self.new_node() for _ in range(2)]
+        (folder / "spec.toml").write_text(to_toml(spec))
+        self.command = [sys.executable, "-m", "jobs.cli", "certify", str(folder / "spec.toml"), "--out", home]
+        self.command += ["--address", self.cluster.address, "--actors", "3", "--batch-size", str(BATCH), "--json"]
+        self.log, self.rng = log.open("wb"), rng
+        self.drivers = [self.new_driver() for _ in range(2)]
+        self.done: Counter[str] = Counter()
+
+    def new_node(self) -> Any:
+        return self.cluster.add_node(num_cpus=2, num_gpus=2, object_store_memory=80 * 1024**2)
+
+    def new_driver(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.log)
+
+    def kill_actor(self) -> None:
+        limit = time.monotonic() + 20
+        while not (busy := busy_actors()) and time.monotonic() < limit:
+            time.sleep(0.1)
+        if busy:
+            os.kill(int(self.rng.choice(busy)), signal.SIGKILL)
+            self.done["actors killed"] += 1
+
+    def remove_node(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(int(self.rng.integers(len(self.nodes)))), allow_graceful=False)
+        self.done["nodes removed"] += 1
+
+    def add_node(self) -> None:
+        self.nodes.append(self.new_node())
+        self.done["nodes added"] += 1
+
+    def drain_node(self) -> None:
+        """A spot notice: the node is drained, idle actors leave it, and then it is gone; another comes."""
+        self.add_node()
+        node, said = self.nodes.pop(0), self.moved()
+        ray_cli = Path(sys.executable).with_name("ray")
+        command = [str(ray_cli), "drain-node", "--address", self.cluster.address, "--node-id", node.node_id,
+                   "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                   "--deadline-remaining-seconds", "20"]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        limit = time.monotonic() + 20
+        while self.moved() == said and time.monotonic() < limit:
+            time.sleep(0.2)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.done["nodes drained"] += 1
+
+    def moved(self) -> int:
+        """How many actors have left a node that is being drained."""
+        return Path(self.log.name).read_text().count("is being drained: its actor moves on")
+
+    def kill_driver(self) -> None:
+        index = int(self.rng.integers(len(self.drivers)))
+        if self.drivers[index].poll() is None:
+            self.done["drivers killed"] += 1
+        self.drivers[index].kill()
+        self.drivers[index].communicate()
+        self.drivers[index] = self.new_driver()
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
+        self.cluster.shutdown()
+        self.log.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    seed = parser.parse_args().seed
+    rng = np.random.default_rng([seed, 0])
+    os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weed = shutil.which("weed", path=sysconfig.get_path("scripts"))
+        (folder / "s3").mkdir()
+        server = stack.enter_context(seaweed_server(Path(weed), folder / "s3") if weed else moto_server())
+        boto3.client("s3", endpoint_url=server).create_bucket(Bucket="bucket")
+        faults = Faults(seed)
+        os.environ["AWS_ENDPOINT_URL"] = stack.enter_context(faulty(server, faults))
+        spec, home = make_spec(folder), "s3://bucket/chaos"
+        wanted = list(blocks_of(order_of(spec, range(SAMPLES)), spec.smoothing.block))
+        chaos = Chaos(spec, home, folder, folder / "drivers.log", rng)
+        stack.callback(chaos.close)
+
+        store = open_store(home)
+        acts = [chaos.kill_actor] * 3 + [chaos.remove_node, chaos.add_node, chaos.drain_node, chaos.kill_driver]
+        acts = [acts[index] for index in rng.permutation(len(acts))]
+        points = sorted(int(at) for at in rng.integers(4, int(0.8 * len(wanted)), len(acts)))
+        for act, point in zip(acts, points, strict=True):
+            limit = time.monotonic() + 180
+            while len(list_blocks(store, spec.smoothing.block)) < point:
+                if time.monotonic() > limit or all(driver.poll() not in (None, 0) for driver in chaos.drivers):
+                    sys.exit(f"no progress before {act.__name__}: {(folder / 'drivers.log').read_text()[-4000:]}")
+                time.sleep(0.2)
+            act()
+        results = [driver.communicate(timeout=300)[0] for driver in chaos.drivers]
+        statuses = [driver.returncode for driver in chaos.drivers]
+        if statuses != [0, 0] or not all(result.startswith(b"[") for result in results):
+            sys.exit(f"exit statuses {statuses}, {results}: {(folder / 'drivers.log').read_text()[-4000:]}")
+
+        os.environ["AWS_ENDPOINT_URL"] = server
+        store = open_store(home)
+        peace = FolderStore(str(folder / "peace"))
+        claim_run(peace, read_run(store))
+        answers = [json.loads(result)[0] for result in results]
+        Worker(Setup(spec, peace.uri, answers[0]["votes_id"], BATCH)).run(wanted, "peace")
+        ours, expected = read_votes(home), read_votes(peace.uri)
+        keys = [entry.key for entry in store.list("votes")]
+        report = {
+            "seed": seed,
+            "acts": {at: act.__name__ for act, at in zip(acts, points, strict=True)},
+            **chaos.done,
+            "actors moved off a draining node": chaos.moved(),
+            **faults.counts,
+            "blocks": len(wanted),
+            "objects": len(keys),
+            "objects_once": len(set(keys)) == len(keys),
+            "computed_twice_and_dropped": sum(answer.get("blocks_computed_twice", 0) for answer in answers),
+            "attempts_lost": sum(answer.get("tasks_lost", 0) for answer in answers),
+            "rows": len(expected),
+            "rows_equal": ours.equals(expected),
+            "complete": all(answer["complete"] for answer in answers),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+    print(json.dumps(report))  # noqa: T201
+    sys.exit(0 if report["rows_equal"] and report["complete"] and report["objects"] == len(wanted) else 1)
+
+
+if __name__ == "__main__":
+    main()

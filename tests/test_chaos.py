@@ -1,0 +1,20 @@
+"""One seed of what `make soak` does with five: see tests/chaos.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_run_survives_what_clouds_do_to_it():
+    command = [sys.executable, "-m", "tests.chaos", "--seed", "0"]
+    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    report = json.loads(ended.stdout)
+    assert report["complete"]
+    assert report["rows_equal"]
+    assert report["objects"] == report["blocks"]
+    assert report["drivers killed"] + report["nodes removed"] + report["nodes drained"] == 3
+    assert report["actors killed"] >= 1
+    assert report["calls failed"] > 0
+    assert report["answers swallowed"] > 0
