@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.models import png
+from tests.s3_servers import free_ports
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session() -> Iterator[str]:
+    """Yields the address at which Prometheus would ask."""
     import ray
 
+    (port,) = free_ports(1)
     ray.init(
         address="local",
         num_cpus=3,
@@ -28,8 +31,9 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=80 * 1024**2,
+        _metrics_export_port=port,
     )
-    yield
+    yield f"http://127.0.0.1:{port}/metrics"
     ray.shutdown()
 
 

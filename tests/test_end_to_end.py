@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 
 from jobs.certify import analyze, certify_all, stored_curve
 from pipeline.certify import certified_radius
@@ -97,6 +98,22 @@ def test_a_classifier_no_better_than_chance_is_warned_of(raw_spec, images, tmp_p
     certify(load_spec(raw_spec, ["smoothing.n=100"]), tmp_path / "run")
     assert ("gets 0 of 40 clean samples right, no better than chance" in caplog.text) == warned
     assert ("classifier.normalize" in caplog.text) == warned
+
+
+def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
+    spec = load_spec(raw_spec, ["name=counted"])
+    certify(spec, tmp_path / "run")
+    limit = time.monotonic() + 60
+    while True:
+        text = requests.get(ray_session, timeout=10).text
+        lines = [line for line in text.splitlines() if 'run="counted"' in line]
+        draws = [line for line in lines if line.startswith("ray_diffsmooth_draws")]
+        if draws and float(draws[0].rpartition(" ")[2]) == 8 * 250:
+            break
+        assert time.monotonic() < limit, lines
+        time.sleep(0.5)
+    assert 'device="cpu ' in draws[0]
+    assert any(line.startswith("ray_diffsmooth_task_seconds_count") for line in lines)
 
 
 def test_growing_draws_only_what_is_missing(raw_spec, tmp_path):
