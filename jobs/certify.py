@@ -175,7 +175,8 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
         else:
             console.out(render([curve]), end="", highlight=False)
         console.print(
-            f"order {order_name}: n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, {curve.num_samples} samples"
+            f"order {order_name}: {order.certificate}, n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, "
+            f"{curve.num_samples} samples"
             f"{'; POST HOC: an earlier order has looked at these samples' if curve.post_hoc else ''}\n"
             f"{store.uri}/{folder}: certificates.parquet{'' if predicts else ', curve.csv, curve.png'}",
             highlight=False,
@@ -197,6 +198,7 @@ def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Or
         n=order.n,
         samples=order.samples,
         certificate=order.certificate,
+        num_classes=run["num_classes"],
         order=order_name,
         mode=order.mode,
         post_hoc=post_hoc.__contains__,
@@ -464,7 +466,7 @@ def print_status(facts: dict[str, Any]) -> None:
     for name, order in facts["orders"].items():
         state = "complete" if order["complete"] else f"{order['draws_missing']:,} draws missing: run certify again"
         lines.append(
-            f"order {name}: n0 = {order['n0']}, n = {order['n']}, alpha = {order['alpha']:g}"
+            f"order {name}: {order['certificate']}, n0 = {order['n0']}, n = {order['n']}, alpha = {order['alpha']:g}"
             f"{', post hoc' if order['post_hoc'] else ''}: {order['samples']} of "
             f"{order['samples'] + order['incomplete']} samples, {order['draws_done']:,} draws done, {state}"
         )

@@ -92,14 +92,21 @@ def _casts_votes(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @_casts_votes
-def certify(**options: Any) -> None:
+@click.option(
+    "--certificate",
+    type=click.Choice([name for name in CERTIFICATES if name != "predict"]),
+    default="top",
+    show_default=True,
+    help="What to claim: from the top class's votes alone, or from the runner-up's too.",
+)
+def certify(certificate: Certificate, **options: Any) -> None:
     """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
 
     \b
     diffsmooth certify mnist
     diffsmooth certify my.toml --out runs/a --set smoothing.sigma=1.0
     """
-    _cast("top", **options)
+    _cast(certificate, **options)
 
 
 @main.command()

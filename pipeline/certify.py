@@ -8,6 +8,14 @@ The selection votes choose the top class c_A and never enter the bound; the esti
 
 Both are computed from the upper tail q = 1 - p_A, which keeps its digits where p_A is close to 1.
 
+The multi-class certificate bounds the runner-up from the same votes instead of taking p_B = 1 - p_A:
+
+    certified radius = sigma / 2 (Phi^-1(p_A lower bound) - Phi^-1(p_B upper bound))    (equation 3)
+
+with p_A's bound at level w alpha and an upper bound for each of the other C - 1 classes at level
+(1 - w) alpha / (C - 1); all hold together with probability 1 - alpha (Bonferroni). p_B's is the largest of these,
+at most 1 - p_A lower bound. The class comes from selection, never from the votes that bound it.
+
 PREDICT (the same paper's Algorithm 1) needs no selection: it answers the class with the most votes, and abstains unless
 a two-sided binomial test tells its count from the runner-up's. It says nothing of a radius.
 """
@@ -22,7 +30,8 @@ from scipy.special import bdtrc, betaincinv, ndtri
 
 ABSTAINED, NO_PREDICTION = -1, -2
 
-Certificate = Literal["top", "predict"]
+Certificate = Literal["top", "multiclass", "predict"]
+_W = 0.9  # p_A's share of alpha in the multi-class certificate
 CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
 
 COLUMNS = (
@@ -87,17 +96,31 @@ class _Verdict(NamedTuple):
     top_class: NDArray[np.int64]
     n_A: NDArray[np.int64]
     p_A_lower: NDArray[np.float64]
+    p_B_upper: NDArray[np.float64]
     radius: NDArray[np.float64]
     stands: NDArray[np.bool_]  # it does not abstain
 
 
 def _top(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
     """CERTIFY: the selection's top class, bounded by the estimation's votes for it."""
-    top_class = selection.argmax(axis=1)
-    n = np.maximum(estimation.sum(axis=1), 1)
-    n_A = estimation[np.arange(len(estimation)), top_class]
+    top_class, n_A, n = _selected(selection, estimation)
     bound = lower_confidence_bound(n_A, n, alpha)
-    return _Verdict(top_class, n_A, bound, certified_radius(n_A, n, alpha, sigma), bound >= 0.5)
+    return _Verdict(top_class, n_A, bound, 1 - bound, certified_radius(n_A, n, alpha, sigma), bound >= 0.5)
+
+
+def _multiclass(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
+    """CERTIFY with the runner-up bounded too; `estimation` has a column for every class of the data set."""
+    top_class, n_A, n = _selected(selection, estimation)
+    others = estimation.copy()
+    others[np.arange(len(others)), top_class] = 0
+    n_B = others.max(axis=1)  # the bound grows with the count, so the class with most votes has the largest
+    level = (1 - _W) * alpha / max(estimation.shape[1] - 1, 1)
+    rest = _upper_tail(n_A, n, _W * alpha)  # 1 - p_A lower bound
+    p_B = np.where(n_B == n, 1.0, betaincinv(n_B + 1.0, np.maximum(n - n_B, 1).astype(float), 1 - level))
+    p_B = np.minimum(rest, p_B)
+    stands = 1 - rest >= p_B
+    radius = np.where(stands, sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
+    return _Verdict(top_class, n_A, 1 - rest, p_B, radius, stands)
 
 
 def _predict(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
@@ -106,10 +129,17 @@ def _predict(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha:
     ordered = np.sort(np.pad(estimation, ((0, 0), (1, 0))), axis=1)
     n_A, n_B = ordered[:, -1], ordered[:, -2]
     nothing = np.full(len(n_A), np.nan)
-    return _Verdict(top_class, n_A, nothing, np.zeros(len(n_A)), prediction_p_value(n_A, n_B) <= alpha)
+    stands = prediction_p_value(n_A, n_B) <= alpha
+    return _Verdict(top_class, n_A, nothing, nothing, np.zeros(len(n_A)), stands)
 
 
-_VERDICTS = {"top": _top, "predict": _predict}
+def _selected(selection: NDArray[np.int64], estimation: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """The selection's top class, its estimation votes, and all estimation votes (1 where there are none)."""
+    top_class = selection.argmax(axis=1)
+    return top_class, estimation[np.arange(len(estimation)), top_class], np.maximum(estimation.sum(axis=1), 1)
+
+
+_VERDICTS = {"top": _top, "multiclass": _multiclass, "predict": _predict}
 
 
 def certify(
@@ -121,28 +151,36 @@ def certify(
     n: int,
     samples: Sequence[int] | None = None,
     certificate: Certificate = "top",
+    num_classes: int | None = None,
     order: str = "",
     mode: str = "fixed",
     post_hoc: Callable[[int], bool] = lambda sample: False,
 ) -> pd.DataFrame:
     """Certificates of samples (all that have votes, unless some are named) from the first n0 and n draws of each.
 
+    The multi-class certificate needs `num_classes` of the data set (run.json's): a class without votes has no row.
+
     A sample that lacks draws is `incomplete`; ties go to the lowest class. Returns one row a sample with COLUMNS:
     `status` is certified (predicted, with certificate "predict"), abstained or incomplete; `prediction` is -1 for
     abstained, -2 where none was made. `post_hoc` tells of a sample whether an earlier order has looked at it with other
     settings.
+
+    Raises: ValueError for the multi-class certificate without `num_classes`.
     """
+    if certificate == "multiclass" and num_classes is None:
+        raise ValueError("the multi-class certificate needs num_classes: how many classes the data set has")
     votes = votes.astype({"stage": str})
     index = pd.Index(sorted(set(votes["sample"])) if samples is None else list(samples), name="sample", dtype="int64")
-    selection = _counts(votes, "selection", n0, index)
-    estimation = _counts(votes, "estimation", n, index)
+    columns = max(num_classes or 1, int(votes["class"].max()) + 1 if len(votes) else 1)
+    selection = _counts(votes, "selection", n0, index, columns)
+    estimation = _counts(votes, "estimation", n, index, columns)
     n0_drawn, n_drawn = selection.sum(axis=1), estimation.sum(axis=1)
     complete = (n0_drawn == n0) & (n_drawn == n)
     verdict = _VERDICTS[certificate](selection, estimation, alpha, sigma)
     chosen = (n_drawn if certificate == "predict" else n0_drawn) > 0
     stands = complete & verdict.stands
     prediction = np.where(stands, verdict.top_class, np.where(complete, ABSTAINED, NO_PREDICTION))
-    bound = np.where(complete, verdict.p_A_lower, np.nan if certificate == "predict" else 0.0)
+    nothing = np.nan if certificate == "predict" else 0.0
     label = votes.groupby("sample")["label"].first().reindex(index, fill_value=-1).to_numpy()
     positive = "predicted" if certificate == "predict" else "certified"
     return pd.DataFrame(
@@ -155,8 +193,8 @@ def certify(
             "n0": n0_drawn.astype(np.int32),
             "n": n_drawn.astype(np.int32),
             "n_A": np.where(chosen, verdict.n_A, 0).astype(np.int32),
-            "p_A_lower": bound,
-            "p_B_upper": 1 - bound,
+            "p_A_lower": np.where(complete, verdict.p_A_lower, nothing),
+            "p_B_upper": np.where(complete, verdict.p_B_upper, 1 - nothing),
             "radius": np.where(complete, verdict.radius, 0.0),
             "correct": stands & (prediction == label),
             "sigma": float(sigma),
@@ -170,9 +208,8 @@ def certify(
     )
 
 
-def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index) -> NDArray[np.int64]:
-    """Votes per sample (rows, as `index`) and class (columns 0 .. max) among the first `limit` draws of a stage."""
+def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index, num_classes: int) -> NDArray[np.int64]:
+    """Votes per sample (rows, as `index`) and class (columns) among the first `limit` draws of a stage."""
     chosen = votes[(votes["stage"] == stage) & (votes["draw_stop"] <= limit)]
-    num_classes = int(votes["class"].max()) + 1 if len(votes) else 1
     table = chosen.pivot_table(index="sample", columns="class", values="votes", aggfunc="sum", fill_value=0)
     return table.reindex(index=index, columns=range(num_classes), fill_value=0).to_numpy(dtype=np.int64)

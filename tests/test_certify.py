@@ -202,3 +202,42 @@ def test_predict_errs_at_most_alpha_times():
     assert 0.5 * alpha < answered.mean() <= alpha
     assert least_certifying_n(0.001, "predict") == 11
     assert prediction_p_value(11, 0) <= 0.001 < prediction_p_value(10, 0)
+
+
+def multiclass(counts_SK, top=0, alpha=0.001, n0=10):
+    """Certificates of samples with these estimation votes, all of whose selection votes are for class `top`."""
+    estimation = estimation_votes(counts_SK)
+    selection = estimation.drop_duplicates("sample").assign(
+        stage="selection", draw_start=0, draw_stop=n0, votes=n0, **{"class": top}
+    )
+    votes, n = pd.concat([selection, estimation]), int(sum(counts_SK[0]))
+    arguments = {"sigma": 1.0, "alpha": alpha, "n0": n0, "n": n, "num_classes": len(counts_SK[0])}
+    return (certify(votes, certificate=one, **arguments) for one in ("multiclass", "top"))
+
+
+def test_multiclass_bounds_the_runner_up_too():
+    """Spread errors certify more, even below p_A = 1/2; one wrong class certifies as p_A alone at 0.9 alpha."""
+    counts = [[700, 100, 100, 100], [480, 180, 170, 170], [800, 200, 0, 0], [1000, 0, 0, 0], [450, 400, 100, 50]]
+    both, alone = multiclass(counts)
+    assert both["radius"][0] > 1.2 * alone["radius"][0] > 0
+    assert (both["status"][1], alone["status"][1]) == ("certified", "abstained")
+    assert both["p_A_lower"][1] < 0.5
+    for sample in (2, 3):
+        at_share = certified_radius(counts[sample][0], 1000, 0.0009, 1.0)
+        assert both["radius"][sample] == pytest.approx(at_share, rel=1e-12)
+        assert 0.997 * alone["radius"][sample] < both["radius"][sample] < alone["radius"][sample]
+    assert both["status"][4] == "abstained"
+    low, high = both["p_A_lower"][0], both["p_B_upper"][0]
+    assert both["radius"][0] == pytest.approx((norm.ppf(low) - norm.ppf(high)) / 2)
+    assert binom.cdf(100, 1000, high) == pytest.approx(0.0001 / 3)  # each of three classes at a third of 0.1 alpha
+    with pytest.raises(ValueError, match="num_classes"):
+        certify(estimation_votes(counts), sigma=1.0, alpha=0.001, n0=0, n=1000, certificate="multiclass")
+
+
+@pytest.mark.parametrize("p", [(0.5, 0.5, 0, 0), (0.4, 0.2, 0.2, 0.2), (0.34, 0.33, 0.33, 0), (0.9, 0.1, 0, 0)])
+def test_multiclass_claims_too_much_at_most_alpha_times(p):
+    """The radius is above sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) with probability at most alpha, at the worst cases."""
+    paths, alpha, rng = 20_000, 0.02, np.random.default_rng(11)
+    both, _ = multiclass(rng.multinomial(200, p, size=paths).tolist(), alpha=alpha)
+    true = (norm.ppf(p[0]) - norm.ppf(max(p[1:]))) / 2
+    assert (both["radius"] > true + 1e-12).mean() <= alpha * 1.15
