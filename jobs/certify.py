@@ -207,7 +207,8 @@ def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Or
 
 def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
     sigma = run["spec"]["smoothing"]["sigma"]
-    return curve_of(run["name"], certificates, sigma, float(certified_radius(order.n, order.n, order.alpha, sigma)))
+    largest = float(certified_radius(order.n, order.n, order.alpha, sigma))
+    return curve_of(run["name"], certificates, sigma, largest, order.alpha)
 
 
 def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve) -> dict[str, Any]:

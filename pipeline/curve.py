@@ -3,6 +3,14 @@
 Certified accuracy at radius r is the share of all samples, abstentions included, whose prediction is right with a
 certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of radius where right
 and 0 elsewhere (MACER, arXiv 2001.02378, section 5.1).
+
+Three statements about the data set go beyond the plain share k / m, and none includes another:
+- over the draws: each certificate errs with probability at most alpha, independently, and an error spoils one sample at
+  every radius, so at most q = the 1 - rho quantile of Bin(m, alpha) of them err: g's true accuracy on these m images is
+  at least (k - q) / m at all radii at once, with probability 1 - rho (Cohen's own form of it, as his published code has
+  it, lacks a factor 2 and fails for large m: given for comparison);
+- over the images, at one radius: the Clopper-Pearson interval of k among m, were they drawn at random;
+- over the images, at all radii: the band of Dvoretzky, Kiefer and Wolfowitz with Massart's constant.
 """
 
 import math
@@ -14,9 +22,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv
+from scipy.special import bdtr, betaincinv
 
 BAND = "Clopper-Pearson 95 % per radius"
+RHO = 0.001  # how improbable it is that the bound over the draws fails
+_DELTA = 0.05  # of the statements over the images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,7 @@ class Curve:
     post_hoc: bool
     sigma: float | None  # None where a log does not tell
     max_radius: float  # what n and alpha allow; of a log, the largest that it holds
+    alpha: float | None = None  # error probability of one certificate; None where a log does not tell
 
     @property
     def num_samples(self) -> int:
@@ -48,22 +59,44 @@ class Curve:
         """Certified accuracy at each radius, in 0..1."""
         return self._counts(radii) / max(self.num_samples, 1)
 
-    def table(self, radii: ArrayLike) -> pd.DataFrame:
-        """Columns radius, certified_accuracy, lower, upper, num_samples, band.
+    def draws_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
+        """What g's true certified accuracy on these images is at least, at all radii at once, with probability 1 - rho.
 
-        The band is the 95 % Clopper-Pearson interval of each radius for the images' population, were they drawn from it
-        at random.
+        NaN where alpha is not known.
+        """
+        if self.alpha is None or not self.num_samples:
+            return np.full(np.shape(radii), np.nan)
+        errors = next(q for q in range(self.num_samples + 1) if bdtr(q, self.num_samples, self.alpha) >= 1 - rho)
+        return np.maximum(self._counts(radii) - errors, 0) / self.num_samples
+
+    def cohen_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
+        """The same bound as Cohen's published code computes it; not valid for large m. NaN where alpha is not known."""
+        if self.alpha is None or not self.num_samples:
+            return np.full(np.shape(radii), np.nan)
+        alpha, m, logarithm = self.alpha, self.num_samples, math.log(1 / rho)
+        return self.at(radii) - alpha - math.sqrt(alpha * (1 - alpha) * logarithm / m) - logarithm / (3 * m)
+
+    def table(self, radii: ArrayLike) -> pd.DataFrame:
+        """Columns radius, certified_accuracy, lower, upper, num_samples, band, draws_lower, cohen_lower, dkw_*.
+
+        `lower` and `upper` are the 95 % interval of each radius over the images, dkw's the 95 % band over all radii;
+        `draws_lower` and `cohen_lower` are statements about these images.
         """
         radii, m = np.asarray(radii, dtype=float), self.num_samples
-        count = self._counts(radii)
+        count, share = self._counts(radii), self.at(radii)
+        half_width = math.sqrt(math.log(2 / _DELTA) / (2 * max(m, 1)))
         return pd.DataFrame(
             {
                 "radius": radii,
-                "certified_accuracy": self.at(radii),
+                "certified_accuracy": share,
                 "lower": np.where(count > 0, betaincinv(np.maximum(count, 1), m - count + 1, 0.025), 0.0),
                 "upper": np.where(count < m, betaincinv(count + 1, np.maximum(m - count, 1), 0.975), 1.0),
                 "num_samples": m,
                 "band": BAND,
+                "draws_lower": self.draws_lower(radii),
+                "cohen_lower": self.cohen_lower(radii),
+                "dkw_lower": np.maximum(share - half_width, 0.0),
+                "dkw_upper": np.minimum(share + half_width, 1.0),
             }
         )
 
@@ -72,7 +105,9 @@ class Curve:
         return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
 
 
-def curve_of(name: str, certificates: pd.DataFrame, sigma: float | None, max_radius: float) -> Curve:
+def curve_of(
+    name: str, certificates: pd.DataFrame, sigma: float | None, max_radius: float, alpha: float | None = None
+) -> Curve:
     """The curve of a certificates table."""
     complete = certificates[certificates["status"] != "incomplete"]
     return Curve(
@@ -84,6 +119,7 @@ def curve_of(name: str, certificates: pd.DataFrame, sigma: float | None, max_rad
         post_hoc=bool(certificates["post_hoc"].any()),
         sigma=sigma,
         max_radius=max_radius,
+        alpha=alpha,
     )
 
 
@@ -156,6 +192,11 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         label = f"{curve.name} (ACR {curve.acr:.3f}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
+        if len(curves) == 1 and curve.alpha is not None:
+            label = f"at least, over the draws ({100 * (1 - RHO):g} %, all radii)"
+            axes.plot(radii, table["draws_lower"], color="black", linestyle=":", linewidth=1, label=label)
+            axes.plot(radii, table["dkw_lower"], color=colour, alpha=0.5, linewidth=0.6, label="DKW 95 %, all radii")
+            axes.plot(radii, table["dkw_upper"], color=colour, alpha=0.5, linewidth=0.6)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8, title=f"band: {BAND}", title_fontsize=7)

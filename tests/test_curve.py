@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binom
@@ -88,3 +89,43 @@ def test_pictures(tmp_path, ending):
     plot([*[CURVE] * 6, replace(CURVE, sigma=1.0)], tmp_path / f"a.{ending}")
     head = (tmp_path / f"a.{ending}").read_bytes()[:5]
     assert head == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[ending]
+
+
+def with_counts(correct, m, alpha=0.001):
+    table = certificates(*[("certified", 1.0, True)] * correct, *[("abstained", 0.0, False)] * (m - correct))
+    return curve_of("run", table, 0.5, 2.0, alpha)
+
+
+@pytest.mark.parametrize(
+    ("k", "exact", "published"), [(229, 0.45, 0.448679767), (186, 0.364, 0.362679767), (110, 0.212, 0.210679767)]
+)
+def test_bound_over_the_draws_golden(k, exact, published):
+    """ImageNet's 500 samples at sigma 0.5, alpha = rho = 0.001."""
+    curve = with_counts(k, 500)
+    assert curve.draws_lower([1.0])[0] == pytest.approx(exact, abs=1e-12)
+    assert curve.cohen_lower([1.0])[0] == pytest.approx(published, abs=1e-9)
+
+
+@pytest.mark.parametrize(("m", "alpha", "rho"), [(500, 0.001, 0.001), (2000, 0.01, 0.05), (50, 0.02, 0.01)])
+def test_bound_over_the_draws_fails_at_most_rho_times(m, alpha, rho):
+    """The worst case: every certificate errs with probability alpha, and each error is one sample counted too many."""
+    curve = with_counts(m, m, alpha)
+    errors = round(m - m * curve.draws_lower([0.5], rho)[0])
+    assert binom.sf(errors, m, alpha) <= rho
+    assert errors == 0 or binom.sf(errors - 1, m, alpha) > rho  # and no more is given away than needed
+
+
+def test_bounds_of_a_log_without_alpha_are_not_made_up():
+    table = with_counts(3, 5, None).table([0.5])
+    assert table[["draws_lower", "cohen_lower"]].isna().all(axis=None)
+
+
+def test_dkw_band_covers_the_whole_curve():
+    """1,000 data sets of 60 radii from a known law: the band misses the true curve anywhere in at most 5 % of them."""
+    rng, grid_ = np.random.default_rng(3), np.linspace(0, 1, 101)
+    missed = 0
+    for _ in range(1000):
+        rows = [("certified", radius, True) for radius in rng.random(60)]
+        band = curve_of("run", certificates(*rows), 0.5, 1.0, 0.001).table(grid_)
+        missed += bool(((1 - grid_ < band["dkw_lower"]) | (1 - grid_ > band["dkw_upper"])).any())
+    assert 5 <= missed <= 50
