@@ -1,0 +1,126 @@
+"""The RayJob manifest and the image: no typo, one Ray everywhere, and what is retried."""
+
+import copy
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+ACCOUNT, JOB = yaml.safe_load_all((ROOT / "cluster/kuberay/rayjob.yaml").read_text())
+SCHEMA = yaml.safe_load((ROOT / "tests/kuberay_schema.yaml").read_text())
+SPEC = JOB["spec"]
+CLUSTER = SPEC["rayClusterSpec"]
+SCRIPT = ROOT / "cluster/kuberay/certify.sh"
+
+
+def test_schema_accepts_it():
+    jsonschema.validate(JOB, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("spec", "backoffLimit", "backofLimit"),
+        ("spec", "activeDeadlineSeconds", "activeDeadlineSecond"),
+        ("spec.rayClusterSpec", "enableInTreeAutoscaling", "enableInTreeAutoScaling"),
+        ("spec.rayClusterSpec.autoscalerOptions", "version", "autoscalerVersion"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "maxReplica"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec", "serviceAccountName", "serviceAccount_name"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0", "volumeMounts", "volumeMount"),
+    ],
+)
+def test_schema_catches_typos(path, old, new):
+    changed = copy.deepcopy(JOB)
+    table = changed
+    for part in path.split("."):
+        table = table[int(part) if part.isdigit() else part]
+    table[new] = table.pop(old)
+    with pytest.raises(jsonschema.ValidationError, match=f"'{new}' was unexpected|'{old}' is a required"):
+        jsonschema.validate(changed, SCHEMA)
+
+
+@pytest.mark.parametrize("value", [0, "0", {"num-cpus": 0}])
+def test_schema_catches_wrong_types(value):
+    """Start parameters are strings, also where they are numbers; a quantity of GPUs too."""
+    changed = copy.deepcopy(JOB)
+    changed["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(changed, SCHEMA)
+
+
+def test_what_a_careful_user_expects():
+    assert SPEC["shutdownAfterJobFinishes"]
+    assert SPEC["backoffLimit"] > 0
+    assert CLUSTER["enableInTreeAutoscaling"]
+    assert CLUSTER["headGroupSpec"]["rayStartParams"].items() >= {"num-cpus": "0", "num-gpus": "0"}.items()
+    env_vars = yaml.safe_load(SPEC["runtimeEnvYAML"])["env_vars"]
+    pods = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in pods):
+        assert pod["serviceAccountName"] == ACCOUNT["metadata"]["name"]
+        assert pod["restartPolicy"] == "Never"
+        assert pod["terminationGracePeriodSeconds"] >= int(env_vars["RAY_JOB_STOP_WAIT_TIME_S"])
+        (volume,) = pod["volumes"]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        assert pod["containers"][0]["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+    (workers,) = CLUSTER["workerGroupSpecs"]
+    assert workers["minReplicas"] == 0
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_one_ray_and_one_python_everywhere():
+    image = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())["docker"]["image"]
+    ray, python = re.fullmatch(r"rayproject/ray:(.+)-(py\d+)-gpu", image).groups()
+    recipe = (ROOT / "cluster/image/Dockerfile").read_text()
+    assert f"ARG RAY_VERSION={ray}\n" in recipe
+    assert f"ARG PYTHON={python}\n" in recipe
+    assert "FROM rayproject/ray:${RAY_VERSION}-${PYTHON}-gpu\n" in recipe
+    assert CLUSTER["rayVersion"] == ray
+    for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]):
+        assert group["template"]["spec"]["containers"][0]["image"].endswith(f"-ray{ray}")
+
+
+def test_the_image_is_not_root_and_holds_no_secret():
+    lines = (ROOT / "cluster/image/Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER")] == ["USER ray"]
+    assert not [line for line in lines if re.search(r"(?i)secret|password|access_key|token", line)]
+    for line in lines:  # what is copied is there, and the ignore file lets it through
+        if line.startswith("COPY"):
+            *sources, _ = [word for word in line.split()[1:] if not word.startswith("--")]
+            for source in sources:
+                assert (ROOT / source).exists(), source
+                assert f"!{source.split('/')[0]}\n" in (ROOT / "cluster/image/Dockerfile.dockerignore").read_text()
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A `diffsmooth` on the path that says its arguments and ends as it is told to."""
+    command = tmp_path / "diffsmooth"
+    command.write_text(
+        '#!/bin/sh\necho "$@"\ntrap "exit 143" TERM\n[ "$END" = wait ] && sleep 20 & wait\nexit "$END"\n'
+    )
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(("status", "passed_on"), [(0, 0), (1, 1), (143, 143), (130, 130), (2, 0)])
+def test_status_2_alone_is_not_retried(fake, status, passed_on):
+    ended = subprocess.run(
+        [SCRIPT, "my spec", "--out", "s3://b/a"], env={**fake, "END": str(status)}, capture_output=True, text=True
+    )
+    assert ended.returncode == passed_on
+    assert ended.stdout == "certify my spec --out s3://b/a\n"
+    assert ("NOT CERTIFIED" in ended.stderr) == (status == 2)
+
+
+def test_stop_waits_for_certify_and_passes_its_status_on(fake):
+    process = subprocess.Popen([SCRIPT, "mnist"], env={**fake, "END": "wait"}, start_new_session=True)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)  # as Ray does: to the entrypoint and all its children
+    assert process.wait(10) == 143
