@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, curve, bench.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, curve, bench, submit.
 
 Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
 Ctrl-C and SIGTERM, resumable.
@@ -310,6 +310,64 @@ def bench(tasks: int, as_json: bool) -> None:
             f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
             f"{figures['driver_ms_per_task']:.2f} ms of driver time per task"
         )
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.option("--address", help="The cluster's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
+@click.option("--out", help="Home of the run, s3://BUCKET/PREFIX; with several specs, of their runs.")
+@click.option("--shared", is_flag=True, help="--out is a folder that every node of the cluster sees.")
+@click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every device]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Give the job this variable. [default: none]")
+@click.option("--wait", is_flag=True, help="Wait for the job's end, and end with its exit status.")
+@click.option("--follow", is_flag=True, help="The same, with the driver's log.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout; a followed log goes to stderr.")
+def submit(
+    specs: tuple[str, ...],
+    address: str | None,
+    out: str | None,
+    shared: bool,
+    actors: int | None,
+    batch_size: int | None,
+    cpu: bool,
+    overrides: tuple[str, ...],
+    env: tuple[str, ...],
+    wait: bool,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Certify as a Ray job, whose driver runs on the cluster. Submit it again to resume or to grow a run.
+
+    \b
+    diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
+    """
+    from jobs import submit as submission
+
+    logging.getLogger("jobs.submit").setLevel(logging.INFO)
+    options = [] if actors is None else [f"--actors={actors}"]
+    options += [] if batch_size is None else [f"--batch-size={batch_size}"]
+    options += ["--cpu"] if cpu else []
+    files = [(name, find_spec(name)) for name in specs]
+    named = [(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
+    order = submission.Order(named, out, shared, overrides, options, env)
+    cluster, submitted = submission.submit(address, order)
+    for line in submission.how_to(cluster, submitted.submission_id):
+        click.echo(line, err=as_json)
+    status = 0
+    try:
+        if follow:
+            submission.follow(cluster, submitted.submission_id, lambda text: click.echo(text, nl=False, err=as_json))
+        if follow or wait:
+            submitted, status = submission.wait(cluster, submitted.submission_id)
+    except KeyboardInterrupt:
+        click.echo("diffsmooth: no longer waiting; the job goes on", err=True)
+        status = 130
+    if as_json:
+        click.echo(json.dumps(submitted._asdict()))
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,320 @@
+"""`diffsmooth submit`, on a real head of its own: what travels, how a job ends, stop and resume; and its refusals."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from cluster.aws.spot_watcher import find_node_id
+from jobs.cli import main
+from pipeline.spec import UserError, load_spec
+from pipeline.store import open_store
+from pipeline.votes import list_blocks
+from tests.models import to_toml
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "RAY_ADDRESS": "",
+}
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def processes_naming(word: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if word in (folder / "cmdline").read_bytes().decode(errors="replace"):
+                    found.append(int(folder.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head with its dashboard, bound to the loopback address; ended by its processes' ids."""
+    gcs, dashboard, client, listen, grpc, runtime_env, metrics = free_ports(7)
+    temp = tempfile.mkdtemp(prefix="ds", dir="/tmp")  # short: socket paths have at most 107 bytes
+    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
+    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={listen}"]
+    command += [f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime_env}"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={temp}", "--include-dashboard=true"]
+    command += ["--num-cpus=2", "--num-gpus=0", "--object-store-memory=83886080", "--disable-usage-stats"]
+    log = Path(temp) / "head.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd="/tmp", stdout=stream, stderr=stream, start_new_session=True
+        )
+    limit = time.monotonic() + 90
+    while "--block" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < limit, log.read_text()
+        time.sleep(0.2)
+    yield SimpleNamespace(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{gcs}", temp=temp)
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    for pid in processes_naming(temp):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(15)
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture
+def spec_file(raw_spec, tmp_path) -> Path:
+    """The half-space spec beside its data, which it names by a relative path; the model is in this repository."""
+    path = tmp_path / "half.toml"
+    path.write_text(to_toml(load_spec(raw_spec)).replace(raw_spec["data"]["path"], "images.parquet"))
+    return path
+
+
+def submit(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "submit", *map(str, arguments)],
+        cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+
+
+def table(home) -> pd.DataFrame:
+    return pd.read_parquet(Path(home) / "votes.parquet")
+
+
+def test_followed_then_stopped_and_submitted_again(head, spec_file, tmp_path):
+    """A followed job tells its log; one that was stopped ends gracefully, and resumed it has the same votes."""
+    undisturbed, home = tmp_path / "undisturbed", tmp_path / "run"
+    order = [spec_file, "--address", head.address, "--set", "smoothing.n=300", "--actors", 1]
+    # --address outranks the environment, as every other flag does
+    followed = submit(*order, "--out", undisturbed, "--follow", RAY_ADDRESS="127.0.0.1:9")
+    assert followed.returncode == 0, followed.stderr + followed.stdout
+    assert "sending 3 file(s)" in followed.stderr  # the spec, tests/models.py, tests/__init__.py
+    assert f"ray job stop --address {head.address} diffsmooth-half-space-" in followed.stdout
+    assert "order 001: n0 = 50, n = 300" in followed.stdout  # from the driver's log
+    rows = pd.read_parquet(undisturbed / "orders" / "001" / "certificates.parquet")
+    assert len(rows) == 8
+    assert rows["status"].eq("certified").all()
+
+    order += ["--out", home, "--set", "classifier.arch=tests.models:slow_half_space", "--json"]
+    accepted = submit(*order)
+    assert accepted.returncode == 0, accepted.stderr
+    told = json.loads(accepted.stdout)
+    assert set(told) == {"submission_id", "status"}
+    blocks, limit = load_spec(spec_file).smoothing.block, time.monotonic() + 60
+    while not home.exists() or len(list_blocks(open_store(str(home)), blocks)) < 4:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+    from jobs.submit import Cluster, wait
+
+    cluster = Cluster(head.address)
+    cluster.client.stop_job(told["submission_id"])
+    ended, status = wait(cluster, told["submission_id"])
+    assert (ended.status, status) == ("STOPPED", 143)
+    assert "stopped; the same command goes on from here" in cluster.client.get_job_logs(told["submission_id"])
+    standing = {path: path.stat().st_mtime_ns for path in (home / "votes").rglob("*.parquet")}
+    assert 4 <= len(standing) < 8 * 4
+    again = submit(*order, "--wait")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["status"] == "SUCCEEDED"
+    assert json.loads(again.stdout)["submission_id"] != told["submission_id"]
+    assert {path: path.stat().st_mtime_ns for path in standing} == standing
+    pd.testing.assert_frame_equal(table(home), table(undisturbed))
+
+
+def test_mistake_that_only_the_cluster_sees_has_status_2(head, spec_file, tmp_path):
+    ended = submit(
+        spec_file, "--address", head.address, "--out", tmp_path / "run", "--set", "data.samples=0:9", "--wait"
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "the job ended with exit status 2: data.samples" in ended.stderr.replace("diffsmooth: ", "")
+
+
+def test_watcher_finds_its_node(head):
+    from jobs.submit import Cluster
+
+    (node,) = Cluster(head.address)._ask("/nodes?view=summary")["data"]["summary"]
+    assert find_node_id(head.gcs) == node["raylet"]["nodeId"]
+
+
+# Without a cluster
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(main, ["submit", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9"])
+def test_nothing_listening_is_said_at_once(address):
+    begin = time.monotonic()
+    assert "http://127.0.0.1:9: no Ray job server answers there" in refused("mnist", "--address", address)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--address is missing"),
+        (("--address", "ray://head:10001"), "not the address of a dashboard"),
+        (("--address", "http://h:1", "--env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE: it is not set here"),
+        (("--address", "http://h:1", "--set", "smoothing.sgima=1"), "nearest valid key is smoothing.sigma"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_sent(arguments, words, monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert words in refused("mnist", *arguments)
+
+
+class Answer(SimpleNamespace):
+    def json(self):
+        return self.body
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """A cluster elsewhere, seen through a tunnel; what is submitted to it is kept, with the files that travel."""
+    from jobs import submit as submission
+
+    sent: dict = {"answers": {}, "status": 200}
+    answers = sent["answers"]
+    answers["/api/v0/cluster_metadata"] = {
+        "data": {"rayVersion": submission.ray.__version__, "pythonVersion": ".".join(map(str, sys.version_info[:3]))}
+    }
+    answers["/nodes?view=summary"] = {"data": {"summary": [{"hostname": "ip-10-0-0-1"}]}}
+
+    class Client:
+        def __init__(self, address):
+            pass
+
+        def submit_job(self, **job):
+            folder = Path(job["runtime_env"].get("working_dir", "/nonexistent"))
+            sent["job"] = job
+            sent["files"] = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
+
+        def get_job_info(self, submission_id):
+            return SimpleNamespace(status=SimpleNamespace(value="PENDING"))
+
+    def get(url, **_):
+        return Answer(status_code=sent["status"], body=answers[url.removeprefix("http://127.0.0.1:8265")])
+
+    monkeypatch.setattr(submission, "JobSubmissionClient", Client)
+    monkeypatch.setattr(submission.requests, "get", get)
+    return sent
+
+
+REMOTE = ("--address", "http://127.0.0.1:8265")
+
+
+def test_run_must_be_where_the_cluster_can_write(remote):
+    assert "give s3://BUCKET/PREFIX" in refused("mnist", *REMOTE)
+    for out in ("runs/a", "/mnt/runs/a"):
+        assert "folder of its own" in refused("mnist", *REMOTE, "--out", out)
+    assert "folder of its own" in refused("mnist", *REMOTE, "--out", "runs/a", "--shared")
+    assert CliRunner().invoke(main, ["submit", "mnist", *REMOTE, "--out", "/mnt/a", "--shared"]).exit_code == 0
+
+
+def test_only_what_is_asked_for_travels(remote, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    (tmp_path / "mine").mkdir()
+    for name, text in {
+        "mine/__init__.py": "", "mine/net.py": "from . import blocks\nimport helper", "mine/blocks.py": "import torch",
+        "mine/unused.py": "", "helper.py": "", "weights.pt": "w" * 1000, "pipeline.py": "",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    (tmp_path / "my spec.toml").write_text(
+        'name = "mine"\n[data]\nname = "parquet"\npath = "x.parquet"\n[classifier]\narch = "mine.net:build"\n'
+        'checkpoint = "${DIFFSMOOTH_MODELS}/a.pt"\n[smoothing]\nsigma = 0.5\n'
+    )
+    options = ["--actors", "3", "--env", "AWS_REGION", "--env", "A=b c", "--set", "smoothing.n=2000"]
+    done = CliRunner().invoke(main, ["submit", "my spec.toml", "mnist", *REMOTE, "--out", "s3://b/runs", *options])
+    assert done.exit_code == 0, done.output
+    assert set(remote["files"]) == {"mine.toml", "mine/__init__.py", "mine/net.py", "mine/blocks.py", "helper.py"}
+    assert "${DIFFSMOOTH_MODELS}/a.pt" in remote["files"]["mine.toml"]  # the cluster's own value counts
+    assert f"data.path = {tmp_path}/x.parquet does not travel" in caplog.text
+    command = "diffsmooth certify mine.toml mnist --out s3://b/runs --actors=3 --set"
+    assert remote["job"]["entrypoint"] == f"{command} smoothing.n=2000"
+    assert remote["job"]["runtime_env"]["env_vars"] == {
+        "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1", "AWS_REGION": "eu-west-1", "A": "b c"
+    }  # fmt: skip
+
+
+def test_a_large_folder_is_refused_with_its_largest_files(remote, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jobs.submit._LIMIT", 5000)
+    (tmp_path / "big.py").write_text("#" * 6000)
+    line = refused(ROOT / "jobs/specs/mnist.toml", *REMOTE, "--out", "s3://b/a", "--set", "classifier.arch=big:f")
+    assert "the limit is 5.0 kB" in line
+    assert "the largest: big.py (6.0 kB)" in line
+
+
+@pytest.mark.parametrize(("name", "version"), [("rayVersion", "2.9.0"), ("pythonVersion", "3.9.1")])
+def test_other_versions_are_refused(remote, name, version):
+    remote["answers"]["/api/v0/cluster_metadata"]["data"][name] = version
+    line = refused("mnist", *REMOTE, "--out", "s3://b/a")
+    assert version in line
+    assert "submit from an environment with the cluster's" in line
+
+
+def test_a_token_that_is_wanted_is_named(remote, monkeypatch, tmp_path):
+    remote["status"] = 401
+    assert "export RAY_AUTH_MODE=token" in refused("mnist", *REMOTE, "--out", "s3://b/a")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    assert "cannot be read" in refused("mnist", *REMOTE, "--out", "s3://b/a")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("STOPPED", None, 143), ("FAILED", 2, 2), ("FAILED", 143, 143), ("FAILED", -9, 137)],
+)
+def test_exit_status_is_the_drivers_own(status, code, expected):
+    from ray.job_submission import JobStatus
+
+    from jobs.submit import _exit_status
+
+    details = SimpleNamespace(status=JobStatus(status), driver_exit_code=code, message="first\nlast")
+    assert _exit_status(details) == expected
+
+
+def test_a_job_that_never_ran_says_why():
+    from ray.job_submission import JobStatus
+
+    from jobs.submit import _exit_status
+    from pipeline.spec import RunError
+
+    with pytest.raises(RunError, match="no such package"):
+        _exit_status(SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=None, message="no such package"))
+
+
+def test_modules_with_mistakes_are_named(tmp_path):
+    from jobs.submit import _ship_module
+
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(UserError, match=r"bad.py: not valid Python"):
+        _ship_module("bad", tmp_path, tmp_path / "out")
