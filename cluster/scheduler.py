@@ -6,8 +6,12 @@ line, for its last two attempts cut into single blocks: a block that kills its w
 neighbour that merely shared its first attempts survives one more mishap. A block that is lost MAX_ATTEMPTS times is set
 aside with its last error. When nothing waits, an idle worker gets a
 second copy of a task that takes much longer than expected: storage keeps the first result of each block.
+
+No call looks at all workers or all blocks: a clock's tick with nothing to do costs the same for eight workers and a
+thousand.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +32,7 @@ class Task:
     blocks: list[Block]
     attempts: int = 0
     done: bool = False
+    workers: list[str] = field(default_factory=list)  # that run it now; two, where a straggler has been copied
 
     @property
     def draws(self) -> int:
@@ -45,6 +50,27 @@ class SetAside(NamedTuple):
     error: str
 
 
+class _Timer:
+    """Running tasks by the time at which something is due; one that has ended meanwhile is passed over."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, str, Running]] = []
+        self._count = 0
+
+    def set(self, when: float, worker: str, run: Running) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (when, self._count, worker, run))
+
+    def passed(self, now: float, running: dict[str, Running]) -> list[str]:
+        """Take out and return the workers whose time has passed."""
+        workers = []
+        while self._heap and (self._heap[0][0] < now or running.get(self._heap[0][2]) is not self._heap[0][3]):
+            _, _, worker, run = heapq.heappop(self._heap)
+            if running.get(worker) is run:
+                workers.append(worker)
+        return workers
+
+
 @dataclass
 class Scheduler:
     """Workers are named by strings; `now` is in seconds on any clock that does not run backwards."""
@@ -58,6 +84,11 @@ class Scheduler:
     _lost: deque[Task] = field(default_factory=deque)
     _waiting_draws: int = 0
     _rates: dict[str, float] = field(default_factory=dict)  # draws per second
+    _rates_sum: float = 0.0
+    _lateness: _Timer = field(default_factory=_Timer)
+    _late: dict[str, None] = field(default_factory=dict)  # workers far past the expected time, their task not copied
+    _deadlines: _Timer = field(default_factory=_Timer)
+    _overdue: dict[str, None] = field(default_factory=dict)
 
     def add(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
@@ -71,7 +102,7 @@ class Scheduler:
     @property
     def rate(self) -> float:
         """Draws per second of a typical worker, 0 while unknown."""
-        return sum(self._rates.values()) / len(self._rates) if self._rates else 0.0
+        return self._rates_sum / len(self._rates) if self._rates else 0.0
 
     def next_task(self, worker: str, workers: int, now: float) -> Task | None:
         """The task that an idle worker begins now, one of `workers`; None where there is nothing for it to do."""
@@ -80,26 +111,36 @@ class Scheduler:
         if task is None:
             return None
         task.attempts += 1
+        task.workers.append(worker)
         rate = self._rates.get(worker) or self.rate
         expected = task.draws / rate if rate else self.target_seconds
-        self.running[worker] = Running(task, now, expected)
+        self.running[worker] = run = Running(task, now, expected)
+        self._deadlines.set(now + max(DEADLINE_FLOOR, DEADLINE_FACTOR * expected), worker, run)
+        if len(task.workers) == 1:
+            self._lateness.set(now + STRAGGLER_FACTOR * expected, worker, run)
         return task
 
     def finished(self, worker: str, draws: int, seconds: float) -> None:
         """The worker has stored all blocks of its task, of which it computed `draws` draws."""
-        task = self.running.pop(worker).task
+        task = self._take(worker)
         task.done = True
+        self._overdue.update(dict.fromkeys(task.workers))
         if draws and seconds > 0:
-            self._rates[worker] = draws / seconds
+            rate = draws / seconds
+            self._rates_sum += rate - self._rates.get(worker, 0.0)
+            self._rates[worker] = rate
 
     def lost(self, worker: str, error: str, *, attempted: bool = True) -> None:
         """The worker's attempt failed, or the worker went away; with `attempted` False the task is not to blame."""
-        task = self.running.pop(worker).task
+        task = self._take(worker)
         if not attempted:
             task.attempts -= 1
-        if task.done or any(other.task is task for other in self.running.values()):
-            return  # another copy has done it, or still may
-        if task.attempts >= self.max_attempts:
+        if task.done:
+            return  # another copy has done it
+        if task.workers:  # another copy still may, and can be copied again
+            other = self.running[task.workers[0]]
+            self._lateness.set(other.started + STRAGGLER_FACTOR * other.expected, task.workers[0], other)
+        elif task.attempts >= self.max_attempts:
             self.set_aside.append(SetAside(task, error))
         elif task.attempts == self.max_attempts - 2:
             self._lost.extend(Task([block], task.attempts) for block in task.blocks)
@@ -108,15 +149,20 @@ class Scheduler:
 
     def overdue(self, now: float) -> list[str]:
         """Workers whose task is past its deadline, or has been done by another."""
-        return [
-            worker
-            for worker, (task, started, expected) in self.running.items()
-            if task.done or now - started > max(DEADLINE_FLOOR, DEADLINE_FACTOR * expected)
-        ]
+        self._overdue.update(dict.fromkeys(self._deadlines.passed(now, self.running)))
+        return list(self._overdue)
 
     def spare(self, idle: int) -> int:
         """How many of the idle workers can go: nothing waits, and one is kept for each task under way."""
         return 0 if self._waiting or self._lost else max(0, idle - len(self.running))
+
+    def _take(self, worker: str) -> Task:
+        """End a worker's attempt."""
+        task = self.running.pop(worker).task
+        task.workers.remove(worker)
+        self._late.pop(worker, None)
+        self._overdue.pop(worker, None)
+        return task
 
     def _cut(self, worker: str, workers: int) -> Task | None:
         if not self._waiting:
@@ -133,11 +179,15 @@ class Scheduler:
         return Task(blocks)
 
     def _straggler(self, now: float) -> Task | None:
-        """The task that is furthest past its expected time, if any is far past it and not duplicated yet."""
-        tasks = [run.task for run in self.running.values()]
-        late = [
-            ((now - run.started) / run.expected, index)
-            for index, run in enumerate(self.running.values())
-            if now - run.started > STRAGGLER_FACTOR * run.expected and tasks.count(run.task) == 1 and not run.task.done
-        ]
-        return tasks[max(late)[1]] if late else None
+        """The task that is furthest past its expected time, if any is far past it and not copied yet."""
+        self._late.update(dict.fromkeys(self._lateness.passed(now, self.running)))
+        if not self._late:
+            return None
+
+        def lateness(worker: str) -> float:
+            run = self.running[worker]
+            return (now - run.started) / run.expected
+
+        worker = max(self._late, key=lateness)
+        del self._late[worker]
+        return self.running[worker].task
