@@ -33,6 +33,7 @@ ALLOWED = {
     "pipeline.tables": VOTES | {"pipeline.curve"},
     "cluster.worker": {"pipeline", "pipeline.smoothing", "pipeline.data", "pipeline.votes", "pipeline.noise"},
     "cluster.scheduler": set(),
+    "cluster.simulate": {"cluster.scheduler"},
     "cluster.driver": {"cluster.worker", "cluster.scheduler", "pipeline.sampling", "pipeline.votes", "pipeline.data"},
 }
 MAY_IMPORT_RAY = {"cluster.driver", "jobs.submit"}
