@@ -82,7 +82,9 @@ class Worker:
         """Cast and commit the votes of the blocks that do not stand yet."""
         start = last = time.perf_counter()
         smoothing = self._setup.spec.smoothing
-        blocks = [block for block in blocks if not self._store.exists(block_key(block))]
+        # at each attempt, the first as well: another driver may have cast them since ours listed the run
+        standing = self._store.standing(map(block_key, blocks))
+        blocks = [block for block in blocks if block_key(block) not in standing]
         samples = {block.sample: self._sample(block.sample) for block in blocks}
         stored, duplicates = [], []
         cast = (

@@ -8,7 +8,9 @@ import errno
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,8 @@ class Entry(NamedTuple):
 
 class FolderStore:
     """A folder; a name that begins with a dot is a write in progress, never an object."""
+
+    readers = 2  # threads that read objects at a time: more only wait for the interpreter
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -82,13 +86,31 @@ class FolderStore:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
-        for folder, _, names in os.walk(self._root / prefix):
-            for name in names:
-                if name.startswith("."):
-                    continue
-                path = Path(folder, name)
-                status = path.stat()
-                yield Entry(path.relative_to(self._root).as_posix(), status.st_size, status.st_mtime)
+        for key, file in self._walk(prefix):
+            status = file.stat()
+            yield Entry(key, status.st_size, status.st_mtime)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys of `list` alone: no file is looked at."""
+        for key, _ in self._walk(prefix):
+            yield key
+
+    def standing(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys under which an object stands."""
+        return {key for key in keys if self.exists(key)}
+
+    def _walk(self, prefix: str) -> "Iterator[tuple[str, os.DirEntry[str]]]":
+        try:
+            with os.scandir(self._root / prefix) as files:
+                entries = [file for file in files if not file.name.startswith(".")]
+        except FileNotFoundError:
+            return
+        for file in entries:
+            key = f"{prefix}/{file.name}"
+            if file.is_dir():
+                yield from self._walk(key)
+            else:
+                yield key, file
 
     def _write_temporary(self, path: Path, data: bytes) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +150,7 @@ class S3Store:
     each put carries a token in the object's metadata, and a 412 is followed by a look at whose token stands there.
     """
 
+    readers = 32  # threads that read objects at a time: a read is mostly waiting
     _CONFLICT_TRIES = 8  # of a put that meets another put of the same key (409), with doubling pauses
     _FIRST_PAUSE = 0.1  # seconds
 
@@ -195,12 +218,41 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
+        return self._pages(f"{prefix}/")
+
+    def _pages(self, start: str) -> Iterator[Entry]:
+        """The objects whose keys begin like this, by listings of up to 1,000."""
         pages = self._client.get_paginator("list_objects_v2")
-        with self._named("list", prefix):
-            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{prefix}/"):
+        with self._named("list", start):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + start):
                 for entry in page.get("Contents", ()):
                     key = entry["Key"].removeprefix(self._prefix)
                     yield Entry(key, entry["Size"], entry["LastModified"].timestamp())
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys of `list` alone."""
+        for entry in self.list(prefix):
+            yield entry.key
+
+    def standing(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys under which an object stands.
+
+        Keys that are alike up to their last hyphen (the blocks of a sample and stage) share one listing.
+        """
+        alike = defaultdict(list)
+        for key in keys:
+            alike[key.rpartition("-")[0]].append(key)
+
+        def look(group: tuple[str, list[str]]) -> set[str]:
+            start, wanted = group
+            if len(wanted) == 1:
+                return {key for key in wanted if self.exists(key)}
+            return {entry.key for entry in self._pages(f"{start}-")}.intersection(wanted)
+
+        if len(alike) < 2:
+            return set().union(*map(look, alike.items()))
+        with ThreadPoolExecutor(max_workers=min(self.readers, len(alike))) as pool:
+            return set().union(*pool.map(look, alike.items()))
 
     @contextmanager
     def _named(self, action: str, key: str) -> Iterator[None]:

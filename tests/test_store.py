@@ -34,6 +34,14 @@ def test_a_write_that_was_killed_is_never_seen(tmp_path, monkeypatch):
     assert not store.exists("votes/a")
 
 
+def test_keys_and_what_stands(tmp_path):
+    store = FolderStore(str(tmp_path))
+    for key in ("votes/e/4-0", "votes/s/4-0", "votes/.begun"):
+        store.put_if_absent(key, b"x")
+    assert sorted(store.keys("votes")) == ["votes/e/4-0", "votes/s/4-0"]
+    assert store.standing(["votes/e/4-0", "votes/e/4-20"]) == {"votes/e/4-0"}
+
+
 @pytest.mark.parametrize(
     ("code", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "writable"), (errno.EACCES, "--out")]
 )

@@ -23,7 +23,7 @@ from pipeline.store import FolderStore, S3Store
 from pipeline.votes import claim_run, read_run, read_votes
 from tests.models import to_toml
 from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server
-from tests.test_votes import FIRST, RUN, put
+from tests.test_votes import FIRST, RUN, put, totals
 
 
 @pytest.fixture(scope="module", params=["moto", "seaweedfs"])
@@ -180,7 +180,24 @@ def test_votes_are_read_as_they_stand(store):
         endpoint_override=store._client.meta.endpoint_url.removeprefix("http://"), scheme="http"
     )
     table = pyarrow.dataset.dataset(store.uri.removeprefix("s3://") + "/votes", filesystem=files).to_table()
-    assert sum(table.column("votes").to_pylist()) == 30
+    assert totals(table.to_pandas()) == totals(votes) == totals(pd.read_parquet(f"{store.uri}/votes"))
+
+
+def test_what_stands_is_asked_with_few_requests(store, endpoint, monkeypatch):
+    """One listing for the blocks of a sample and stage, a look at one that is alone."""
+    for key in ("votes/e/4-0", "votes/e/4-20", "votes/e/44-0", "votes/e/5-0"):
+        store.put_if_absent(key, b"x")
+    requests = []
+    store, proxy = through(store, endpoint, monkeypatch, lambda method, path, number: requests.append(method))
+    try:
+        wanted = [f"votes/e/4-{start}" for start in range(0, 200, 20)]
+        assert store.standing(wanted) == {"votes/e/4-0", "votes/e/4-20"}
+        assert requests == ["GET"]
+        assert store.standing([*wanted, "votes/e/5-0", "votes/s/4-0"]) == {*wanted[:2], "votes/e/5-0"}
+        assert sorted(requests[1:]) == ["GET", "HEAD", "HEAD"]
+        assert store.standing([]) == set()
+    finally:
+        proxy.__exit__(None, None, None)
 
 
 def test_a_run_on_s3_that_is_killed_and_resumed_equals_one_in_a_folder(store, raw_spec, tmp_path, request):

@@ -1,7 +1,11 @@
 """The votes: what is written is read, and whatever is wrong with a block is found and named."""
 
+from pathlib import Path
+
+import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -118,3 +122,38 @@ def test_a_run_is_claimed_once(store):
 def test_no_run_there(tmp_path):
     with pytest.raises(UserError, match=r"no run there"):
         read_votes(str(tmp_path / "nothing"))
+
+
+def totals(votes):
+    """Votes per sample, stage and class."""
+    return votes.groupby(["sample", "stage", "class"]).votes.sum().to_dict()
+
+
+def test_pandas_duckdb_and_pyarrow_read_the_blocks_as_they_stand(store):
+    """Beside a write in progress, under its name that begins with a dot."""
+    (Path(store.uri) / "votes/estimation/.unfinished").write_bytes(b"half")
+    ours = totals(read_votes(store.uri))
+    assert ours == {(4, "estimation", 1): 15, (4, "estimation", 2): 5, (4, "selection", 0): 10}
+    assert totals(pd.read_parquet(f"{store.uri}/votes")) == ours
+    assert totals(pyarrow.dataset.dataset(f"{store.uri}/votes").to_table().to_pandas()) == ours
+    query = f"SELECT * FROM read_parquet('{store.uri}/votes/**/*.parquet')"
+    assert totals(duckdb.sql(query).df()) == ours
+    summed = duckdb.sql(f"SELECT sum(votes) FROM ({query}) WHERE stage = 'estimation' AND class = 1").fetchall()
+    assert summed == [(15,)]
+
+
+def test_blocks_written_with_dictionaries_and_statistics_are_read(store, tmp_path):
+    """As earlier versions wrote them."""
+    path = tmp_path / block_key(FIRST)
+    before = read_votes(store.uri)
+    pq.write_table(pq.read_table(path), path, compression="none")
+    pd.testing.assert_frame_equal(read_votes(store.uri), before)
+
+
+def test_reading_many_blocks_keeps_their_order_and_shares_their_metadata(store):
+    for start in range(40, 4000, 20):
+        put(store, Block(4, "estimation", start, start + 20), [start % 20, 20 - start % 20, 0])
+    stored = read_blocks(store)
+    assert [one.block for one in stored] == sorted(one.block for one in stored)
+    assert len(stored) == 200
+    assert len({id(one.metadata["device"]) for one in stored}) == 1
