@@ -1,8 +1,12 @@
-"""`diffsmooth bench`: what the driver costs a task, with a base classifier that does nothing."""
+"""`diffsmooth bench`: what the driver costs a task, what storage costs a run, and a fleet of spot GPUs simulated."""
 
 import io
+import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.sampling import blocks_of, order_of
-from pipeline.spec import RunSpec, load_spec
+from pipeline.sampling import Order, blocks_of, missing_blocks, order_of
+from pipeline.spec import BlockLengths, RunSpec, load_spec
 from pipeline.store import open_store
-from pipeline.votes import claim_run, run_of
+from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, run_of, to_table, write_table
 
 _DRAWS = 10  # per task: one block
+_WRITERS = 16
+_IMAGENET_RATE = 170.0  # draws per second of an H100 at 40 % of its bf16 peak: DiffSmooth takes 2.33 TFLOP a draw
 
 
 def nothing(spec: RunSpec, device: Any) -> Callable[[Any], Any]:
@@ -68,3 +74,74 @@ def bench_driver(tasks: int) -> dict[str, Any]:
         "tasks_per_second": outcome.tasks / outcome.seconds,
         "driver_ms_per_task": 1000 * outcome.driver_seconds / outcome.tasks,
     }
+
+
+def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
+    """Write that many tiny blocks under a fresh prefix of `uri`, and time what a resumed run does with them.
+
+    The blocks are left there. `seconds_to_resume` is all that a resumed run does between looking at its storage and
+    handing out its first task.
+    """
+    lengths = BlockLengths(selection=100, estimation=1000)
+    order = Order(samples=list(range(-(-blocks // 11))), n0=100, n=10_000, alpha=0.001)
+    wanted = list(blocks_of(order, lengths))
+    spec = {"smoothing": {"block": lengths.model_dump()}}
+    run = {"votes_id": "0" * 32, "num_classes": 1000, "name": "bench", "spec": spec}
+    metadata = {"votes_id": run["votes_id"], "sample_sha256": "0" * 64, "attempt": f"{0:016x}-1", "device": "none"}
+    store = open_store(f"{uri.rstrip('/')}/bench-{os.urandom(4).hex()}")
+    store.prepare()
+    claim_run(store, run)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    def put(block: Any) -> None:
+        counts_K = np.zeros(1000, np.int64)
+        counts_K[[block.sample % 1000, 999 - block.sample % 1000]] = block.draws - 10, 10
+        store.put_if_absent(block_key(block), encode_block(block, block.sample % 1000, counts_K, metadata))
+
+    with timed("seconds_to_write"), ThreadPoolExecutor(_WRITERS) as pool:
+        list(pool.map(put, wanted[:blocks]))
+    with timed("seconds_to_list"):
+        standing = list_blocks(store, lengths)
+    with timed("seconds_to_find_missing"):
+        missing = missing_blocks(order, lengths, standing)
+    with timed("seconds_to_read"):
+        stored = read_blocks(store, standing)
+    with timed("seconds_to_write_table"):
+        write_table(store, to_table(stored))
+    resume = seconds["seconds_to_list"] + seconds["seconds_to_find_missing"]
+    return {"run": store.uri, "blocks": len(standing), "missing": len(missing), **seconds, "seconds_to_resume": resume}
+
+
+def bench_simulation(seed: int = 0) -> list[dict[str, Any]]:
+    """ImageNet's 50,000 images (n0 = 100, n = 10,000) on simulated fleets: see `cluster.simulate`."""
+    from cluster.simulate import Fleet, imagenet_blocks, simulate
+
+    blocks = list(imagenet_blocks())
+    rows = []
+    for gpus in (8, 64, 1024):
+        for preemptions, notice in ((0.0, 0.0), (0.05, 0.0), (0.05, 120.0)):
+            fleet = Fleet(gpus=gpus, draws_per_second=_IMAGENET_RATE, preemptions_per_hour=preemptions, notice=notice)
+            result = simulate(blocks, fleet, seed=seed)
+            rows.append(
+                {
+                    "gpus": gpus,
+                    "preemptions_per_gpu_hour": preemptions,
+                    "notice_seconds": notice,
+                    "hours": result.makespan / 3600,
+                    "makespan_over_ideal": result.makespan / result.ideal,
+                    "preemptions": result.preemptions,
+                    "share_lost": result.lost / result.computed,
+                    "share_repeated": result.repeated / result.computed,
+                    "copies": result.copies,
+                    "blocks_done": result.blocks_done,
+                    "tasks": result.tasks,
+                    "scheduler_cpu_seconds": result.scheduler_seconds,
+                }
+            )
+    return rows

@@ -297,14 +297,40 @@ def plan(
 @click.option(
     "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="How many tasks to schedule."
 )
+@click.option("--simulate", is_flag=True, help="Instead: ImageNet on 8 to 1,024 simulated spot GPUs; no Ray.")
+@click.option("--storage", metavar="URI", help="Instead: write blocks below URI and time listing, resume and table.")
+@click.option(
+    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many, with --storage."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def bench(tasks: int, as_json: bool) -> None:
+def bench(tasks: int, simulate: bool, storage: str | None, blocks: int, as_json: bool) -> None:
     """The driver's own time per task, measured with a base classifier that does nothing, on a local Ray."""
-    from jobs.bench import bench_driver
+    from jobs.bench import bench_driver, bench_simulation, bench_storage
 
-    figures = bench_driver(tasks)
+    if simulate and storage:
+        raise UserError("--simulate and --storage are two benchmarks: choose one")
+    if simulate:
+        rows = bench_simulation()
+        if as_json:
+            click.echo(json.dumps(rows, indent=2))
+            return
+        click.echo("GPUs  preempted/h  notice   hours  over ideal  preemptions  work lost   repeated  scheduler CPU")
+        for row in rows:
+            click.echo(
+                f"{row['gpus']:>4}  {row['preemptions_per_gpu_hour']:>11.0%}  {row['notice_seconds']:>4.0f} s  "
+                f"{row['hours']:>6.2f}  {row['makespan_over_ideal'] - 1:>10.3%}  {row['preemptions']:>11}  "
+                f"{row['share_lost']:>9.4%}  {row['share_repeated']:>9.4%}  {row['scheduler_cpu_seconds']:>11.1f} s"
+            )
+        return
+    figures = bench_storage(storage, blocks) if storage else bench_driver(tasks)
     if as_json:
         click.echo(json.dumps(figures, indent=2))
+    elif storage:
+        click.echo(
+            f"{figures['run']}: {figures['blocks']:,} blocks written in {figures['seconds_to_write']:.1f} s, listed in "
+            f"{figures['seconds_to_list']:.2f} s; a resumed run begins after {figures['seconds_to_resume']:.2f} s; "
+            f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s"
+        )
     else:
         click.echo(
             f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
