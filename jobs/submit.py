@@ -166,7 +166,7 @@ def submit(address: str | None, order: Order) -> tuple[Cluster, Submitted]:
         if files:
             runtime_env["working_dir"] = str(folder)
         cluster.submit(entrypoint=shlex.join(command), runtime_env=runtime_env, submission_id=submission_id)
-    return cluster, Submitted(submission_id, cluster.details(submission_id).status.value)
+    return cluster, Submitted(submission_id, JobStatus.PENDING.value)  # no question that could fail and hide the id
 
 
 def how_to(cluster: Cluster, submission_id: str) -> list[str]:

@@ -215,9 +215,6 @@ def remote(monkeypatch):
             sent["job"] = job
             sent["files"] = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
 
-        def get_job_info(self, submission_id):
-            return SimpleNamespace(status=SimpleNamespace(value="PENDING"))
-
     def get(url, **_):
         return Answer(status_code=sent["status"], body=answers[url.removeprefix("http://127.0.0.1:8265")])
 
