@@ -362,6 +362,7 @@ class _Metrics:
         self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
         self._blocks = Counter("diffsmooth_blocks", "Blocks stored.", tags)
         self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed though they stood already.", tags)
+        self._failures = Counter("diffsmooth_store_failures", "Calls to the store that were tried again.", tags)
         bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
         self._seconds = Histogram("diffsmooth_task_seconds", "Seconds per task.", bounds, tags)
         self._lost = Counter("diffsmooth_lost_tasks", "Attempts that ended in an error.", ("run", "error"))
@@ -373,6 +374,7 @@ class _Metrics:
             (self._draws, sum(block.draws for block, _, _ in receipt.votes)),
             (self._blocks, len(receipt.votes)),
             (self._duplicates, len(receipt.duplicates)),
+            (self._failures, receipt.store_failures),
         ):
             if value:  # a counter takes nothing else
                 counter.inc(value, tags)

@@ -45,6 +45,7 @@ class Receipt(NamedTuple):
     seconds: float
     draws: int
     device: str = ""
+    store_failures: int = 0  # calls to the store that had to be tried again
 
 
 class CleanAccuracy(NamedTuple):
@@ -81,6 +82,7 @@ class Worker:
     def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
         """Cast and commit the votes of the blocks that do not stand yet."""
         start = last = time.perf_counter()
+        failures = self._store.failures
         smoothing = self._setup.spec.smoothing
         # at each attempt, the first as well: another driver may have cast them since ours listed the run
         standing = self._store.standing(map(block_key, blocks))
@@ -109,7 +111,7 @@ class Worker:
             else:
                 duplicates.append(block)
         seconds, draws = time.perf_counter() - start, sum(block.draws for block in blocks)
-        return Receipt(stored, duplicates, seconds, draws, self._facts["device"])
+        return Receipt(stored, duplicates, seconds, draws, self._facts["device"], self._store.failures - failures)
 
     def clean_accuracy(self) -> CleanAccuracy:
         """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""

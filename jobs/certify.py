@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -445,6 +445,8 @@ def run_status(run_uri: str) -> dict[str, Any]:
         "devices": dict(Counter(one.metadata["device"] for one in stored)),
         "orders": {},
     }
+    with suppress(FileNotFoundError, ValueError):
+        facts["driver"] = json.loads(store.read("progress.json"))
     for name, order in orders.items():
         missing = missing_blocks(order, lengths, standing)
         certificates = _certificates(votes, run, orders, name)
@@ -464,6 +466,13 @@ def print_status(facts: dict[str, Any]) -> None:
         f"blocks {facts['blocks']:,}  draws {facts['draws']:,}  bytes {facts['bytes']:,}  last write {last}",
         f"devices: {devices}",
     ]
+    if (word := facts.get("driver")) and not all(order["complete"] for order in facts["orders"].values()):
+        left = "" if word["eta_seconds"] is None else f", {word['eta_seconds']:,} s to go"
+        ago = max(0, time.time() - word["updated"])
+        lines.append(
+            f"the driver's last word, {ago:,.0f} s ago: {word['draws_cast']:,} of {word['draws_wanted']:,} draws, "
+            f"{word['draws_per_second']:,.0f}/s{left}; {word['note']}"
+        )
     for name, order in facts["orders"].items():
         state = "complete" if order["complete"] else f"{order['draws_missing']:,} draws missing: run certify again"
         lines.append(

@@ -31,6 +31,7 @@ class Entry(NamedTuple):
 class FolderStore:
     """A folder; a name that begins with a dot is a write in progress, never an object."""
 
+    failures = 0  # of calls to the store that were tried again: a folder has none
     readers = 2  # threads that read objects at a time: more only wait for the interpreter
 
     def __init__(self, uri: str) -> None:
@@ -160,7 +161,13 @@ class S3Store:
         if not bucket or not prefix:
             raise UserError(f"{uri}: a run needs a bucket and a prefix: s3://BUCKET/PREFIX")
         self._bucket, self._prefix = bucket, f"{prefix}/"
+        self.failures = 0  # calls that were lost, throttled or refused for a moment, and tried again
         self._client = s3_client()
+        self._client.meta.events.register("response-received.s3", self._count_failure)
+
+    def _count_failure(self, response_dict: dict[str, Any] | None, exception: Exception | None, **_: Any) -> None:
+        status = 0 if response_dict is None else response_dict["status_code"]
+        self.failures += exception is not None or status in (409, 429) or status >= 500
 
     def prepare(self) -> None:
         """Probe the store: an object that exists must not be put twice.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from jobs.certify import analyze, certify_all, stored_curve
+from jobs.certify import analyze, certify_all, run_status, stored_curve
 from pipeline.certify import certified_radius
 from pipeline.spec import Block, RunError, UserError, load_spec
 from pipeline.store import open_store
@@ -80,6 +80,8 @@ def test_predict_shares_storage_resume_and_votes_with_certify(raw_spec, tmp_path
     assert rows["status"].eq("predicted").all()
     certified = certify(spec, tmp_path / "run")
     assert (certified["draws_cast"], certified["post_hoc"]) == (8 * 50, True)
+    word = run_status(str(tmp_path / "run"))["driver"]
+    assert (word["draws_cast"], word["draws_wanted"], word["eta_seconds"]) == (8 * 50, 8 * 50, 0)
     certify(spec, tmp_path / "alone")
     pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "alone"))
     log = tmp_path / "predictions.tsv"

@@ -104,7 +104,7 @@ def test_a_lost_answer_is_known_as_our_own_write(store, endpoint, monkeypatch):
     store, proxy = through(store, endpoint, monkeypatch, drop_first)
     try:
         assert store.put_if_absent("a", b"ours")
-        assert len(dropped) == 1
+        assert len(dropped) == store.failures == 1
         assert not store.put_if_absent("a", b"second")
         assert store.read("a") == b"ours"
     finally:
@@ -124,8 +124,9 @@ def test_conflicts_and_throttling_are_retried(store, endpoint, monkeypatch, answ
     store, proxy = through(store, endpoint, monkeypatch, refuse_twice)
     try:
         assert store.put_if_absent("a", b"x")
-        assert len(refusals) == 2
+        assert len(refusals) == store.failures == 2
         assert store.read("a") == b"x"
+        assert store.failures == 2
     finally:
         proxy.__exit__(None, None, None)
 
