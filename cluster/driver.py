@@ -109,6 +109,9 @@ class Cluster:
             raise UserError(
                 "compute.device = 'cuda', but this machine has no GPU that Ray can see: pass --cpu for the CPU"
             )
+        if device == "cuda" and not gpus:
+            asked = "" if actors else "; pass --actors K to ask for K GPUs, not one"
+            logger.warning("the cluster at %s has no GPU now: waiting for nodes that have one%s", address, asked)
         on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
