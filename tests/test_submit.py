@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pipeline.spec import UserError, load_spec
 from pipeline.store import open_store
 from pipeline.votes import list_blocks
 from tests.models import to_toml
+from tests.s3_servers import free_ports
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -32,14 +32,6 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "RAY_ADDRESS": "",
 }
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def processes_naming(word: str) -> list[int]:
@@ -112,7 +104,7 @@ def test_followed_then_stopped_and_submitted_again(head, spec_file, tmp_path):
     assert followed.returncode == 0, followed.stderr + followed.stdout
     assert "sending 3 file(s)" in followed.stderr  # the spec, tests/models.py, tests/__init__.py
     assert f"ray job stop --address {head.address} diffsmooth-half-space-" in followed.stdout
-    assert "order 001: n0 = 50, n = 300" in followed.stdout  # from the driver's log
+    assert "order 001: top, n0 = 50, n = 300" in followed.stdout  # from the driver's log
     rows = pd.read_parquet(undisturbed / "orders" / "001" / "certificates.parquet")
     assert len(rows) == 8
     assert rows["status"].eq("certified").all()
