@@ -3,12 +3,11 @@
 Shapes: B batch, C channels, H W image, K classes.
 """
 
-import importlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.fetch import fetch_first
 from pipeline.spec import Normalize, RunSpec, UserError, check_set
-from pipeline.weights import as_folder, build, function_id, load_json, own_function, weights_id
+from pipeline.weights import as_folder, build, function_id, library, load_json, own_function, weights_id
 
 # name -> mean and std per channel, in [0, 1] pixel units
 _NORMALIZATIONS = {
@@ -139,7 +138,7 @@ def _torchvision(name: str) -> Architecture:
 
 def _timm(name: str) -> Architecture:
     """A model of timm, with the input of its pretrained configuration."""
-    create, models = _library("timm", "create_model"), _library("timm", "models")
+    create, models = library("timm", "create_model"), library("timm", "models")
     says = models.get_pretrained_cfg(name) if models.is_model(name) else None
     if says is None:
         raise UserError(f"classifier.arch = 'timm:{name}': the installed timm knows no such model")
@@ -156,7 +155,7 @@ def _transformers(spec: RunSpec) -> Architecture:
     folder = check_set("classifier.checkpoint", spec.classifier.checkpoint or "").rstrip("/")
     if not folder:
         raise UserError("classifier.checkpoint is missing: arch = 'transformers' needs the folder of a model")
-    auto = _library("transformers", "AutoModelForImageClassification")
+    auto = library("transformers", "AutoModelForImageClassification")
     files = {name: str(fetch_first([f"{folder}/{name}.json"])) for name in ("config", "preprocessor_config")}
     config, says = load_json(files["config"]), load_json(files["preprocessor_config"])
     size = says.get("size", {}).get("height") if isinstance(says.get("size"), dict) else says.get("size")
@@ -167,7 +166,7 @@ def _transformers(spec: RunSpec) -> Architecture:
     )
 
     def make(num_classes: int) -> nn.Module:
-        configuration = _library("transformers", "AutoConfig").for_model(**config)
+        configuration = library("transformers", "AutoConfig").for_model(**config)
         if configuration.num_labels != num_classes:
             raise UserError(
                 f"{folder}: a classifier of {configuration.num_labels} classes, the data set has {num_classes}"
@@ -205,14 +204,6 @@ class _Logits(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.network(x_BCHW).logits
-
-
-def _library(package: str, name: str) -> Any:
-    """A library's attribute. Raises: UserError where the package is not installed."""
-    try:
-        return getattr(importlib.import_module(package), name)
-    except ImportError:
-        raise UserError(f"this spec's classifier needs {package}: pip install 'diffsmooth[models]'") from None
 
 
 def _architecture(spec: RunSpec) -> Architecture | None:

@@ -12,7 +12,6 @@ step, x0 is noised again, deterministically, to the next lower timestep, and pre
 2010.02502, equation 12; DensePure, arXiv 2211.00322, uses several steps). Shapes: B C H W.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from torch import Tensor
 from pipeline.fetch import fetch_first
 from pipeline.spec import RunSpec, UNetSettings, UserError, check_set
 from pipeline.unet import UNet, settings_in
-from pipeline.weights import State, build, function_id, load_json, own_function, weights_id
+from pipeline.weights import State, build, function_id, library, load_json, own_function, weights_id
 
 # The public checkpoints' hyper-parameters (improved-diffusion's CIFAR-10, guided-diffusion's ImageNet 256).
 PRESETS = {
@@ -157,23 +156,22 @@ def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape)
 
 def _weights(spec: RunSpec, device: torch.device) -> str:
     """Where the weights lie; the meta device needs none."""
-    return "" if device.type == "meta" else _files(spec)["denoiser"]
+    return "" if device.type == "meta" else _file(spec, "denoiser")
 
 
 def _diffusers(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
     """A UNet2DModel in diffusers' layout: config.json and weights in one folder, the scheduler's config beside them."""
-    UNet2DModel = _from_diffusers("UNet2DModel")
-    files = _files(spec)
-    config, kind = load_json(files["denoiser.config"]), _scheduler(spec).get("prediction_type", "epsilon")
+    UNet2DModel, file = library("diffusers", "UNet2DModel"), _file(spec, "denoiser.config")
+    config, kind = load_json(file), _scheduler(spec).get("prediction_type", "epsilon")
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{files['denoiser.config']}: a {config['_class_name']}; only a UNet2DModel denoises images")
+        raise UserError(f"{file}: a {config['_class_name']}; only a UNet2DModel denoises images")
     if config["in_channels"] != shape[0]:
         raise UserError(
-            f"{files['denoiser.config']}: a denoiser of {config['in_channels']} channels, the images have {shape[0]}: "
+            f"{file}: a denoiser of {config['in_channels']} channels, the images have {shape[0]}: "
             "take a denoiser of such images"
         )
     if kind not in _EPS:
-        raise UserError(f"{files['denoiser.scheduler']}: prediction_type = {kind!r}; known are {', '.join(_EPS)}")
+        raise UserError(f"{_file(spec, 'denoiser.scheduler')}: prediction_type = {kind!r}; known are {', '.join(_EPS)}")
     abar = _schedule(spec)
     network = build(lambda: UNet2DModel.from_config(config), _weights(spec, device), device, convert=_of_today).to(
         dtype
@@ -237,6 +235,8 @@ def check_denoiser(spec: RunSpec) -> None:
             f"denoiser.arch = {arch!r} is unknown: choose one of none, {', '.join(DENOISERS)}, or name your own as "
             "package.module:function"
         )
+    if arch == "diffusers":
+        _file(spec, "denoiser.config")
     timesteps(_schedule(spec), spec.smoothing.sigma, spec.denoiser.steps)
 
 
@@ -251,31 +251,29 @@ def denoiser_ids(spec: RunSpec) -> dict[str, str]:
     if ":" in arch:
         ids = {} if section.checkpoint is None else {"denoiser": weights_id(section.checkpoint, section.sha256)}
         return {**ids, "denoiser.source": function_id(arch)}
+    names = _DIFFUSERS_FILES if arch == "diffusers" else ["denoiser"]
     expected = {"denoiser": section.sha256}
-    return {name: weights_id(location, expected.get(name)) for name, location in _files(spec).items()}
+    return {name: weights_id(_file(spec, name), expected.get(name)) for name in names}
 
 
-def _files(spec: RunSpec) -> dict[str, str]:
-    """The files that the denoiser is made of: what each is called in votes_id -> its location."""
+def _file(spec: RunSpec, name: str) -> str:
+    """The location of one of the files that the denoiser is made of, by what votes_id calls it; no other is fetched."""
     arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
     if checkpoint is None:
         raise UserError(f"denoiser.checkpoint is missing: arch = {arch!r} needs a file of weights")
     check_set("denoiser.checkpoint", checkpoint)
     if arch != "diffusers":
-        return {"denoiser": checkpoint}
-    folder = checkpoint.rstrip("/")
-    return {
-        name: str(fetch_first([f"{folder}/{inner}{file}" for file in names for inner in ("", *inners)]))
-        for name, names, inners in _DIFFUSERS_FILES
-    }
+        return checkpoint
+    folder, (names, inner) = checkpoint.rstrip("/"), _DIFFUSERS_FILES[name]
+    return str(fetch_first([f"{folder}/{place}{file}" for file in names for place in ("", inner)]))
 
 
-# what votes_id calls it, file names, subfolders where a whole pipeline was saved
-_DIFFUSERS_FILES = [
-    ("denoiser", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"], ["unet/"]),
-    ("denoiser.config", ["config.json"], ["unet/"]),
-    ("denoiser.scheduler", ["scheduler_config.json"], ["scheduler/"]),
-]
+# what votes_id calls it -> file names, and the subfolder where a whole pipeline was saved
+_DIFFUSERS_FILES = {
+    "denoiser": (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"], "unet/"),
+    "denoiser.config": (["config.json"], "unet/"),
+    "denoiser.scheduler": (["scheduler_config.json"], "scheduler/"),
+}
 
 
 def _unet_settings(spec: RunSpec) -> UNetSettings:
@@ -289,16 +287,9 @@ def _schedule(spec: RunSpec) -> NDArray[np.float64]:
     if spec.denoiser.arch != "diffusers":
         settings = _unet_settings(spec)
         return alphas_cumprod(settings.schedule, settings.steps)
-    scheduler = _from_diffusers("DDPMScheduler").from_config(_scheduler(spec))
+    scheduler = library("diffusers", "DDPMScheduler").from_config(_scheduler(spec))
     return np.cumprod(1 - scheduler.betas.double().numpy())
 
 
 def _scheduler(spec: RunSpec) -> dict[str, Any]:
-    return load_json(_files(spec)["denoiser.scheduler"])
-
-
-def _from_diffusers(name: str) -> Any:
-    try:
-        return getattr(importlib.import_module("diffusers"), name)
-    except ImportError:
-        raise UserError("denoiser.arch = 'diffusers' needs a package: pip install 'diffsmooth[models]'") from None
+    return load_json(_file(spec, "denoiser.scheduler"))

@@ -219,6 +219,14 @@ def load_into(
     network.load_state_dict({key: state[key] for key in expected}, assign=True)
 
 
+def library(package: str, name: str) -> Any:
+    """An attribute of a package that only some models need. Raises: UserError where it is not installed."""
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ImportError:
+        raise UserError(f"this spec's models need {package}: pip install 'diffsmooth[models]'") from None
+
+
 def own_function(name: str) -> Callable[..., Any]:
     """The function that `package.module:function` names; it is called as function(spec, device).
 
