@@ -20,6 +20,7 @@ from ray.util.metrics import Counter, Histogram
 
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
+from pipeline.sampling import Sampler
 from pipeline.spec import Block, RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,15 @@ _Actor = ray.remote(max_restarts=-1, max_task_retries=0)(_Shell)
 class Progress(NamedTuple):
     """What the driver tells of a run under way."""
 
-    draws: int  # cast by this call so far
+    draws: int  # of the blocks below, whoever cast them
+    draws_wanted: int  # of all blocks given out so far
+    cast: int  # draws cast and stored by this call
     seconds: float  # since the first task began
     actors: int  # that wait for tasks or run one
     actors_wanted: int
-    new: list[tuple[Block, int, dict[int, int]]]  # blocks stored since the last word: block, label, votes per class
+    new: list[
+        tuple[Block, int, dict[int, int]]
+    ]  # blocks of tasks that ended since the last word: block, label, votes per class
     clean: CleanAccuracy | None  # of the first actor that loaded the models, once it has looked
 
 
@@ -69,7 +74,7 @@ class Progress(NamedTuple):
 class Outcome:
     """How a call of `cast` ended."""
 
-    draws: int = 0
+    draws: int = 0  # cast and stored
     duplicates: int = 0
     tasks: int = 0
     lost: int = 0
@@ -143,15 +148,18 @@ class Cluster:
         blocks: Iterable[Block],
         *,
         scheduler: Scheduler | None = None,
+        sampler: Sampler | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         grace_seconds: float = 20.0,
         last: bool = True,
     ) -> Outcome:
-        """Cast and store the votes of `blocks`; with `last`, actors are let go as soon as nothing is left for them.
+        """Cast and store the votes of `blocks` and of those that a sampler makes of their votes.
+
+        With `last`, actors are let go as soon as nothing is left for them.
 
         Raises: UserError or RunError, the first cause, where the program or its input is wrong: nothing is retried.
         """
-        return _Cast(self, setup, blocks, scheduler or Scheduler(), on_progress, last).run(grace_seconds)
+        return _Cast(self, setup, blocks, scheduler or Scheduler(), sampler, on_progress, last).run(grace_seconds)
 
 
 class _Cast:
@@ -163,10 +171,11 @@ class _Cast:
         setup: Setup,
         blocks: Iterable[Block],
         scheduler: Scheduler,
+        sampler: Sampler | None,
         on_progress: Callable[[Progress], None],
         last: bool,
     ) -> None:
-        self._cluster, self._scheduler, self._last = cluster, scheduler, last
+        self._cluster, self._scheduler, self._sampler, self._last = cluster, scheduler, sampler, last
         self._setup = setup._replace(threads=cluster.threads)
         self._on_progress = on_progress
         self._outcome = Outcome(set_aside=scheduler.set_aside)
@@ -183,7 +192,8 @@ class _Cast:
         self._metrics = _Metrics(setup.spec.name)
         self._failed_starts = 0
         self._first_task: float | None = None
-        scheduler.add(blocks)
+        self._draws = self._draws_wanted = 0
+        self._add(blocks)
 
     def run(self, grace_seconds: float) -> Outcome:
         start = time.monotonic()
@@ -210,6 +220,8 @@ class _Cast:
                 done, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             waited += time.monotonic() - waiting
             new = [stored for future in done for stored in self._collect(future)]
+            if self._sampler and new:
+                self._add(self._sampler.take(new))
             for name in self._scheduler.overdue(time.monotonic()):
                 actor = next(actor for actor in self._running.values() if _name(actor) == name)
                 logger.warning("a task is past its deadline, or done elsewhere: its actor is restarted")
@@ -218,6 +230,11 @@ class _Cast:
         self._outcome.seconds = time.monotonic() - start
         self._outcome.driver_seconds = self._outcome.seconds - waited
         return self._outcome
+
+    def _add(self, blocks: Iterable[Block]) -> None:
+        blocks = list(blocks)
+        self._draws_wanted += sum(block.draws for block in blocks)
+        self._scheduler.add(blocks)
 
     def _dispatch(self, now: float) -> None:
         ready = len(self._idle) + len(self._running)
@@ -229,7 +246,8 @@ class _Cast:
             attempt = f"{os.urandom(8).hex()}-{task.attempts}"
             self._running[actor.run.remote(task.blocks, attempt)] = actor
             self._idle.remove(actor)
-        if self._last and (spare := self._scheduler.spare(len(self._idle))):
+        more = self._sampler is not None and self._sampler.open
+        if self._last and not more and (spare := self._scheduler.spare(len(self._idle))):
             self._cluster.release(self._idle[:spare])
             del self._idle[:spare]
 
@@ -310,12 +328,15 @@ class _Cast:
             self._lose(actor, error)
             self._wake(actor)
             return []
-        self._scheduler.finished(_name(actor), receipt.draws, receipt.seconds)
+        first = self._scheduler.finished(_name(actor), receipt.draws, receipt.seconds)
         self._idle.append(actor)
         self._outcome.tasks += 1
-        self._outcome.draws += sum(block.draws for block, _, _ in receipt.votes)
+        self._outcome.draws += receipt.stored
         self._outcome.duplicates += len(receipt.duplicates)
         self._metrics.finished(receipt)
+        if not first:
+            return []  # a copy of the task ended before, and told of these blocks
+        self._draws += sum(block.draws for block, _, _ in receipt.votes)
         return receipt.votes
 
     def _lose(self, actor: Any, error: RayTaskError | RayActorError) -> None:
@@ -346,7 +367,9 @@ class _Cast:
     def _tell(self, new: list[tuple[Block, int, dict[int, int]]]) -> None:
         self._on_progress(
             Progress(
-                draws=self._outcome.draws,
+                draws=self._draws,
+                draws_wanted=self._draws_wanted,
+                cast=self._outcome.draws,
                 seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
                 actors=len(self._idle) + len(self._checking) + len(self._running),
                 actors_wanted=len(self._cluster.actors),
@@ -363,7 +386,6 @@ class _Metrics:
         tags = ("run", "device")
         self._run = run
         self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
-        self._blocks = Counter("diffsmooth_blocks", "Blocks stored.", tags)
         self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed though they stood already.", tags)
         self._failures = Counter("diffsmooth_store_failures", "Calls to the store that were tried again.", tags)
         bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
@@ -374,8 +396,7 @@ class _Metrics:
         tags = {"run": self._run, "device": receipt.device}
         self._seconds.observe(receipt.seconds, tags)
         for counter, value in (
-            (self._draws, sum(block.draws for block, _, _ in receipt.votes)),
-            (self._blocks, len(receipt.votes)),
+            (self._draws, receipt.stored),
             (self._duplicates, len(receipt.duplicates)),
             (self._failures, receipt.store_failures),
         ):

@@ -120,15 +120,19 @@ class Scheduler:
             self._lateness.set(now + STRAGGLER_FACTOR * expected, worker, run)
         return task
 
-    def finished(self, worker: str, draws: int, seconds: float) -> None:
-        """The worker has stored all blocks of its task, of which it computed `draws` draws."""
+    def finished(self, worker: str, draws: int, seconds: float) -> bool:
+        """The worker has stored all blocks of its task, of which it computed `draws` draws.
+
+        False where a copy of the task had ended before.
+        """
         task = self._take(worker)
-        task.done = True
+        first, task.done = not task.done, True
         self._overdue.update(dict.fromkeys(task.workers))
         if draws and seconds > 0:
             rate = draws / seconds
             self._rates_sum += rate - self._rates.get(worker, 0.0)
             self._rates[worker] = rate
+        return first
 
     def lost(self, worker: str, error: str, *, attempted: bool = True) -> None:
         """The worker's attempt failed, or the worker went away; with `attempted` False the task is not to blame."""

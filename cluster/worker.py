@@ -17,7 +17,7 @@ from pipeline.data import UNLABELLED, Sample, open_dataset, sample_indices
 from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import Block, RunSpec, UserError, votes_id
 from pipeline.store import open_store
-from pipeline.votes import block_key, encode_block
+from pipeline.votes import block_key, block_votes, encode_block, read_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class Setup(NamedTuple):
 class Receipt(NamedTuple):
     """What a task tells the driver: small, whatever the task's size."""
 
-    votes: list[tuple[Block, int, dict[int, int]]]  # block, label, votes per class, of the blocks this attempt stored
+    votes: list[tuple[Block, int, dict[int, int]]]  # block, label, votes per class, of each block of the task as stored
+    stored: int  # draws that this attempt computed and stored
     duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
     seconds: float
     draws: int
@@ -86,6 +87,7 @@ class Worker:
         smoothing = self._setup.spec.smoothing
         # at each attempt, the first as well: another driver may have cast them since ours listed the run
         standing = self._store.standing(map(block_key, blocks))
+        found = [block for block in blocks if block_key(block) in standing]
         blocks = [block for block in blocks if block_key(block) not in standing]
         samples = {block.sample: self._sample(block.sample) for block in blocks}
         stored, duplicates = [], []
@@ -95,9 +97,10 @@ class Worker:
                 blocks,
                 samples,
                 sigma=smoothing.sigma,
-                seed=smoothing.seed,
+                seed=int(smoothing.seed),  # the driver has put a number in the place of "random"
                 batch_size=self._batch_size,
                 threads=self._setup.threads,
+                noise_grid=smoothing.noise_grid,
             )
             if blocks
             else ()
@@ -111,7 +114,11 @@ class Worker:
             else:
                 duplicates.append(block)
         seconds, draws = time.perf_counter() - start, sum(block.draws for block in blocks)
-        return Receipt(stored, duplicates, seconds, draws, self._facts["device"], self._store.failures - failures)
+        own = sum(block.draws for block, _, _ in stored)
+        if others := found + duplicates:  # what stands counts, whoever cast it
+            stored += [block_votes(one) for one in read_blocks(self._store, others)]
+        failed = self._store.failures - failures
+        return Receipt(stored, own, duplicates, seconds, draws, self._facts["device"], failed)
 
     def clean_accuracy(self) -> CleanAccuracy:
         """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""

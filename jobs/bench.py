@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.sampling import Order, blocks_of, missing_blocks, order_of
+from pipeline.sampling import Order, Sampler, blocks_of, order_of
 from pipeline.spec import BlockLengths, RunSpec, load_spec
 from pipeline.store import open_store
 from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, run_of, to_table, write_table
@@ -109,7 +109,7 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
     with timed("seconds_to_list"):
         standing = list_blocks(store, lengths)
     with timed("seconds_to_find_missing"):
-        missing = missing_blocks(order, lengths, standing)
+        missing = Sampler(store, "001", order, lengths, 1.0, standing, lambda blocks: ()).start()
     with timed("seconds_to_read"):
         stored = read_blocks(store, standing)
     with timed("seconds_to_write_table"):

@@ -1,31 +1,56 @@
 """The main job: specs in, votes cast on the cluster, certificates and curves out; and what else reads a run."""
 
+import hashlib
 import io
 import json
 import logging
+import secrets
 import time
+import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.special import bdtrc
 
 from pipeline import curve as curves
-from pipeline.certify import Certificate, certified_radius, certify, least_certifying_n, lower_confidence_bound
+from pipeline.certify import (
+    Certificate,
+    certified_radius,
+    certify,
+    least_certifying_n,
+    looks_at,
+    lower_confidence_bound,
+    top_class,
+)
 from pipeline.curve import Curve, curve_of
-from pipeline.data import open_dataset, sample_indices
+from pipeline.data import UNLABELLED, open_dataset, sample_indices
 from pipeline.logs import write_log
-from pipeline.sampling import Order, missing_blocks, order_of, place_order, post_hoc_samples, read_orders
-from pipeline.spec import STAGES, Block, RunSpec, UserError, check_multiple
+from pipeline.sampling import (
+    Order,
+    Sampler,
+    blocks_of,
+    grid_of,
+    order_of,
+    place_order,
+    post_hoc_samples,
+    read_orders,
+    read_plans,
+    store_plan,
+)
+from pipeline.spec import STAGES, Block, BlockLengths, RunSpec, UserError, check_alpha, check_multiple
 from pipeline.store import Store, open_store
 from pipeline.tables import render
 from pipeline.votes import (
+    RUN_KEY,
     block_lengths,
+    block_votes,
     claim_run,
     list_blocks,
     read_blocks,
@@ -49,13 +74,15 @@ class _Run(NamedTuple):
     votes_id: str
     order_name: str
     order: Order
-    missing: list[Block]
+    sampler: Sampler
+    missing: list[Block]  # that are wanted now; more may be, once these stand
 
 
 def certify_all(
     wanted: Sequence[tuple[RunSpec, str]],
     *,
     certificate: Certificate = "top",
+    costly: str | None = None,
     address: str | None,
     actors: int | None,
     batch_size: int | None,
@@ -64,7 +91,8 @@ def certify_all(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Certify specs one after another on the same actors, each in its storage; or predict, by the certificate.
 
-    All specs are checked before the cluster is touched. `on_stop` is given the function that a signal handler is to
+    All specs are checked before the cluster is touched. `costly` is the file that `read_costly` reads.
+    `on_stop` is given the function that a signal handler is to
     call with its signal's number. Returns a result a run, and the signal that stopped the work, if one did.
 
     Raises: UserError, RunError.
@@ -72,7 +100,7 @@ def certify_all(
     devices = {spec.compute.device for spec, _ in wanted}
     if len(devices) > 1:
         raise UserError(f"compute.device differs between the specs ({', '.join(sorted(devices))}): certify them apart")
-    runs = [_prepare(spec, home, certificate) for spec, home in wanted]
+    runs = [_prepare(spec, home, certificate, costly, quiet) for spec, home in wanted]
     results: list[dict[str, Any]] = []
     if not any(run.missing for run in runs):
         return [_conclude(run.store, run.order_name, quiet=quiet) for run in runs], None
@@ -96,6 +124,7 @@ def certify_all(
                     outcome = cluster.cast(
                         Setup(run.spec, run.store.uri, run.votes_id, batch_size),
                         run.missing,
+                        sampler=run.sampler,
                         on_progress=watch,
                         last=index == last,
                     )
@@ -117,34 +146,116 @@ def certify_all(
     return results, None
 
 
-def _prepare(spec: RunSpec, home: str, certificate: Certificate) -> _Run:
+def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | None, quiet: bool) -> _Run:
     """Check a spec against its data, weights and storage, and place its order."""
     from pipeline.smoothing import check_base_classifier, weights_ids
 
     smoothing = spec.smoothing
     data = open_dataset(spec.data)
     samples = sample_indices(spec.data.samples, len(data))
+    order = order_of(spec, samples, certificate, _costly(certificate, costly, data.num_classes))
+    wants_labels = "sampling.skip_wrong = true" if order.skip_wrong else "--certificate cost" if order.costly else None
+    if wants_labels and data[samples[0]].label == UNLABELLED:
+        raise UserError(f"{wants_labels} needs labels, and the data set has none: take another")
     check_base_classifier(spec)
-    least = least_certifying_n(smoothing.alpha, certificate)
-    if smoothing.n < least:
+    n, share = max(looks_at(smoothing.alpha, smoothing.n).items())
+    least = least_certifying_n(share, certificate)
+    if n < least:
         logger.warning(
             "n = %d can %s nothing at alpha = %g, even where all votes agree: n must be at least %d",
-            smoothing.n, "predict" if certificate == "predict" else "certify", smoothing.alpha, least,
+            n, "predict" if certificate == "predict" else "certify", share, least,
         )  # fmt: skip
-    described = run_of(spec, weights_ids(spec), data.num_classes)
     store = open_store(home)
     store.prepare()
-    claim_run(store, described)
-    order = order_of(spec, samples, certificate)
+    secret = smoothing.seed == "random"
+    spec, votes_id = _claim(spec, store, weights_ids(spec), data.num_classes)
+    if secret and not quiet:
+        commitment = hashlib.sha256(store.read(RUN_KEY)).hexdigest()
+        Console(stderr=True).print(f"sha256 of {store.uri}/{RUN_KEY}: {commitment} (publish it)", soft_wrap=True)
     order_name = place_order(store, order)
-    return _Run(
-        spec,
-        store,
-        described["votes_id"],
-        order_name,
-        order,
-        missing_blocks(order, smoothing.block, list_blocks(store, smoothing.block)),
-    )
+    standing = list_blocks(store, smoothing.block)
+    sampler = _sampler(store, order_name, order, smoothing.block, smoothing.sigma, standing)
+    return _Run(spec, store, votes_id, order_name, order, sampler, sampler.start())
+
+
+def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes: int) -> tuple[RunSpec, str]:
+    """Make the storage the spec's home; returns the spec with a number for its seed, and the votes_id.
+
+    A random seed is drawn once in a run's life, and then read from run.json.
+    """
+    while True:
+        seeded, drawn = spec, False
+        if spec.smoothing.seed == "random":
+            drawn = RUN_KEY not in store.standing([RUN_KEY])
+            seed = secrets.randbits(128) if drawn else read_run(store)["spec"]["smoothing"]["seed"]
+            seeded = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"seed": seed})})
+        described = run_of(seeded, weights, num_classes)
+        try:
+            claim_run(store, described)
+        except UserError:
+            if drawn:
+                continue  # another driver was first, with a seed of its own
+            raise
+        return seeded, described["votes_id"]
+
+
+def _sampler(
+    store: Store,
+    order_name: str,
+    order: Order,
+    lengths: BlockLengths,
+    sigma: float,
+    standing: set[Block],
+    *,
+    plans: bool = True,
+) -> Sampler:
+    def read(blocks: list[Block]) -> list[Any]:
+        return [block_votes(stored) for stored in read_blocks(store, blocks)]
+
+    return Sampler(store, order_name, order, lengths, sigma, standing, read, plans=plans)
+
+
+def _costly(certificate: Certificate, path: str | None, num_classes: int) -> dict[int, list[int]] | None:
+    if (certificate == "cost") != (path is not None):
+        raise UserError(
+            "--certificate cost and --costly FILE, which says what is costly, go together: give both or none"
+        )
+    return None if path is None else read_costly(path, num_classes)
+
+
+def read_costly(path: str, num_classes: int) -> dict[int, list[int]]:
+    """Label -> the classes that are costly for it, from a file of one of two kinds.
+
+    CSV: a cost matrix, a row a label and a column a class, without headings; what is above 0 is costly. TOML: a line a
+    label, its costly classes in brackets (3 = [5, 7]).
+
+    Raises: UserError, naming what does not fit.
+    """
+    try:
+        if path.endswith(".csv"):
+            matrix = np.loadtxt(path, delimiter=",", ndmin=2)
+            if matrix.shape != (num_classes, num_classes):
+                raise ValueError(f"{matrix.shape[0]} rows and {matrix.shape[1]} columns for {num_classes} classes")
+            costly = {y: np.flatnonzero(row > 0).tolist() for y, row in enumerate(matrix)}
+        else:
+            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            costly = {int(y): [int(k) for k in classes] for y, classes in raw.items()}
+    except OSError as error:
+        raise UserError(f"--costly {path}: cannot read it: {error.strerror}; give a .csv or .toml file") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--costly {path}: {error}; a .csv holds a cost matrix, a row a label; a .toml holds lines 3 = [5, 7]"
+        ) from error
+    for y, classes in costly.items():
+        for k in (y, *classes):
+            if not 0 <= k < num_classes:
+                raise UserError(f"--costly {path}: class {k} must lie in 0 to {num_classes - 1}")
+        if y in classes or len(set(classes)) < len(classes):
+            raise UserError(f"--costly {path}: label {y} cannot be costly for itself, nor a class twice: {classes}")
+    costly = {y: classes for y, classes in costly.items() if classes}
+    if not costly:
+        raise UserError(f"--costly {path}: nothing is costly there; name classes, or take another certificate")
+    return costly
 
 
 def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
@@ -152,7 +263,7 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     votes = to_table(read_blocks(store))
     write_table(store, votes)
     run, orders = read_run(store), read_orders(store)
-    certificates = _certificates(votes, run, orders, order_name)
+    certificates = _certificates(store, votes, run, orders, order_name)
     curve = _curve(run, orders[order_name], certificates)
     folder = f"orders/{order_name}"
     buffer = io.BytesIO()
@@ -161,7 +272,7 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     incomplete = certificates.loc[certificates["status"] == "incomplete", "sample"].tolist()
     order, predicts = orders[order_name], orders[order_name].certificate == "predict"
     if curve.num_samples and not predicts:
-        fine = curve.table(curves.grid(0.01, curve.max_radius))
+        fine = curve.table(curves.grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
         store.replace(f"{folder}/curve.csv", fine.to_csv(index=False).encode())
         picture = io.BytesIO()
         title = f"{len(incomplete)} of {len(certificates)} samples are incomplete and left out" if incomplete else None
@@ -175,8 +286,8 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
         else:
             console.out(render([curve]), end="", highlight=False)
         console.print(
-            f"order {order_name}: {order.certificate}, n0 = {order.n0}, n = {order.n}, alpha = {order.alpha:g}, "
-            f"{curve.num_samples} samples"
+            f"order {order_name}: {_describe(order)}, {curve.num_samples} samples"
+            f"{f', {curve.skipped} of them skipped' if curve.skipped else ''}"
             f"{'; POST HOC: an earlier order has looked at these samples' if curve.post_hoc else ''}\n"
             f"{store.uri}/{folder}: certificates.parquet{'' if predicts else ', curve.csv, curve.png'}",
             highlight=False,
@@ -185,39 +296,59 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     if incomplete:
         shown = ", ".join(map(str, incomplete[:10])) + (", ..." if len(incomplete) > 10 else "")
         logger.error("%d of %d samples are incomplete: %s", len(incomplete), len(certificates), shown)
-    return _result(store, run, order_name, orders[order_name], curve)
+    return _result(store, run, order_name, orders[order_name], curve, certificates)
 
 
-def _certificates(votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str) -> pd.DataFrame:
-    order, post_hoc = orders[order_name], post_hoc_samples(orders, order_name)
+def _describe(order: Order) -> str:
+    alpha = order.alpha if isinstance(order.alpha, float) else "+".join(f"{share:g}" for share in order.alpha.values())
+    mode = "" if order.mode == "fixed" else f"{order.mode}, "
+    return f"{order.certificate}, {mode}n0 = {order.n0}, n = {order.n}, alpha = {alpha}"
+
+
+def _certificates(
+    store: Store, votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str
+) -> pd.DataFrame:
+    order, sigma = orders[order_name], run["spec"]["smoothing"]["sigma"]
+    plans = read_plans(store)
     return certify(
         votes,
-        sigma=run["spec"]["smoothing"]["sigma"],
+        sigma=sigma,
         alpha=order.alpha,
         n0=order.n0,
-        n=order.n,
+        n=plans.get(order_name, {}) if order.mode == "planned" else order.n,
         samples=order.samples,
         certificate=order.certificate,
         num_classes=run["num_classes"],
+        costly=order.costly,
+        skip_wrong=order.skip_wrong,
+        grid=grid_of(order, block_lengths(run), sigma),
         order=order_name,
         mode=order.mode,
-        post_hoc=post_hoc.__contains__,
+        post_hoc=post_hoc_samples(orders, order_name, plans).__contains__,
     )
 
 
 def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
-    sigma = run["spec"]["smoothing"]["sigma"]
-    largest = float(certified_radius(order.n, order.n, order.alpha, sigma))
-    return curve_of(run["name"], certificates, sigma, largest, order.alpha)
+    sigma, looks = run["spec"]["smoothing"]["sigma"], looks_at(order.alpha, order.n)
+    largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
+    if order.radii is not None:
+        largest = order.radii[-1]
+    return curve_of(run["name"], certificates, sigma, largest, sum(looks.values()), order.radii)
 
 
-def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve) -> dict[str, Any]:
+def _result(
+    store: Store, run: dict[str, Any], order_name: str, order: Order, curve: Curve, certificates: pd.DataFrame
+) -> dict[str, Any]:
     if order.certificate == "predict":
         reached: dict[str, Any] = {"accuracy": float(curve.at([0.0])[0])}
     else:
         radii = curves.table_radii([curve])
         accuracy = zip(radii, curve.at(radii).tolist(), strict=True)
-        reached = {"acr": curve.acr, "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy}}
+        reached = {
+            "acr": None if curve.tested is not None else curve.acr,
+            "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy},
+        }
+    complete = certificates[~certificates["status"].isin(["incomplete", "exempt"])]
     return {
         "name": curve.name,
         "run": store.uri,
@@ -225,14 +356,18 @@ def _result(store: Store, run: dict[str, Any], order_name: str, order: Order, cu
         "votes_id": run["votes_id"],
         "complete": curve.incomplete == 0,
         "samples": curve.num_samples,
+        "skipped": curve.skipped,
         "incomplete": curve.incomplete,
         "sigma": run["spec"]["smoothing"]["sigma"],
         "n0": order.n0,
         "n": order.n,
-        "alpha": order.alpha,
+        "alpha": order.total_alpha,
+        "mode": order.mode,
         "certificate": order.certificate,
+        "draws_used": int(complete["n0"].sum() + complete.loc[complete["status"] != "skipped", "n"].sum()),
+        "draws_at_n": len(complete) * (order.n0 + order.n),  # what n of every sample would have taken
         "post_hoc": curve.post_hoc,
-        "abstention_rate": curve.abstention_rate,
+        "abstention_rate": curve.abstention_rate if curve.num_samples > curve.skipped else None,
         **reached,
     }
 
@@ -242,7 +377,6 @@ class _Watch:
 
     def __init__(self, run: _Run, quiet: bool) -> None:
         self._run = run
-        self._total = sum(block.draws for block in run.missing)
         self._counts: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
         self._certified = {0.0: 0, run.spec.smoothing.sigma: 0}  # radius -> samples, of those completed by this call
         self._samples = 0
@@ -261,7 +395,7 @@ class _Watch:
                 TextColumn("{task.fields[note]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(run.spec.name, total=self._total, rate=0.0, note="")
+            self._task = self._bar.add_task(run.spec.name, total=None, rate=0.0, note="")
 
     def __enter__(self) -> "_Watch":
         if self._bar:
@@ -279,18 +413,18 @@ class _Watch:
             self._judge(progress.clean)
         for block, label, votes in progress.new:
             self._add(block, label, votes)
-        rate = progress.draws / progress.seconds if progress.seconds else 0.0
+        rate = progress.cast / progress.seconds if progress.seconds else 0.0
         note = self._note(progress)
         if self._bar:
-            self._bar.update(self._task, completed=progress.draws, rate=rate, note=note)
-        finished = progress.draws == self._total
+            self._bar.update(self._task, completed=progress.draws, total=progress.draws_wanted, rate=rate, note=note)
+        finished = progress.draws == progress.draws_wanted
         if time.monotonic() - self._spoken < _LOG_SECONDS and not finished:
             return
         self._spoken = time.monotonic()
-        eta = (self._total - progress.draws) / rate if rate else None
+        eta = (progress.draws_wanted - progress.draws) / rate if rate else None
         word = {
             "draws_cast": progress.draws,
-            "draws_wanted": self._total,
+            "draws_wanted": progress.draws_wanted,
             "draws_per_second": round(rate, 1),
             "eta_seconds": None if eta is None else round(eta),
             "actors_ready": progress.actors,
@@ -300,7 +434,8 @@ class _Watch:
         self._run.store.replace("progress.json", json.dumps(word, indent=2).encode())
         if not self._bar and not self._quiet:
             left = "" if eta is None else f", ETA {eta:.0f} s"
-            line = f"{self._run.spec.name}: {progress.draws:,} of {self._total:,} draws, {rate:,.0f}/s{left}; {note}"
+            drawn = f"{progress.draws:,} of {progress.draws_wanted:,} draws"
+            line = f"{self._run.spec.name}: {drawn}, {rate:,.0f}/s{left}; {note}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _judge(self, clean: Any) -> None:
@@ -327,19 +462,27 @@ class _Watch:
         return f"certified {', '.join(at)} ({self._samples} samples)"
 
     def _add(self, block: Block, label: int, votes: dict[int, int]) -> None:
-        """Count a block, and certify its sample once all its draws were cast by this call."""
+        """Count a block, and in fixed mode certify its sample once all its draws were cast by this call."""
         order, sample = self._run.order, block.sample
+        if order.mode != "fixed" or order.certificate == "cost":
+            return
         self._counts[sample, block.stage].update(votes)
         selection, estimation = (self._counts[sample, stage] for stage in STAGES)
-        if selection.total() == order.n0 and estimation.total() == order.n:
+        if selection.total() < order.n0:
+            return
+        top = top_class(selection)  # PREDICT selects nothing
+        if estimation.total() == order.n:
             self._samples += 1
-            top = min(selection, key=lambda k: (-selection[k], k), default=-1)  # PREDICT selects nothing
-            count = (estimation[top], order.n, order.alpha)
+            count = (estimation[top], order.n, looks_at(order.alpha, order.n)[order.n])
             if top == label and lower_confidence_bound(*count) >= 0.5:
                 reached = certified_radius(*count, self._run.spec.smoothing.sigma)
                 for radius in self._certified:
                     self._certified[radius] += bool(reached >= radius)
-            del self._counts[sample, "selection"], self._counts[sample, "estimation"]
+        elif order.skip_wrong and top != label:
+            self._samples += 1
+        else:
+            return
+        del self._counts[sample, "selection"], self._counts[sample, "estimation"]
 
 
 def analyze(
@@ -349,6 +492,7 @@ def analyze(
     n0: int | None,
     n: int | None,
     certificate: Certificate | None = None,
+    costly: str | None = None,
     export_tsv: str | None = None,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -361,32 +505,75 @@ def analyze(
     if not orders:
         raise UserError(f"{run_uri} holds no order yet: certify it first")
     first = next(iter(orders.values()))
-    samples = sorted({sample for order in orders.values() for sample in order.samples})
-    lengths = block_lengths(run)
-    certificate = certificate or first.certificate
+    kept = first.certificate if certificate is None else certificate
     asked = {"n0": first.n0 if n0 is None else n0, "n": first.n if n is None else n}
-    if certificate == "predict":
+    if kept == "predict":
         asked["n0"] = 0
-    alpha = first.alpha if alpha is None else alpha
-    if not 0 < alpha < 0.5:
-        raise UserError(f"--alpha {alpha} must lie between 0 and 0.5")
-    standing = list_blocks(store, lengths)
-    for (name, value), stage in zip(asked.items(), STAGES, strict=True):
-        if value < 1 and (name == "n" or certificate != "predict"):
-            raise UserError(f"--{name} {value} must be at least 1")
-        check_multiple(f"--{name}", value, lengths.of(stage), stage)
-        drawn = min(_prefix(standing, sample, stage, lengths.of(stage)) for sample in samples)
-        if value > drawn:
-            most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
-            raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
-    order = Order(samples=samples, alpha=alpha, n0=asked["n0"], n=asked["n"], certificate=certificate)
+    level = first.alpha if alpha is None else alpha
+    check_alpha("--alpha", level, asked["n"])
+    order = Order(
+        **{
+            **first.model_dump(),
+            **asked,
+            "samples": sorted({sample for order in orders.values() for sample in order.samples}),
+            "alpha": level,
+            "certificate": kept,
+            "costly": _costly(kept, costly, run["num_classes"]) if certificate or costly else first.costly,
+        }
+    )
+    if n is not None and first.mode != "fixed":
+        order = order.model_copy(update={"mode": "fixed", "max_acr_loss": None, "radii": None})
+    if order.mode == "grid" and kept != "top":
+        raise UserError(f"--certificate {kept}: a grid's looks give the certificate 'top' alone; with --n, fixed mode")
+    if kept in ("predict", "cost"):
+        if order.mode != "fixed":
+            raise UserError(f"--certificate {kept} needs equally many draws of each sample: name them with --n")
+        order = order.model_copy(update={"skip_wrong": False})
+    _check_drawn(store, order, block_lengths(run), asked)
     order_name = place_order(store, order)
+    if order.mode == "planned":
+        _plan_as(store, order_name, first)
     result = _conclude(store, order_name, quiet=quiet)
     if export_tsv:
         certificates = pd.read_parquet(io.BytesIO(store.read(f"orders/{order_name}/certificates.parquet")))
         with writing("--export-tsv", export_tsv):
             Path(export_tsv).write_text(write_log(certificates))
     return result
+
+
+def _check_drawn(store: Store, order: Order, lengths: BlockLengths, asked: Mapping[str, int]) -> None:
+    """Refuse draws that were not cast; those that an adaptive order found needless do not count as lacking."""
+    standing = list_blocks(store, lengths)
+    for (name, value), stage in zip(asked.items(), STAGES, strict=True):
+        if value < 1 and (name == "n" or order.certificate != "predict"):
+            raise UserError(f"--{name} {value} must be at least 1")
+        check_multiple(f"--{name}", value, lengths.of(stage), stage)
+        if stage == "estimation" and order.mode != "fixed":
+            continue
+        needed = order.samples
+        if stage == "estimation" and order.skip_wrong:
+            stored = read_blocks(store, [b for b in standing if b.stage == "selection" and b.draw_stop <= order.n0])
+            tallies: dict[int, Counter[int]] = defaultdict(Counter)
+            labels = {}
+            for block, label, votes in map(block_votes, stored):
+                tallies[block.sample].update(votes)
+                labels[block.sample] = label
+            needed = [sample for sample in needed if top_class(tallies[sample]) == labels[sample]]
+        drawn = min((_prefix(standing, sample, stage, lengths.of(stage)) for sample in needed), default=value)
+        if value > drawn:
+            most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
+            raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
+
+
+def _plan_as(store: Store, order_name: str, first: Order) -> None:
+    """Give an order the plans of the first order's settings: the draws that were cast."""
+    orders, plans = read_orders(store), read_plans(store)
+    plan: dict[int, int] = {}
+    for name, other in orders.items():
+        if other.settings == first.settings:
+            plan |= {sample: n for sample, n in plans.get(name, {}).items() if sample not in plan}
+    if order_name not in plans:
+        store_plan(store, order_name, {sample: n for sample, n in plan.items() if sample in orders[order_name].samples})
 
 
 @contextmanager
@@ -419,7 +606,7 @@ def stored_curve(run_uri: str, order_name: str | None) -> Curve:
         raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
     if name not in with_radii:
         raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
-    curve = _curve(run, orders[name], _certificates(to_table(read_blocks(store)), run, orders, name))
+    curve = _curve(run, orders[name], _certificates(store, to_table(read_blocks(store)), run, orders, name))
     if not curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
     return curve
@@ -448,11 +635,11 @@ def run_status(run_uri: str) -> dict[str, Any]:
     with suppress(FileNotFoundError, ValueError):
         facts["driver"] = json.loads(store.read("progress.json"))
     for name, order in orders.items():
-        missing = missing_blocks(order, lengths, standing)
-        certificates = _certificates(votes, run, orders, name)
-        facts["orders"][name] = _result(store, run, name, order, _curve(run, order, certificates)) | {
-            "draws_done": len(order.samples) * (order.n0 + order.n) - sum(block.draws for block in missing),
-            "draws_missing": sum(block.draws for block in missing),
+        certificates = _certificates(store, votes, run, orders, name)
+        sampler = _sampler(store, name, order, lengths, run["spec"]["smoothing"]["sigma"], standing, plans=False)
+        facts["orders"][name] = _result(store, run, name, order, _curve(run, order, certificates), certificates) | {
+            "draws_done": sum(block.draws for block in blocks_of(order, lengths) if block in standing),
+            "draws_missing": sum(block.draws for block in sampler.start()),
         }
     return facts
 
@@ -474,9 +661,14 @@ def print_status(facts: dict[str, Any]) -> None:
             f"{word['draws_per_second']:,.0f}/s{left}; {word['note']}"
         )
     for name, order in facts["orders"].items():
-        state = "complete" if order["complete"] else f"{order['draws_missing']:,} draws missing: run certify again"
+        more = "" if order["mode"] == "fixed" else " or more"
+        state = (
+            "complete" if order["complete"] else f"{order['draws_missing']:,}{more} draws missing: run certify again"
+        )
+        mode = "" if order["mode"] == "fixed" else f"{order['mode']}, "
         lines.append(
-            f"order {name}: {order['certificate']}, n0 = {order['n0']}, n = {order['n']}, alpha = {order['alpha']:g}"
+            f"order {name}: {order['certificate']}, {mode}n0 = {order['n0']}, n = {order['n']}, "
+            f"alpha = {order['alpha']:g}"
             f"{', post hoc' if order['post_hoc'] else ''}: {order['samples']} of "
             f"{order['samples'] + order['incomplete']} samples, {order['draws_done']:,} draws done, {state}"
         )
@@ -487,5 +679,6 @@ def print_status(facts: dict[str, Any]) -> None:
             accuracy = "  ".join(
                 f"r={radius}: {100 * value:.1f}%" for radius, value in order["certified_accuracy"].items()
             )
-            lines.append(f"  certified accuracy so far  {accuracy}  ACR {order['acr']:.3f}")
+            acr = "" if order["acr"] is None else f"  ACR {order['acr']:.3f}"
+            lines.append(f"  certified accuracy so far  {accuracy}{acr}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

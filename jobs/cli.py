@@ -97,16 +97,17 @@ def _casts_votes(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice([name for name in CERTIFICATES if name != "predict"]),
     default="top",
     show_default=True,
-    help="What to claim: from the top class's votes alone, or from the runner-up's too.",
+    help="What to claim: from the top class's votes alone, with the others' too, or that no error is a costly one.",
 )
-def certify(certificate: Certificate, **options: Any) -> None:
+@click.option("--costly", metavar="FILE", help="With cost: .csv, a cost matrix, a row a label; or .toml, 3 = [5, 7].")
+def certify(certificate: Certificate, costly: str | None, **options: Any) -> None:
     """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
 
     \b
     diffsmooth certify mnist
     diffsmooth certify my.toml --out runs/a --set smoothing.sigma=1.0
     """
-    _cast(certificate, **options)
+    _cast(certificate, costly, **options)
 
 
 @main.command()
@@ -117,11 +118,12 @@ def predict(**options: Any) -> None:
     \b
     diffsmooth predict mnist --set smoothing.n=100 --set smoothing.block.estimation=100
     """
-    _cast("predict", **options)
+    _cast("predict", None, **options)
 
 
 def _cast(
     certificate: Certificate,
+    costly: str | None,
     *,
     specs: tuple[str, ...],
     out: str | None,
@@ -144,6 +146,7 @@ def _cast(
     results, signal_number = certification.certify_all(
         list(zip(loaded, homes, strict=True)),
         certificate=certificate,
+        costly=costly,
         address=address,
         actors=actors,
         batch_size=batch_size,
@@ -188,6 +191,7 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--n0", type=int, help="Selection draws to use. [default: the first order's]")
 @click.option("--n", type=int, help="Estimation draws to use. [default: the first order's]")
 @click.option("--certificate", type=click.Choice(CERTIFICATES), help="What to claim. [default: the first order's]")
+@click.option("--costly", metavar="FILE", help="With cost: .csv, a cost matrix, a row a label; or .toml, 3 = [5, 7].")
 @click.option(
     "--export-tsv",
     metavar="FILE",
@@ -200,6 +204,7 @@ def analyze(
     n0: int | None,
     n: int | None,
     certificate: Certificate | None,
+    costly: str | None,
     export_tsv: str | None,
     as_json: bool,
 ) -> None:
@@ -209,7 +214,14 @@ def analyze(
     diffsmooth analyze runs/mnist --alpha 0.01
     """
     result = certification.analyze(
-        run, alpha=alpha, n0=n0, n=n, certificate=certificate, export_tsv=export_tsv, quiet=as_json
+        run,
+        alpha=alpha,
+        n0=n0,
+        n=n,
+        certificate=certificate,
+        costly=costly,
+        export_tsv=export_tsv,
+        quiet=as_json,
     )
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.certify import certified_radius
+from pipeline.certify import certified_radius, looks_at
 from pipeline.data import known_facts, open_dataset, sample_indices
 from pipeline.smoothing import base_classifier, check_base_classifier
 from pipeline.spec import STAGES, RunSpec, UserError
@@ -88,7 +88,10 @@ def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: floa
         "draws_per_sample": smoothing.n0 + smoothing.n,
         "draws": draws,
         "blocks": samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES),
-        "largest_radius": float(certified_radius(smoothing.n, smoothing.n, smoothing.alpha, smoothing.sigma)),
+        "largest_radius": max(
+            float(certified_radius(n, n, share, smoothing.sigma))
+            for n, share in looks_at(smoothing.alpha, smoothing.n).items()
+        ),
         "gflop_per_draw": None if flops is None else {name: value / 1e9 for name, value in flops.items()},
         "local_copies": smoothing.m,
         "total_flop": total,

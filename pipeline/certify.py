@@ -16,22 +16,35 @@ with p_A's bound at level w alpha and an upper bound for each of the other C - 1
 (1 - w) alpha / (C - 1); all hold together with probability 1 - alpha (Bonferroni). p_B's is the largest of these,
 at most 1 - p_A lower bound. The class comes from selection, never from the votes that bound it.
 
+The cost-sensitive certificate (Xin et al., arXiv 2310.08732) claims less and further: g(x + d) is none of the classes
+Omega that are costly for the label, for |d| < radius. Its class is the selection's top one outside Omega; only the
+classes in Omega are bounded from above, with w = 0.8.
+
+Other than by `mode = "fixed"`, the draws of a sample are those of its plan (`planned`: another n for each sample,
+chosen before its first estimation draw, with the bound at full alpha), or those that group-sequential looks took
+(`grid`, see pipeline/sequential.py). Where alpha is split in advance over several n, each look has a bound at its share
+and the sample the larger radius.
+
 PREDICT (the same paper's Algorithm 1) needs no selection: it answers the class with the most votes, and abstains unless
 a two-sided binomial test tells its count from the runner-up's. It says nothing of a radius.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtrc, betaincinv, ndtri
+from scipy.special import bdtrc, betaincinv, ndtr, ndtri
+
+from pipeline.sequential import Grid
 
 ABSTAINED, NO_PREDICTION = -1, -2
 
-Certificate = Literal["top", "multiclass", "predict"]
-_W = 0.9  # p_A's share of alpha in the multi-class certificate
+Certificate = Literal["top", "multiclass", "cost", "predict"]
+Alpha = float | Mapping[int, float]  # of one bound, or split in advance over looks: n -> its share
+_W, _W_COST = 0.9, 0.8  # p_A's share of alpha in the multi-class and the cost-sensitive certificate
 CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
 
 COLUMNS = (
@@ -87,7 +100,30 @@ def prediction_p_value(n_A: ArrayLike, n_B: ArrayLike) -> NDArray[np.float64]:
 
 def least_certifying_n(alpha: float, certificate: Certificate = "top") -> int:
     """The least n with which votes that all agree are enough: alpha^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
-    return int(np.ceil(np.log(alpha if certificate == "top" else alpha / 2) / np.log(0.5)))
+    return int(np.ceil(np.log(alpha if certificate != "predict" else alpha / 2) / np.log(0.5)))
+
+
+def looks_at(alpha: Alpha, n: int) -> dict[int, float]:
+    """The looks up to n and their shares of alpha; one look at n, where alpha is not split."""
+    if isinstance(alpha, Mapping):
+        return {look: share for look, share in sorted(alpha.items()) if look <= n}
+    return {n: alpha}
+
+
+def top_class(votes: Mapping[int, int], costly: Sequence[int] = ()) -> int:
+    """The class with most votes, the lowest of several; NO_PREDICTION where there is none outside `costly`."""
+    allowed = {k: count for k, count in votes.items() if k not in costly}
+    return min(allowed, key=lambda k: (-allowed[k], k), default=NO_PREDICTION)
+
+
+class _Counts(NamedTuple):
+    """Votes of S samples for K classes, and what bounds them."""
+
+    selection_SK: NDArray[np.int64]
+    estimation_SK: NDArray[np.int64]
+    costly_SK: NDArray[np.bool_]  # Omega
+    alpha: float
+    sigma: float
 
 
 class _Verdict(NamedTuple):
@@ -101,104 +137,151 @@ class _Verdict(NamedTuple):
     stands: NDArray[np.bool_]  # it does not abstain
 
 
-def _top(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
+def _top(counts: _Counts) -> _Verdict:
     """CERTIFY: the selection's top class, bounded by the estimation's votes for it."""
-    top_class, n_A, n = _selected(selection, estimation)
-    bound = lower_confidence_bound(n_A, n, alpha)
-    return _Verdict(top_class, n_A, bound, 1 - bound, certified_radius(n_A, n, alpha, sigma), bound >= 0.5)
+    top, n_A, n = _selected(counts.selection_SK, counts.estimation_SK)
+    bound = lower_confidence_bound(n_A, n, counts.alpha)
+    return _Verdict(top, n_A, bound, 1 - bound, certified_radius(n_A, n, counts.alpha, counts.sigma), bound >= 0.5)
 
 
-def _multiclass(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
-    """CERTIFY with the runner-up bounded too; `estimation` has a column for every class of the data set."""
-    top_class, n_A, n = _selected(selection, estimation)
-    others = estimation.copy()
-    others[np.arange(len(others)), top_class] = 0
-    n_B = others.max(axis=1)  # the bound grows with the count, so the class with most votes has the largest
-    level = (1 - _W) * alpha / max(estimation.shape[1] - 1, 1)
-    rest = _upper_tail(n_A, n, _W * alpha)  # 1 - p_A lower bound
+def _multiclass(counts: _Counts) -> _Verdict:
+    """CERTIFY with all other classes bounded too; there is a column for every class of the data set."""
+    others_SK = np.ones(counts.estimation_SK.shape, dtype=bool)
+    others_SK[np.arange(len(others_SK)), counts.selection_SK.argmax(axis=1)] = False
+    return _against(counts, counts.selection_SK, others_SK, _W)
+
+
+def _cost(counts: _Counts) -> _Verdict:
+    """The selection's top class outside Omega, against the classes in Omega."""
+    return _against(counts, np.where(counts.costly_SK, -1, counts.selection_SK), counts.costly_SK, _W_COST)
+
+
+def _against(counts: _Counts, selection_SK: NDArray[np.int64], rivals_SK: NDArray[np.bool_], w: float) -> _Verdict:
+    """The top class bounded from below at w alpha, its rivals from above at (1 - w) alpha together."""
+    top, n_A, n = _selected(selection_SK, counts.estimation_SK)
+    # the bound grows with the count, so the rival with most votes has the largest
+    n_B = np.where(rivals_SK, counts.estimation_SK, 0).max(axis=1)
+    level = (1 - w) * counts.alpha / np.maximum(rivals_SK.sum(axis=1), 1)
+    rest = _upper_tail(n_A, n, w * counts.alpha)  # 1 - p_A lower bound
     p_B = np.where(n_B == n, 1.0, betaincinv(n_B + 1.0, np.maximum(n - n_B, 1).astype(float), 1 - level))
     p_B = np.minimum(rest, p_B)
     stands = 1 - rest >= p_B
-    radius = np.where(stands, sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
-    return _Verdict(top_class, n_A, 1 - rest, p_B, radius, stands)
+    radius = np.where(stands, counts.sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
+    return _Verdict(top, n_A, 1 - rest, p_B, radius, stands)
 
 
-def _predict(selection: NDArray[np.int64], estimation: NDArray[np.int64], alpha: float, sigma: float) -> _Verdict:
+def _predict(counts: _Counts) -> _Verdict:
     """PREDICT: the estimation's top class against its runner-up; a bound or a radius is not claimed."""
-    top_class = estimation.argmax(axis=1)
-    ordered = np.sort(np.pad(estimation, ((0, 0), (1, 0))), axis=1)
+    ordered = np.sort(np.pad(counts.estimation_SK, ((0, 0), (1, 0))), axis=1)
     n_A, n_B = ordered[:, -1], ordered[:, -2]
     nothing = np.full(len(n_A), np.nan)
-    stands = prediction_p_value(n_A, n_B) <= alpha
-    return _Verdict(top_class, n_A, nothing, nothing, np.zeros(len(n_A)), stands)
+    stands = prediction_p_value(n_A, n_B) <= counts.alpha
+    return _Verdict(counts.estimation_SK.argmax(axis=1), n_A, nothing, nothing, np.zeros(len(n_A)), stands)
 
 
 def _selected(selection: NDArray[np.int64], estimation: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
     """The selection's top class, its estimation votes, and all estimation votes (1 where there are none)."""
-    top_class = selection.argmax(axis=1)
-    return top_class, estimation[np.arange(len(estimation)), top_class], np.maximum(estimation.sum(axis=1), 1)
+    top = selection.argmax(axis=1)
+    return top, estimation[np.arange(len(estimation)), top], np.maximum(estimation.sum(axis=1), 1)
 
 
-_VERDICTS = {"top": _top, "multiclass": _multiclass, "predict": _predict}
+_VERDICTS = {"top": _top, "multiclass": _multiclass, "cost": _cost, "predict": _predict}
 
 
 def certify(
     votes: pd.DataFrame,
     *,
     sigma: float,
-    alpha: float,
+    alpha: Alpha,
     n0: int,
-    n: int,
+    n: int | Mapping[int, int],
     samples: Sequence[int] | None = None,
     certificate: Certificate = "top",
     num_classes: int | None = None,
+    costly: Mapping[int, Sequence[int]] | None = None,
+    skip_wrong: bool = False,
+    grid: Grid | None = None,
     order: str = "",
     mode: str = "fixed",
     post_hoc: Callable[[int], bool] = lambda sample: False,
 ) -> pd.DataFrame:
     """Certificates of samples (all that have votes, unless some are named) from the first n0 and n draws of each.
 
-    The multi-class certificate needs `num_classes` of the data set (run.json's): a class without votes has no row.
+    `n` may differ by sample (a plan; a sample that it lacks is incomplete), or be what the looks of `grid` took. The
+    multi-class certificate needs `num_classes` of the data set (run.json's): a class without votes has no row; the
+    cost-sensitive one needs `costly`: label -> its Omega. With `skip_wrong` a sample whose selected class is not its
+    label needs no estimation.
 
-    A sample that lacks draws is `incomplete`; ties go to the lowest class. Returns one row a sample with COLUMNS:
-    `status` is certified (predicted, with certificate "predict"), abstained or incomplete; `prediction` is -1 for
-    abstained, -2 where none was made. `post_hoc` tells of a sample whether an earlier order has looked at it with other
-    settings.
+    Returns one row a sample with COLUMNS; ties go to the lowest class. `status` is certified (predicted, with
+    certificate "predict"), abstained, skipped, exempt (the label has no costly class: nothing to certify), or
+    incomplete where draws lack. `prediction` is -1 for abstained, -2 where none was made. `n`, `n_A` and `alpha` are
+    those of the bound: with a split alpha, of the look with the larger radius. In grid mode `radius` is the largest of
+    the grid's that is certified, and `p_A_lower` what that says. `post_hoc` tells of a sample whether an earlier order
+    has looked at it with other settings.
 
-    Raises: ValueError for the multi-class certificate without `num_classes`.
+    Raises: ValueError for a certificate without what it needs.
     """
     if certificate == "multiclass" and num_classes is None:
         raise ValueError("the multi-class certificate needs num_classes: how many classes the data set has")
+    if certificate == "cost" and costly is None:
+        raise ValueError("the cost-sensitive certificate needs the costly classes of each label")
+    if grid is not None and certificate != "top":
+        raise ValueError("the looks of a grid give the certificate 'top' alone")
     votes = votes.astype({"stage": str})
     index = pd.Index(sorted(set(votes["sample"])) if samples is None else list(samples), name="sample", dtype="int64")
-    columns = max(num_classes or 1, int(votes["class"].max()) + 1 if len(votes) else 1)
-    selection = _counts(votes, "selection", n0, index, columns)
-    estimation = _counts(votes, "estimation", n, index, columns)
-    n0_drawn, n_drawn = selection.sum(axis=1), estimation.sum(axis=1)
-    complete = (n0_drawn == n0) & (n_drawn == n)
-    verdict = _VERDICTS[certificate](selection, estimation, alpha, sigma)
-    chosen = (n_drawn if certificate == "predict" else n0_drawn) > 0
-    stands = complete & verdict.stands
-    prediction = np.where(stands, verdict.top_class, np.where(complete, ABSTAINED, NO_PREDICTION))
-    nothing = np.nan if certificate == "predict" else 0.0
     label = votes.groupby("sample")["label"].first().reindex(index, fill_value=-1).to_numpy()
-    positive = "predicted" if certificate == "predict" else "certified"
+    columns = max([num_classes or 1, *(votes["class"] + 1), *(k + 1 for one in (costly or {}).values() for k in one)])
+    costly_SK = np.zeros((len(index), columns), dtype=bool)
+    for row, y in enumerate(label):
+        costly_SK[row, list((costly or {}).get(int(y), ()))] = True
+    selection = _counts(votes, "selection", n0, index, columns)
+    n0_drawn = selection.sum(axis=1)
+    selected, predicts = n0_drawn == n0, certificate == "predict"
+    top = np.where(costly_SK, -1, selection).argmax(axis=1)
+
+    if grid is not None:
+        bound = _bound_of_grid(grid, votes, index, top, selected)
+    else:
+        last = max(n.values(), default=0) if isinstance(n, Mapping) else n
+        bounds = []
+        for look, share in looks_at(alpha, last).items():
+            wanted = np.array([n.get(int(i), -1) if isinstance(n, Mapping) else look for i in index], dtype=np.int64)
+            estimation = _counts(votes, "estimation", wanted, index, columns)
+            found = _VERDICTS[certificate](_Counts(selection, estimation, costly_SK, share, sigma))
+            drawn = estimation.sum(axis=1)
+            bounds.append(_Bound(found, drawn, np.full(len(index), share), selected & (drawn == wanted)))
+        if not bounds:
+            raise ValueError(f"n = {n} lies before the first look of alpha = {alpha}")
+        bound = reduce(_larger, bounds)
+    verdict = bound.verdict
+    skipped = selected & (top != label) if skip_wrong else np.zeros(len(index), dtype=bool)
+    exempt = ~costly_SK.any(axis=1) if certificate == "cost" else np.zeros(len(index), dtype=bool)
+    judged = bound.complete & ~skipped & ~exempt
+    stands = judged & verdict.stands
+    prediction = np.where(stands, verdict.top_class, np.where(judged, ABSTAINED, NO_PREDICTION))
+    correct = stands if certificate == "cost" else stands & (prediction == label)  # no costly class is what is claimed
+    nothing = np.nan if predicts else 0.0
+    chosen = (bound.n if predicts else n0_drawn) > 0
     return pd.DataFrame(
         {
             "sample": index.to_numpy(dtype=np.int32),
             "label": label.astype(np.int32),
-            "status": np.where(stands, positive, np.where(complete, "abstained", "incomplete")),
+            "status": np.select(
+                [exempt, skipped, stands, judged],
+                ["exempt", "skipped", "predicted" if predicts else "certified", "abstained"],
+                "incomplete",
+            ),
             "prediction": prediction.astype(np.int32),
             "top_class": np.where(chosen, verdict.top_class, NO_PREDICTION).astype(np.int32),
             "n0": n0_drawn.astype(np.int32),
-            "n": n_drawn.astype(np.int32),
+            "n": bound.n.astype(np.int32),
             "n_A": np.where(chosen, verdict.n_A, 0).astype(np.int32),
-            "p_A_lower": np.where(complete, verdict.p_A_lower, nothing),
-            "p_B_upper": np.where(complete, verdict.p_B_upper, 1 - nothing),
-            "radius": np.where(complete, verdict.radius, 0.0),
-            "correct": stands & (prediction == label),
+            "p_A_lower": np.where(judged, verdict.p_A_lower, nothing),
+            "p_B_upper": np.where(judged, verdict.p_B_upper, 1 - nothing),
+            "radius": np.where(judged, verdict.radius, 0.0),
+            "correct": correct,
             "sigma": float(sigma),
-            "alpha": float(alpha),
+            "alpha": bound.alpha,
             "certificate": certificate,
             "mode": mode,
             "order": order,
@@ -208,8 +291,66 @@ def certify(
     )
 
 
-def _counts(votes: pd.DataFrame, stage: str, limit: int, index: pd.Index, num_classes: int) -> NDArray[np.int64]:
+class _Bound(NamedTuple):
+    """A verdict on each sample and what it rests on."""
+
+    verdict: _Verdict
+    n: NDArray[np.int64]
+    alpha: NDArray[np.float64]
+    complete: NDArray[np.bool_]
+
+
+def _larger(earlier: _Bound, later: _Bound) -> _Bound:
+    """Of two looks, whose levels add up, the one with the larger radius; the later where its draws are not complete."""
+    take = ~later.complete | (later.verdict.radius >= earlier.verdict.radius)
+
+    def choose(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> list[Any]:
+        return [np.where(take, one, other) for one, other in zip(ours, theirs, strict=True)]
+
+    return _Bound(_Verdict(*choose(later.verdict, earlier.verdict)), *choose(later[1:], earlier[1:]))
+
+
+def _bound_of_grid(
+    grid: Grid, votes: pd.DataFrame, index: pd.Index, top: NDArray[np.int64], selected: NDArray[np.bool_]
+) -> _Bound:
+    """Replay a grid's looks on each sample's estimation votes, in the order of their draws."""
+    estimation = votes[votes["stage"] == "estimation"]
+    of_sample = {int(str(sample)): rows for sample, rows in estimation.groupby("sample")}
+    decisions = []
+    for sample, chosen, whole in zip(index, top, selected, strict=True):
+        rows = of_sample.get(int(sample), estimation.iloc[:0])
+        blocks = rows.assign(right=rows["votes"].where(rows["class"] == chosen, 0)).groupby("draw_stop")
+        sums = blocks.agg(draw_start=("draw_start", "first"), right=("right", "sum"))
+        decisions.append(grid.decide(prefix_counts(grid, sums[["draw_start", "right"]].itertuples()) if whole else []))
+    levels = np.array([decision.level for decision in decisions], dtype=np.int64)
+    radius = np.array([grid.radius(level) for level in levels])
+    final = np.array([decision.final for decision in decisions], dtype=bool)
+    p_A = np.where(levels > 0, ndtr(radius / grid.sigma), 0.0)
+    n_A = np.array([decision.n_A for decision in decisions], dtype=np.int64)
+    n = np.array([decision.n if decision.final else 0 for decision in decisions], dtype=np.int64)
+    verdict = _Verdict(top, n_A, p_A, 1 - p_A, radius, levels > 0)
+    return _Bound(verdict, n, np.full(len(index), grid.alpha), selected & final)
+
+
+def prefix_counts(grid: Grid, blocks: Iterable[tuple[int, int, int]]) -> list[int]:
+    """The top class's counts at the looks that stand, from (draw_stop, draw_start, its votes) in ascending order."""
+    counts: list[int] = []
+    drawn = right = 0
+    for draw_stop, draw_start, votes in blocks:
+        if draw_start != drawn:
+            break
+        drawn, right = draw_stop, right + votes
+        if len(counts) < len(grid.looks) and grid.looks[len(counts)] == drawn:
+            counts.append(right)
+    return counts
+
+
+def _counts(
+    votes: pd.DataFrame, stage: str, limit: int | NDArray[np.int64], index: pd.Index, num_classes: int
+) -> NDArray[np.int64]:
     """Votes per sample (rows, as `index`) and class (columns) among the first `limit` draws of a stage."""
-    chosen = votes[(votes["stage"] == stage) & (votes["draw_stop"] <= limit)]
+    chosen = votes[votes["stage"] == stage]
+    of_sample = dict(zip(index, np.broadcast_to(limit, len(index)), strict=True))
+    chosen = chosen[chosen["draw_stop"] <= chosen["sample"].map(of_sample).fillna(-1)]
     table = chosen.pivot_table(index="sample", columns="class", values="votes", aggfunc="sum", fill_value=0)
     return table.reindex(index=index, columns=range(num_classes), fill_value=0).to_numpy(dtype=np.int64)

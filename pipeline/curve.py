@@ -42,6 +42,8 @@ class Curve:
     sigma: float | None  # None where a log does not tell
     max_radius: float  # what n and alpha allow; of a log, the largest that it holds
     alpha: float | None = None  # error probability of one certificate; None where a log does not tell
+    skipped: int = 0  # of those that count as wrong, left out before their class was estimated
+    tested: NDArray[np.float64] | None = None  # the only radii that were asked for, in grid mode
 
     @property
     def num_samples(self) -> int:
@@ -49,11 +51,14 @@ class Curve:
 
     @property
     def acr(self) -> float:
-        return float(np.mean(self.radii * self.correct)) if self.num_samples else float("nan")
+        """NaN for certificates at chosen radii alone, whose mean radius compares with nobody's."""
+        return float(np.mean(self.radii * self.correct)) if self.num_samples and self.tested is None else float("nan")
 
     @property
     def abstention_rate(self) -> float:
-        return self.abstained / self.num_samples if self.num_samples else float("nan")
+        """Of the samples that were not skipped."""
+        judged = self.num_samples - self.skipped
+        return self.abstained / judged if judged else float("nan")
 
     def at(self, radii: ArrayLike) -> NDArray[np.float64]:
         """Certified accuracy at each radius, in 0..1."""
@@ -106,9 +111,15 @@ class Curve:
 
 
 def curve_of(
-    name: str, certificates: pd.DataFrame, sigma: float | None, max_radius: float, alpha: float | None = None
+    name: str,
+    certificates: pd.DataFrame,
+    sigma: float | None,
+    max_radius: float,
+    alpha: float | None = None,
+    tested: Sequence[float] | None = None,
 ) -> Curve:
-    """The curve of a certificates table."""
+    """The curve of a certificates table; samples that are exempt have no part in it."""
+    certificates = certificates[certificates["status"] != "exempt"]
     complete = certificates[certificates["status"] != "incomplete"]
     return Curve(
         name=name,
@@ -120,6 +131,8 @@ def curve_of(
         sigma=sigma,
         max_radius=max_radius,
         alpha=alpha,
+        skipped=int((complete["status"] == "skipped").sum()),
+        tested=None if tested is None else np.array(tested),
     )
 
 
@@ -145,7 +158,10 @@ def grid(step: float, stop: float) -> NDArray[np.float64]:
 
 
 def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
-    """The radii that a printed table shows: quarter steps as far as any curve can reach, at most a dozen."""
+    """The radii that a printed table shows: those that were tested, or quarter steps as far as any curve can reach, at
+    most a dozen."""
+    if all(curve.tested is not None for curve in curves):
+        return np.unique(np.concatenate([curve.tested for curve in curves if curve.tested is not None]))
     reach = max(curve.max_radius for curve in curves)
     step = next(step for step in (0.25, 0.5, 1.0, 2.0, 5.0, math.inf) if reach / step <= 12)
     return np.array([0.0]) if math.isinf(step) else grid(step, math.floor(reach / step) * step)
@@ -189,7 +205,10 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         turn = index // len(_COLOURS)  # a colour that comes again has another line style
         colour, style = _COLOURS[index % len(_COLOURS)], _LINES[(index + turn) % len(_LINES)]
         table = curve.table(radii)
-        label = f"{curve.name} (ACR {curve.acr:.3f}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
+        mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "certified at the marked radii"
+        label = f"{curve.name} ({mean}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
+        if curve.tested is not None:
+            axes.plot(curve.tested, curve.at(curve.tested), color=colour, linestyle="", marker="o", markersize=4)
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
         if len(curves) == 1 and curve.alpha is not None:

@@ -57,12 +57,29 @@ class _Rows:
         return self._generator.standard_normal(out=z)
 
 
-def draw_noise(out_NCHW: Floats, *, seed: int, stage: Stage, sample: int, draws: Iterable[int], sigma: float) -> None:
-    """Write the noise of the given draws of one sample into `out_NCHW` (float32, C-contiguous, one row a draw)."""
+def draw_noise(
+    out_NCHW: Floats,
+    *,
+    seed: int,
+    stage: Stage,
+    sample: int,
+    draws: Iterable[int],
+    sigma: float,
+    grid: int | None = None,
+) -> None:
+    """Write the noise of the given draws of one sample into `out_NCHW` (float32, C-contiguous, one row a draw).
+
+    With `grid` it is whole numbers of steps of 1 / grid instead (255: of an 8-bit image). Image and noise then add up
+    without rounding, so that x + noise tells nothing of x beyond what the law of the noise allows, and the certificate
+    holds in floating-point arithmetic too, for all images of that grid (Voracek and Hein, ICLR 2023).
+    """
     rows, stream = _Rows(seed, "smoothing"), STREAMS[stage]
     z = np.empty(out_NCHW[0].size)
     for out, draw in zip(out_NCHW.reshape(len(out_NCHW), -1), draws, strict=True):
-        np.multiply(rows.fill(z, stream, sample, draw), sigma, out=out, casting="same_kind")
+        rows.fill(z, stream, sample, draw)
+        if grid is not None:
+            np.rint(np.multiply(z, sigma * grid, out=z), out=z)
+        np.multiply(z, 1.0 if grid else sigma, out=out, casting="same_kind")
 
 
 def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma: float) -> Floats:

@@ -133,20 +133,27 @@ def cast_votes(
     seed: int,
     batch_size: int,
     threads: int = 1,
+    noise_grid: int | None = None,
 ) -> Iterator[BlockVotes]:
     """The votes of a task's blocks, in their order, each as soon as its draws are counted.
 
     Draws of all blocks share batches, and every batch has `batch_size` rows, the last one padded: at equal batch size,
     thread count and device a draw's vote does not depend on how the work is cut. Noise is made ahead by `threads`
-    background threads. Raises: UserError where f's scores are not finite.
+    background threads. Raises: UserError where f's scores are not finite, or an image is off the noise's grid.
     """
     images = {sample: row for row, sample in enumerate(dict.fromkeys(block.sample for block in blocks))}
     images_UCHW = torch.from_numpy(np.stack([samples[sample].image_CHW for sample in images])).to(f.device)
+    if noise_grid is not None:
+        images_UCHW = _in_steps(images_UCHW, noise_grid, list(images))
     counts_TK = torch.zeros(len(blocks) + 1, f.num_classes, dtype=torch.int64, device=f.device)
     finite = torch.ones((), dtype=torch.bool, device=f.device)
     done = 0
-    for batch in _batches(blocks, images, images_UCHW.shape[1:], sigma, seed, batch_size, threads, f.device):
+    for batch in _batches(
+        blocks, images, images_UCHW.shape[1:], sigma, seed, batch_size, threads, noise_grid, f.device
+    ):
         x_BCHW = images_UCHW[batch.image_B] + batch.noise_BCHW
+        if noise_grid is not None:
+            x_BCHW /= noise_grid
         scores_BK = f(x_BCHW)
         finite &= scores_BK.isfinite().all()
         votes_B = scores_BK.argmax(dim=1)
@@ -170,6 +177,7 @@ def _batches(
     seed: int,
     batch_size: int,
     threads: int,
+    noise_grid: int | None,
     device: torch.device,
 ) -> Iterator[_Batch]:
     """The draws of all blocks in order, cut into batches of one shape, made ahead of their use."""
@@ -192,6 +200,7 @@ def _batches(
                 sample=block.sample,
                 draws=range(draw, draw + stop - position),
                 sigma=sigma,
+                grid=noise_grid,
             )
             image_B[rows], block_B[rows] = images[block.sample], index
             position, index = stop, index + 1
@@ -212,6 +221,19 @@ def _batches(
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _in_steps(images_UCHW: Tensor, grid: int, indices: Sequence[int]) -> Tensor:
+    """Images as whole numbers of steps of 1 / grid."""
+    steps_UCHW = (images_UCHW * grid).round()
+    off_U = (images_UCHW * grid - steps_UCHW).abs().flatten(1).amax(dim=1) > 1e-3
+    if off_U.any():
+        index = indices[int(off_U.nonzero()[0])]
+        raise UserError(
+            f"smoothing.noise_grid = {grid}, but sample {index} has values that are no multiples of 1/{grid}: take the "
+            "grid of the images, 255 for those of 8 bits, or leave it out"
+        )
+    return steps_UCHW
 
 
 def _check_scores(f: BaseClassifier, x_BCHW: Tensor) -> None:

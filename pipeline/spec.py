@@ -11,10 +11,11 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 # Raised by hand whenever a change to f's code can change a vote.
 F_VERSION = 1
@@ -34,6 +35,9 @@ _OUTSIDE_VOTES_ID: tuple[tuple[str, str | None], ...] = (
     ("sampling", None),
     ("compute", None),
 )
+
+# Draws of the selection in planned mode, unless n0 is given.
+PILOT = 1000
 
 Stage = Literal["selection", "estimation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -149,6 +153,19 @@ class Classifier(Section):
     interpolation: Literal["bicubic", "bilinear"] | None = None  # to the network's own size; None: as its metadata say
 
 
+def _by_look(raw: Any) -> Any:
+    """TOML's and JSON's keys are strings."""
+    if isinstance(raw, Mapping):
+        try:
+            return {int(look): share for look, share in raw.items()}
+        except ValueError as error:
+            raise ValueError(f"alpha = {dict(raw)}: its keys must be numbers of draws") from error
+    return raw
+
+
+Alpha = Annotated[float | dict[int, float], BeforeValidator(_by_look)]
+
+
 class BlockLengths(Section):
     selection: int = Field(default=100, ge=1)
     estimation: int = Field(default=1000, ge=1)
@@ -162,15 +179,19 @@ class Smoothing(Section):
     m: int = Field(default=1, ge=1, le=10_000)  # local copies
     local_sigma: float = Field(default=0.0, ge=0, le=100)
     local_seed: int = Field(default=0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[int, Field(ge=0)] | Literal["random"] = 0  # "random": 128 secret bits, kept in run.json
+    noise_grid: int | None = Field(default=None, ge=1, le=65535)  # 255: noise in whole steps of an 8-bit image
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     n0: int = Field(default=100, ge=1, lt=2**31)
     n: int = Field(default=100_000, ge=1, lt=2**31)
-    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    alpha: Alpha = 0.001  # error probability of a certificate, or its shares by the n at which is looked
     block: BlockLengths = BlockLengths()
 
     @model_validator(mode="after")
     def _check_draws(self) -> Self:
+        check_alpha("alpha", self.alpha, self.n)
+        for look in self.alpha if isinstance(self.alpha, Mapping) else ():
+            check_multiple("alpha's look at n", look, self.block.estimation, "estimation")
         check_multiple("n0", self.n0, self.block.selection, "selection")
         check_multiple("n", self.n, self.block.estimation, "estimation")
         if self.m > 1 and self.local_sigma == 0:
@@ -185,7 +206,29 @@ class Smoothing(Section):
 
 
 class Sampling(Section):
-    mode: Literal["fixed"] = "fixed"
+    mode: Literal["fixed", "planned", "grid"] = "fixed"
+    skip_wrong: bool = False  # no estimation where the selected class is not the label
+    max_acr_loss: float | None = Field(default=None, gt=0, lt=1)  # planned: share of the ACR that may be given up
+    radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)  # grid, pixels in [0, 1]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("mode") == "planned":
+            return {"max_acr_loss": 0.01, **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        for key, mode in (("max_acr_loss", "planned"), ("radii", "grid")):
+            given = getattr(self, key) is not None
+            if given and self.mode != mode:
+                raise ValueError(f"{key} is given, but mode = {self.mode!r}: it belongs to mode = {mode!r}")
+            if not given and self.mode == mode:
+                raise ValueError(f"{key} is missing: mode = {mode!r} needs it, say radii = [0.0, 0.25, 0.5]")
+        if self.radii is not None and any(a >= b for a, b in pairwise(self.radii)):
+            raise ValueError(f"radii = {self.radii} must increase: sort them and leave out what stands twice")
+        return self
 
 
 class Compute(Section):
@@ -202,6 +245,42 @@ class RunSpec(Section):
     smoothing: Smoothing
     sampling: Sampling = Sampling()
     compute: Compute = Compute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """A plan wants a longer selection, which is its pilot."""
+        sampling, smoothing = (
+            (raw.get(key) for key in ("sampling", "smoothing")) if isinstance(raw, Mapping) else 2 * (None,)
+        )
+        if isinstance(sampling, Mapping) and isinstance(smoothing, Mapping) and sampling.get("mode") == "planned":
+            return {**raw, "smoothing": {"n0": PILOT, **smoothing}}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_alpha(self) -> Self:
+        if self.sampling.mode != "fixed" and not isinstance(self.smoothing.alpha, float):
+            raise ValueError(
+                f"smoothing.alpha is split over several n, but sampling.mode = {self.sampling.mode!r}: that mode looks "
+                "as it must; give one alpha"
+            )
+        return self
+
+
+def check_alpha(name: str, alpha: float | Mapping[int, float], n: int) -> None:
+    """Refuse an impossible error probability, and a split one that does not look at n."""
+    shares = alpha if isinstance(alpha, Mapping) else {n: alpha}
+    for look, share in shares.items():
+        where = f"{name}.{look}" if isinstance(alpha, Mapping) else name
+        if not 0 < share < 0.5:
+            raise UserError(f"{where} = {share} must lie between 0 and 0.5")
+    if sum(shares.values()) >= 0.5:
+        raise UserError(
+            f"{name} = {dict(shares)} adds up to {sum(shares.values()):g}: all shares together must stay below 0.5"
+        )
+    if n not in shares:
+        looks = ", ".join(map(str, sorted(shares)))
+        raise UserError(f"n = {n} is no look of {name}, which is split over n = {looks}: take one of these")
 
 
 def check_multiple(name: str, value: int, length: int, stage: Stage) -> None:
@@ -323,7 +402,7 @@ def _one_line(error: ValidationError) -> str:
     # of a value that may be a name or a table, a table's own findings say more than "not one of the names"
     of_table = (one for one in findings if "Normalize" in str(one["loc"]) and not one["type"].startswith("model_"))
     finding = next(of_table, findings[0])
-    path = [str(part) for part in finding["loc"] if part != "Normalize" and "[" not in str(part)]
+    path = [str(part) for part in finding["loc"] if part not in ("Normalize", "float", "int") and "[" not in str(part)]
     name, value = ".".join(path), finding["input"]
     if finding["type"] == "extra_forbidden":
         known = _known_keys()

@@ -26,6 +26,7 @@ ENVELOPE = "envelope"  # the name of its row or block
 _Radii = NDArray[np.float64]
 _Cells = list[list[str]]  # run, ACR, abstained, then an accuracy a radius
 _HEADINGS = ("run", "ACR", "abstain, %")
+_NO_ACR = "-"
 _CAPTION = "certified accuracy, %, at l2 radius"
 
 
@@ -40,6 +41,11 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
     said = []
     if any(curve.post_hoc for curve in curves):
         said.append("* post hoc: an earlier order has looked at these samples")
+    if any(curve.tested is not None for curve in curves):
+        said.append(
+            f"{_NO_ACR} certified at chosen radii alone (grid): between two of them the share is that of the larger, "
+            "and a mean radius would not compare"
+        )
     if envelope:
         spans = []
         for _, group in groupby(zip(radii, envelope.best, strict=True), key=lambda pair: pair[1].name):
@@ -142,7 +148,7 @@ def _cells(curves: Sequence[Curve], radii: _Radii) -> _Cells:
     for curve in curves:
         marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
         shares = [f"{100 * curve.abstention_rate:.1f}", *_percent(curve.at(radii))]
-        cells.append([curve.name + marks, f"{curve.acr:.3f}", *shares])
+        cells.append([curve.name + marks, _mean(curve), *shares])
     return cells
 
 
@@ -153,15 +159,23 @@ def _envelope_cells(envelope: Envelope) -> list[str]:
 def _with_best(rows: _Cells, escape: Callable[[str], str], mark: Callable[[str], str]) -> _Cells:
     """Names escaped; of several rows the highest figure in each column marked, ties as printed all of them."""
     _, acr, _, *accuracies = zip(*rows, strict=True)
-    highest = [max(column, key=float) if len(rows) > 1 else "" for column in (acr, *accuracies)]
+    highest = [max(column, key=_figure) if len(rows) > 1 else "" for column in (acr, *accuracies)]
     highest.insert(1, "")  # abstaining less is no merit in itself
     return [
         [
             escape(name),
-            *(mark(cell) if cell == top and float(cell) else cell for cell, top in zip(cells, highest, strict=True)),
+            *(mark(cell) if cell == top and _figure(cell) else cell for cell, top in zip(cells, highest, strict=True)),
         ]
         for name, *cells in rows
     ]
+
+
+def _mean(curve: Curve) -> str:
+    return _NO_ACR if curve.tested is not None else f"{curve.acr:.3f}"
+
+
+def _figure(cell: str) -> float:
+    return 0.0 if cell == _NO_ACR else float(cell)
 
 
 def _percent(shares: NDArray[np.float64]) -> list[str]:

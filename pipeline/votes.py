@@ -50,6 +50,11 @@ class StoredBlock(NamedTuple):
     metadata: dict[str, Any]
 
 
+def block_votes(stored: StoredBlock) -> tuple[Block, int, dict[int, int]]:
+    """Block, label and votes per class, as plain numbers."""
+    return stored.block, stored.label, dict(zip(stored.classes.tolist(), stored.votes.tolist(), strict=True))
+
+
 def block_key(block: Block) -> str:
     return f"votes/{block.stage}/{block.sample}-{block.draw_start}.parquet"
 

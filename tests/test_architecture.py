@@ -26,8 +26,9 @@ ALLOWED = {
     "pipeline.classifiers": MATERIAL,
     "pipeline.smoothing": NETWORKS | MATERIAL,
     "pipeline.votes": set(),
-    "pipeline.certify": {"pipeline.votes"},
-    "pipeline.sampling": VOTES,
+    "pipeline.sequential": set(),
+    "pipeline.certify": {"pipeline.votes", "pipeline.sequential"},
+    "pipeline.sampling": VOTES | {"pipeline.sequential"},
     "pipeline.curve": VOTES,
     "pipeline.logs": VOTES,
     "pipeline.tables": VOTES | {"pipeline.curve"},
@@ -69,7 +70,7 @@ def test_imports_run_one_way(module, path):
 
 
 def test_the_table_half_works_without_torch_and_ray():
-    table = ("store", "votes", "certify", "sampling", "curve", "logs", "tables", "data", "fetch")
+    table = ("store", "votes", "sequential", "certify", "sampling", "curve", "logs", "tables", "data", "fetch")
     names = [f"pipeline.{name}" for name in table]
     imports = ", ".join([*names, "jobs.cli"])
     code = f"import sys, {imports}; assert not {{'torch', 'ray'}} & sys.modules.keys()"

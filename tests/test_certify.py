@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import binom, binomtest, norm
 
 from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound, prediction_p_value
+from pipeline.sequential import Grid
 from pipeline.spec import Block
 from pipeline.votes import StoredBlock, to_table
 
@@ -241,3 +242,111 @@ def test_multiclass_claims_too_much_at_most_alpha_times(p):
     both, _ = multiclass(rng.multinomial(200, p, size=paths).tolist(), alpha=alpha)
     true = (norm.ppf(p[0]) - norm.ppf(max(p[1:]))) / 2
     assert (both["radius"] > true + 1e-12).mean() <= alpha * 1.15
+
+
+def whole(counts_SK, selection, n0=10, label=0):
+    """Votes of samples whose estimation votes are given and whose selection votes are all for one class."""
+    estimation = estimation_votes(counts_SK).assign(label=label)
+    chosen = estimation.drop_duplicates("sample").assign(
+        stage="selection", draw_start=0, draw_stop=n0, votes=n0, **{"class": selection}
+    )
+    return pd.concat([chosen, estimation])
+
+
+def test_cost_claims_only_that_no_costly_class_wins():
+    """Label 0; class 2 alone is costly: votes for class 1 do no harm; the class is selection's outside {2}."""
+    votes = whole([[600, 380, 20], [600, 20, 380], [20, 600, 380]], selection=1)
+    arguments = {"sigma": 1.0, "alpha": 0.001, "n0": 10, "n": 1000}
+    rows = certify(votes, certificate="cost", costly={0: [2]}, num_classes=3, **arguments)
+    assert rows["top_class"].tolist() == [1, 1, 1]
+    assert rows["status"].tolist() == ["certified", "abstained", "certified"]
+    assert rows["correct"].tolist() == [True, False, True]  # class 1 is wrong, and no costly error
+    low, high = rows["p_A_lower"][2], rows["p_B_upper"][2]
+    assert binom.sf(599, 1000, low) == pytest.approx(0.8 * 0.001)
+    assert binom.cdf(380, 1000, high) == pytest.approx(0.2 * 0.001)
+    assert rows["radius"][2] == pytest.approx((norm.ppf(low) - norm.ppf(high)) / 2)
+    top = certify(votes, **arguments)
+    assert not top["correct"].any()
+    exempt = certify(votes, certificate="cost", costly={1: [2]}, num_classes=3, **arguments)
+    assert (exempt["status"] == "exempt").all()
+    with pytest.raises(ValueError, match="costly"):
+        certify(votes, certificate="cost", **arguments)
+
+
+@pytest.mark.parametrize("p", [(0.5, 0.0, 0.5), (0.4, 0.3, 0.3), (0.1, 0.45, 0.45)])
+def test_cost_claims_too_much_at_most_alpha_times(p):
+    """Class 2 costs; the true radius of "not class 2" is sigma / 2 (Phi^-1(p_A) - Phi^-1(p_2)), p_A of the chosen."""
+    paths, alpha, chosen = 20_000, 0.02, int(np.argmax(p[:2]))
+    votes = whole(np.random.default_rng(5).multinomial(200, p, size=paths).tolist(), selection=chosen)
+    rows = certify(votes, sigma=1.0, alpha=alpha, n0=10, n=200, certificate="cost", costly={0: [2]}, num_classes=3)
+    true = (norm.ppf(p[chosen]) - norm.ppf(p[2])) / 2
+    assert (rows["radius"] > true + 1e-12).mean() <= 1.15 * alpha
+
+
+def test_skipped_is_neither_abstained_nor_incomplete():
+    votes = whole([[1000, 0], [1000, 0]], selection=[1, 0])
+    votes = votes[~((votes["sample"] == 0) & (votes["stage"] == "estimation"))]
+    rows = certify(votes, sigma=1.0, alpha=0.001, n0=10, n=1000, skip_wrong=True)
+    assert rows["status"].tolist() == ["skipped", "certified"]
+    assert rows["prediction"].tolist() == [-2, 0]
+    assert rows["radius"][0] == 0
+    assert not rows["correct"][0]
+    assert certify(votes, sigma=1.0, alpha=0.001, n0=10, n=1000)["status"].tolist() == ["incomplete", "certified"]
+
+
+def test_a_plan_bounds_its_own_draws_only():
+    votes = whole([[1000, 0], [1000, 0], [1000, 0]], selection=0)
+    rows = certify(votes, sigma=1.0, alpha=0.001, n0=10, n={0: 1000, 1: 0}, mode="planned")
+    assert rows["status"].tolist() == ["certified", "abstained", "incomplete"]  # none planned; no plan
+    assert rows["n"].tolist()[:2] == [1000, 0]
+    assert rows["radius"][0] == pytest.approx(float(certified_radius(1000, 1000, 0.001, 1.0)))
+
+
+def block_rows(sample, stage, counts, length):
+    """One block of `length` draws for each count of class 0, the rest for class 1."""
+    return [
+        (sample, 0, stage, index * length, (index + 1) * length, {0: count, 1: length - count})
+        for index, count in enumerate(counts)
+    ]
+
+
+def test_a_split_alpha_gives_the_larger_radius_of_its_looks():
+    """Sample 0 gains from the second look, sample 1 loses by it and keeps the first; before it both stand at 1,000."""
+    votes = votes_of(
+        *block_rows(0, "selection", [100], 100), *block_rows(0, "estimation", [990, 999], 1000),
+        *block_rows(1, "selection", [100], 100), *block_rows(1, "estimation", [1000, 500], 1000),
+    )  # fmt: skip
+    split, arguments = {1000: 0.0004, 2000: 0.0006}, {"sigma": 1.0, "n0": 100}
+    early = certify(votes, alpha=split, n=1000, **arguments)
+    assert early["radius"].tolist() == pytest.approx(certified_radius([990, 1000], 1000, 0.0004, 1.0).tolist())
+    both = certify(votes, alpha=split, n=2000, **arguments)
+    assert both["n"].tolist() == [2000, 1000]
+    assert both["alpha"].tolist() == [0.0006, 0.0004]
+    expected = [float(certified_radius(1989, 2000, 0.0006, 1.0)), float(certified_radius(1000, 1000, 0.0004, 1.0))]
+    assert both["radius"].tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="first look"):
+        certify(votes, alpha=split, n=500, **arguments)
+
+
+def test_a_split_alpha_errs_at_most_alpha_times():
+    rng, paths, p, split = np.random.default_rng(2), 40_000, 0.6, {100: 0.02, 400: 0.03}
+    first = rng.binomial(100, p, paths)
+    second = first + rng.binomial(300, p, paths)
+    radii = [certified_radius(k, n, split[n], 1.0) for k, n in ((first, 100), (second, 400))]
+    assert 0.02 < (np.maximum(*radii) > norm.ppf(p)).mean() <= 0.05 * 1.05
+
+
+def test_grid_replays_its_looks_on_the_draws_in_order():
+    """Votes beyond the stop change nothing; a gap leaves the sample incomplete."""
+    grid = Grid((0.0, 0.5), 0.5, 0.001, (100, 200, 400))
+    rows = [*block_rows(0, "selection", [100], 100), *block_rows(0, "estimation", [100, 100, 0, 0], 100)]
+    both = certify(votes_of(*rows), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid, mode="grid").iloc[0]
+    expected = grid.decide([100, 200, 200])
+    assert (both["status"], both["n"], both["radius"]) == ("certified", expected.n, grid.radius(expected.level))
+    assert both["p_A_lower"] == pytest.approx(norm.cdf(both["radius"] / 0.5))
+    without_first = certify(votes_of(rows[0], *rows[2:]), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid)
+    assert without_first["status"].tolist() == ["incomplete"]
+    with pytest.raises(ValueError, match="top"):
+        certify(
+            votes_of(*rows), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid, certificate="multiclass", num_classes=2
+        )

@@ -15,7 +15,7 @@ from pipeline.spec import UserError, load_spec, votes_id
         ("smoothing.sigma=-1", r"smoothing\.sigma = -1.*greater than 0"),
         ("smoothing.n=250", r"n = 250 is not a multiple of the estimation block of 100 draws: take 200 or 300"),
         ("smoothing.n0=10", r"n0 = 10 is not a multiple of the selection block of 50 draws: take 50"),
-        ("smoothing.alpha=0.7", r"smoothing\.alpha = 0\.7.*less than 0\.5"),
+        ("smoothing.alpha=0.7", r"alpha = 0\.7 must lie between 0 and 0\.5"),
         ("smoothing.m=3", r"m = 3 copies with local_sigma = 0"),
         ("smoothing.precision=fp8", r"smoothing\.precision = 'fp8'"),
         ("compute.device=tpu", r"compute\.device = 'tpu'"),

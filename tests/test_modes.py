@@ -1,0 +1,159 @@
+"""Each sampling mode through the whole pipeline on Ray: exact radii, fewer draws, the same decisions when resumed."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs.certify import analyze, run_status
+from pipeline.certify import certify as certify_votes
+from pipeline.noise import draw_noise
+from pipeline.spec import UserError, load_spec
+from pipeline.store import open_store
+from pipeline.votes import RUN_KEY, read_run
+from tests.test_end_to_end import certify, table
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+DISTANCE = 4 * np.array([0.5 - 100 / 255, 155 / 255 - 0.5])  # of the two kinds of images from the boundary
+
+
+def rows_of(home, order="001") -> pd.DataFrame:
+    return pd.read_parquet(Path(home) / "orders" / order / "certificates.parquet")
+
+
+def spec_of(raw_spec, sampling, **smoothing):
+    raw_spec["smoothing"] |= {"n": 2000, **smoothing}
+    return load_spec(raw_spec | {"sampling": sampling})
+
+
+def test_skip_wrong_draws_nothing_for_a_wrong_class(raw_spec, tmp_path):
+    raw_spec["classifier"]["arch"] = "tests.models:upside_down"
+    raw_spec["data"]["samples"] = "0:2"
+    result = certify(spec_of(raw_spec, {"skip_wrong": True}), tmp_path / "run")
+    assert (result["draws_cast"], result["skipped"], result["complete"]) == (100, 2, True)
+    assert result["abstention_rate"] is None
+    assert (rows_of(tmp_path / "run")["status"] == "skipped").all()
+    assert run_status(str(tmp_path / "run"))["orders"]["001"]["draws_missing"] == 0
+    unlabelled = spec_of(raw_spec, {"skip_wrong": True})
+    images = pd.read_parquet(raw_spec["data"]["path"]).drop(columns="label")
+    images.to_parquet(tmp_path / "unlabelled.parquet")
+    data = unlabelled.data.model_copy(update={"path": str(tmp_path / "unlabelled.parquet"), "num_classes": 2})
+    with pytest.raises(UserError, match="skip_wrong = true needs labels"):
+        certify(unlabelled.model_copy(update={"data": data}), tmp_path / "other")
+
+
+def test_planned_certifies_with_fresh_draws_of_its_plan(raw_spec, tmp_path):
+    """The radius stays below the true distance; all that an interrupted run had is used, and the plan is the same."""
+    spec = spec_of(raw_spec, {"mode": "planned", "max_acr_loss": 0.05}, n0=200)
+    whole = certify(spec, tmp_path / "whole")
+    rows = rows_of(tmp_path / "whole")
+    assert (rows["status"] == "certified").all()
+    assert (rows["radius"] <= DISTANCE[rows["label"]]).all()
+    assert whole["draws_used"] == whole["draws_cast"] == int(rows["n0"].sum() + rows["n"].sum())
+    assert whole["draws_used"] < whole["draws_at_n"]
+    for row in rows.itertuples():  # bounded at full alpha, as fixed mode would with as many draws
+        alone = certify_votes(
+            table(tmp_path / "whole"), sigma=0.25, alpha=0.001, n0=200, n=row.n, samples=[row.sample]
+        ).iloc[0]
+        assert (alone["radius"], alone["n_A"]) == (row.radius, row.n_A)
+    for key in open_store(str(tmp_path / "whole")).keys("votes"):
+        if "/0-" in key or key.endswith("-0.parquet"):
+            (tmp_path / "whole" / key).unlink()  # as if they had never been committed
+    (tmp_path / "whole" / "orders" / "001" / "plan.json").unlink()
+    assert certify(spec, tmp_path / "whole")["draws_cast"] < whole["draws_cast"]
+    pd.testing.assert_frame_equal(rows_of(tmp_path / "whole"), rows)
+    pair = analyze(str(tmp_path / "whole"), alpha=None, n0=None, n=None, certificate="multiclass", quiet=True)
+    assert pair["complete"]
+    assert pair["post_hoc"]
+    assert rows_of(tmp_path / "whole", "002")["n"].tolist() == rows["n"].tolist()
+
+
+def test_grid_certifies_at_its_radii_and_resumes_to_the_same_decisions(raw_spec, tmp_path):
+    radii = [0.0, 0.2, 0.3, 0.6]
+    spec = spec_of(raw_spec, {"mode": "grid", "radii": radii}, n=10_000)
+    whole = certify(spec, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    expected = np.array([max(radius for radius in radii if radius <= distance) for distance in DISTANCE])
+    assert rows["radius"].tolist() == expected[rows["label"]].tolist()
+    assert whole["acr"] is None
+    assert list(whole["certified_accuracy"]) == ["0", "0.2", "0.3", "0.6"]
+    assert whole["draws_used"] < 0.7 * whole["draws_at_n"]
+    curve = pd.read_csv(tmp_path / "run" / "orders" / "001" / "curve.csv")
+    assert curve["radius"].tolist() == radii
+    keys = sorted(key for key in open_store(str(tmp_path / "run")).keys("votes") if "estimation" in key)
+    for key in keys[::3]:  # as if they had never been committed
+        (tmp_path / "run" / key).unlink()
+    again = certify(spec, tmp_path / "run")
+    assert 0 < again["draws_cast"] < whole["draws_cast"]
+    pd.testing.assert_frame_equal(rows_of(tmp_path / "run"), rows)
+    with pytest.raises(UserError, match="grid"):
+        analyze(str(tmp_path / "run"), alpha=None, n0=None, n=None, certificate="multiclass", quiet=True)
+
+
+def test_a_split_alpha_looks_twice_and_both_are_its_claim(raw_spec, tmp_path):
+    split = {500: 0.0005, 2000: 0.0005}
+    first = certify(spec_of(raw_spec, {}, n=500, alpha=split), tmp_path / "run")
+    second = certify(spec_of(raw_spec, {}, n=2000, alpha=split), tmp_path / "run")
+    assert (first["order"], second["order"]) == ("001", "002")
+    assert not second["post_hoc"]
+    assert second["alpha"] == 0.001
+    assert second["acr"] >= first["acr"]
+    third = analyze(str(tmp_path / "run"), alpha=0.001, n0=None, n=2000, quiet=True)
+    assert third["post_hoc"]
+
+
+def test_cost_needs_to_be_told_what_is_costly(raw_spec, tmp_path):
+    costly = tmp_path / "costly.toml"
+    costly.write_text("0 = [1]\n")
+    result = certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost", costly=str(costly))
+    rows = rows_of(tmp_path / "run")
+    assert rows[rows["label"] == 0]["status"].eq("certified").all()
+    assert rows[rows["label"] == 1]["status"].eq("exempt").all()
+    assert (result["samples"], result["certified_accuracy"]["0"]) == (4, 1.0)
+    matrix = tmp_path / "matrix.csv"
+    matrix.write_text("0,1\n0,0\n")
+    again = analyze(
+        str(tmp_path / "run"), alpha=None, n0=None, n=None, certificate="cost", costly=str(matrix), quiet=True
+    )
+    assert again["order"] == "001"  # the same costs, the same order
+    for text, message in (
+        ("0 = [2]\n", "class 2 must lie in 0 to 1"),
+        ("1 = [1]\n", "costly for itself"),
+        ("", "nothing"),
+    ):
+        costly.write_text(text)
+        with pytest.raises(UserError, match=message):
+            certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost", costly=str(costly))
+    with pytest.raises(UserError, match="go together"):
+        certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost")
+
+
+def test_a_random_seed_is_drawn_once_in_a_run(raw_spec, tmp_path):
+    spec = spec_of(raw_spec, {}, n=200, seed="random")
+    certify(spec, tmp_path / "a")
+    seed = read_run(open_store(str(tmp_path / "a")))["spec"]["smoothing"]["seed"]
+    assert seed.bit_length() > 64
+    before = (tmp_path / "a" / RUN_KEY).read_bytes()
+    assert "draws_cast" not in certify(spec, tmp_path / "a")
+    assert (tmp_path / "a" / RUN_KEY).read_bytes() == before
+    certify(spec, tmp_path / "b")
+    assert read_run(open_store(str(tmp_path / "b")))["spec"]["smoothing"]["seed"] != seed
+    certify(spec_of(raw_spec, {}, n=200, seed=seed), tmp_path / "c")
+    pd.testing.assert_frame_equal(table(tmp_path / "a"), table(tmp_path / "c"))
+
+
+def test_noise_on_the_grid_adds_up_without_rounding(raw_spec, tmp_path):
+    """Whole steps of normal noise's law, and an image off the grid is refused."""
+    steps = np.empty((200, 3, 8, 8), np.float32)
+    draw_noise(steps, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25, grid=255)
+    plain = np.empty_like(steps)
+    draw_noise(plain, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25)
+    assert (steps == np.rint(steps)).all()
+    assert np.abs(steps / 255 - plain).max() <= 0.5 / 255 + 1e-6
+    result = certify(spec_of(raw_spec, {}, noise_grid=255), tmp_path / "run")
+    assert result["complete"]
+    assert (rows_of(tmp_path / "run")["radius"] <= DISTANCE[rows_of(tmp_path / "run")["label"]]).all()
+    with pytest.raises(UserError, match="noise_grid = 256"):
+        certify(spec_of(raw_spec, {}, noise_grid=256), tmp_path / "off")
