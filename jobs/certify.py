@@ -165,10 +165,11 @@ def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | N
             "n = %d can %s nothing at alpha = %g, even where all votes agree: n must be at least %d",
             n, "predict" if certificate == "predict" else "certify", share, least,
         )  # fmt: skip
+    weights = weights_ids(spec)
     store = open_store(home)
     store.prepare()
     secret = smoothing.seed == "random"
-    spec, votes_id = _claim(spec, store, weights_ids(spec), data.num_classes)
+    spec, votes_id = _claim(spec, store, weights, data.num_classes)
     if secret and not quiet:
         commitment = hashlib.sha256(store.read(RUN_KEY)).hexdigest()
         Console(stderr=True).print(f"sha256 of {store.uri}/{RUN_KEY}: {commitment} (publish it)", soft_wrap=True)

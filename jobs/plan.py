@@ -87,6 +87,7 @@ def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: floa
         "image_shape": list(shape),
         "draws_per_sample": smoothing.n0 + smoothing.n,
         "draws": draws,
+        "at_most": spec.sampling.mode != "fixed" or spec.sampling.skip_wrong,
         "blocks": samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES),
         "largest_radius": max(
             float(certified_radius(n, n, share, smoothing.sigma))
@@ -126,7 +127,7 @@ def print_plans(plans: Sequence[dict[str, Any]], console: Console) -> None:
     console.width = max(console.width, 40 + sum(26 + len(one["name"]) for one in plans))  # wraps; nothing is cut short
     for one in plans:
         lines = [
-            f"[bold]{one['name']}[/]: {one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
+            f"[bold]{one['name']}[/]: {'at most ' if one['at_most'] else ''}{one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
             f"{one['draws']:,} draws, {one['blocks']:,} blocks; radii up to {_floor(one['largest_radius'])}",
         ]
         if one["gflop_per_draw"] is None:
