@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ class _Cast:
         self._setup = setup._replace(threads=cluster.threads)
         self._on_progress = on_progress
         self._outcome = Outcome(set_aside=scheduler.set_aside)
-        self._idle: list[Any] = []
+        self._idle: deque[Any] = deque()
         self._waking: dict[Any, Any] = {}  # future -> actor
         self._loading: dict[Any, Any] = {}
         self._checking: dict[Any, Any] = {}
@@ -222,10 +223,11 @@ class _Cast:
             new = [stored for future in done for stored in self._collect(future)]
             if self._sampler and new:
                 self._add(self._sampler.take(new))
-            for name in self._scheduler.overdue(time.monotonic()):
-                actor = next(actor for actor in self._running.values() if _name(actor) == name)
-                logger.warning("a task is past its deadline, or done elsewhere: its actor is restarted")
-                ray.kill(actor, no_restart=False)
+            if overdue := self._scheduler.overdue(time.monotonic()):
+                busy = {_name(actor): actor for actor in self._running.values()}
+                for name in overdue:
+                    logger.warning("a task is past its deadline, or done elsewhere: its actor is restarted")
+                    ray.kill(busy[name], no_restart=False)
             self._tell(new)
         self._outcome.seconds = time.monotonic() - start
         self._outcome.driver_seconds = self._outcome.seconds - waited
@@ -238,18 +240,13 @@ class _Cast:
 
     def _dispatch(self, now: float) -> None:
         ready = len(self._idle) + len(self._running)
-        for actor in list(self._idle):
-            task = self._scheduler.next_task(_name(actor), ready, now)
-            if task is None:
-                continue
+        while self._idle and (task := self._scheduler.next_task(_name(self._idle[0]), ready, now)):
             self._first_task = self._first_task or now
-            attempt = f"{os.urandom(8).hex()}-{task.attempts}"
+            actor, attempt = self._idle.popleft(), f"{os.urandom(8).hex()}-{task.attempts}"
             self._running[actor.run.remote(task.blocks, attempt)] = actor
-            self._idle.remove(actor)
         more = self._sampler is not None and self._sampler.open
-        if self._last and not more and (spare := self._scheduler.spare(len(self._idle))):
-            self._cluster.release(self._idle[:spare])
-            del self._idle[:spare]
+        if self._last and not more:
+            self._cluster.release([self._idle.popleft() for _ in range(self._scheduler.spare(len(self._idle)))])
 
     def _leave_draining_nodes(self, now: float) -> None:
         """Restart idle actors whose node is to go; Ray places them on another, or they wait for one."""

@@ -105,7 +105,7 @@ class Scheduler:
         return self._rates_sum / len(self._rates) if self._rates else 0.0
 
     def next_task(self, worker: str, workers: int, now: float) -> Task | None:
-        """The task that an idle worker begins now, one of `workers`; None where there is nothing for it to do."""
+        """The task that an idle worker begins now, one of `workers`; None where there is nothing for any to do."""
         assert worker not in self.running
         task = self._lost.popleft() if self._lost else self._cut(worker, workers) or self._straggler(now)
         if task is None:

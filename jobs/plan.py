@@ -127,8 +127,9 @@ def print_plans(plans: Sequence[dict[str, Any]], console: Console) -> None:
     console.width = max(console.width, 40 + sum(26 + len(one["name"]) for one in plans))  # wraps; nothing is cut short
     for one in plans:
         lines = [
-            f"[bold]{one['name']}[/]: {'at most ' if one['at_most'] else ''}{one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
-            f"{one['draws']:,} draws, {one['blocks']:,} blocks; radii up to {_floor(one['largest_radius'])}",
+            f"[bold]{one['name']}[/]: {one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
+            f"{'at most ' if one['at_most'] else ''}{one['draws']:,} draws, {one['blocks']:,} blocks; "
+            f"radii up to {_floor(one['largest_radius'])}",
         ]
         if one["gflop_per_draw"] is None:
             lines.append("FLOPs unknown: f does not run on torch's meta device")

@@ -18,7 +18,7 @@ RADII = tuple(0.25 * step for step in range(8))
 
 
 class Population(NamedTuple):
-    """Shares of samples whose class is wrong and of those whose votes hardly ever differ; the rest's law of p_A, a Beta.
+    """Shares of samples whose class is wrong and of those whose votes hardly ever differ; the rest's Beta law of p_A.
 
     The p_A of the second are those that 100,000 votes which all agree leave possible.
     """
