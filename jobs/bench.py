@@ -2,6 +2,8 @@
 
 import io
 import os
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +63,7 @@ def bench_driver(tasks: int) -> dict[str, Any]:
         described, store = run_of(spec, weights_ids(spec), 2), open_store(str(Path(folder, "run")))
         claim_run(store, described)
         blocks = list(blocks_of(order_of(spec, [0]), spec.smoothing.block))
+        before = _peak_memory()
         with Cluster(address=None, device="cpu", actors=None) as cluster:
             outcome = cluster.cast(
                 Setup(spec, store.uri, described["votes_id"], _DRAWS),
@@ -73,7 +76,14 @@ def bench_driver(tasks: int) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "tasks_per_second": outcome.tasks / outcome.seconds,
         "driver_ms_per_task": 1000 * outcome.driver_seconds / outcome.tasks,
+        "driver_mib": _peak_memory(),
+        "driver_mib_before": before,  # Python, torch and Ray's code
     }
+
+
+def _peak_memory() -> float:
+    """The most that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
 def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
@@ -115,7 +125,14 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
     with timed("seconds_to_write_table"):
         write_table(store, to_table(stored))
     resume = seconds["seconds_to_list"] + seconds["seconds_to_find_missing"]
-    return {"run": store.uri, "blocks": len(standing), "missing": len(missing), **seconds, "seconds_to_resume": resume}
+    return {
+        "run": store.uri,
+        "blocks": len(standing),
+        "missing": len(missing),
+        **seconds,
+        "seconds_to_resume": resume,
+        "mib": _peak_memory(),
+    }
 
 
 def bench_simulation(seed: int = 0) -> list[dict[str, Any]]:

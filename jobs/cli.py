@@ -341,12 +341,14 @@ def bench(tasks: int, simulate: bool, storage: str | None, blocks: int, as_json:
         click.echo(
             f"{figures['run']}: {figures['blocks']:,} blocks written in {figures['seconds_to_write']:.1f} s, listed in "
             f"{figures['seconds_to_list']:.2f} s; a resumed run begins after {figures['seconds_to_resume']:.2f} s; "
-            f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s"
+            f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s; "
+            f"at most {figures['mib']:,.0f} MiB of memory"
         )
     else:
         click.echo(
             f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
-            f"{figures['driver_ms_per_task']:.2f} ms of driver time per task"
+            f"{figures['driver_ms_per_task']:.2f} ms of driver time per task, at most {figures['driver_mib']:,.0f} MiB "
+            f"({figures['driver_mib_before']:,.0f} before the first)"
         )
 
 
