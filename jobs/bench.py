@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.sampling import Order, Sampler, blocks_of, order_of
 from pipeline.spec import BlockLengths, RunSpec, load_spec
 from pipeline.store import open_store
-from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, run_of, to_table, write_table
+from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, run_of, write_table
 
 _DRAWS = 10  # per task: one block
 _WRITERS = 16
@@ -123,7 +123,7 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
     with timed("seconds_to_read"):
         stored = read_blocks(store, standing)
     with timed("seconds_to_write_table"):
-        write_table(store, to_table(stored))
+        write_table(store, stored)
     resume = seconds["seconds_to_list"] + seconds["seconds_to_find_missing"]
     return {
         "run": store.uri,

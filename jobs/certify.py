@@ -52,6 +52,7 @@ from pipeline.votes import (
     block_lengths,
     block_votes,
     claim_run,
+    glance,
     list_blocks,
     read_blocks,
     read_run,
@@ -261,8 +262,7 @@ def read_costly(path: str, num_classes: int) -> dict[int, list[int]]:
 
 def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     """Votes table, certificates, curve.csv and curve.png of an order, from the stored blocks; print its table."""
-    votes = to_table(read_blocks(store))
-    write_table(store, votes)
+    votes = write_table(store, read_blocks(store))
     run, orders = read_run(store), read_orders(store)
     certificates = _certificates(store, votes, run, orders, order_name)
     curve = _curve(run, orders[order_name], certificates)
@@ -619,9 +619,8 @@ def run_status(run_uri: str) -> dict[str, Any]:
     run, orders = read_run(store), read_orders(store)
     lengths = block_lengths(run)
     entries = list(store.list("votes"))
-    standing = list_blocks(store, lengths)
-    stored = read_blocks(store, standing)
-    votes = to_table(stored)
+    standing = list_blocks(store, lengths, entries)
+    votes, devices = glance(store, standing)
     facts: dict[str, Any] = {
         "run": run_uri,
         "name": run["name"],
@@ -630,7 +629,7 @@ def run_status(run_uri: str) -> dict[str, Any]:
         "draws": sum(block.draws for block in standing),
         "bytes": sum(entry.size for entry in entries),
         "last_write": max((entry.modified for entry in entries), default=None),
-        "devices": dict(Counter(one.metadata["device"] for one in stored)),
+        "devices": devices,
         "orders": {},
     }
     with suppress(FileNotFoundError, ValueError):

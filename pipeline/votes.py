@@ -11,6 +11,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.spec import STAGES, Block, BlockLengths, RunError, RunSpec, Stage, UserError, identity, votes_id
-from pipeline.store import Store, open_store
+from pipeline.store import Entry, Store, open_store
 
 SCHEMA = pa.schema(
     {
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
 RUN_KEY = "run.json"
 TABLE_KEY = "votes.parquet"
 _METADATA_KEY = b"diffsmooth"
+_BLOCK = ["sample", "stage", "draw_start", "draw_stop"]  # the columns that name a block
 _BATCH = 64  # blocks that a thread reads at a time
 _NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(\d+)-(\d+)\.parquet")
 
@@ -128,14 +130,14 @@ def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata
     return buffer.getvalue()
 
 
-def list_blocks(store: Store, lengths: BlockLengths) -> set[Block]:
-    """The blocks that stand, from one listing, none of them opened.
+def list_blocks(store: Store, lengths: BlockLengths, entries: Iterable[Entry] | None = None) -> set[Block]:
+    """The blocks that stand, from one listing (of its own, unless one is given), none of them opened.
 
     Raises: RunError for an object under votes/ that is no block of this run.
     """
     blocks = set()
     stages: dict[str, tuple[Stage, int]] = {stage: (stage, lengths.of(stage)) for stage in STAGES}
-    for key in store.keys("votes"):
+    for key in store.keys("votes") if entries is None else (entry.key for entry in entries):
         match = _NAME.fullmatch(key)
         stage, length = stages[match[1]] if match else (STAGES[0], 1)
         start = int(match[3]) if match else 0
@@ -198,11 +200,51 @@ def read_votes(run_uri: str) -> pd.DataFrame:
     return to_table(read_blocks(open_store(run_uri)))
 
 
-def write_table(store: Store, votes: pd.DataFrame) -> None:
-    """Rebuild RUN/votes.parquet."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(votes, schema=SCHEMA, preserve_index=False), buffer, compression="zstd")
+def write_table(store: Store, stored: Sequence[StoredBlock]) -> pd.DataFrame:
+    """Rebuild RUN/votes.parquet, and return what it holds."""
+    votes, buffer = to_table(stored), io.BytesIO()
+    table = pa.Table.from_pandas(votes, schema=SCHEMA, preserve_index=False)
+    facts = {"votes_id": read_run(store)["votes_id"], "devices": _devices(stored)}
+    table = table.replace_schema_metadata({**table.schema.metadata, _METADATA_KEY: json.dumps(facts)})
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     store.replace(TABLE_KEY, buffer.getvalue())
+    return votes
+
+
+def glance(store: Store, standing: set[Block]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The votes of the blocks that stand, and how many of them each device cast; for people, not for claims.
+
+    Opens only the blocks that votes.parquet lacks, so that damage since it was made goes unseen; a table that is
+    damaged, of another run, or holds blocks that do not stand is left aside.
+    """
+    table, devices = _read_table(store, standing)
+    covered = {Block(*row) for row in table[_BLOCK].drop_duplicates().itertuples(index=False, name=None)}
+    stored = read_blocks(store, standing - covered)
+    return pd.concat([table, to_table(stored)], ignore_index=True), dict(Counter(devices) + Counter(_devices(stored)))
+
+
+def _read_table(store: Store, standing: set[Block]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """votes.parquet and its devices where it can be believed, else an empty one."""
+    nothing: tuple[pd.DataFrame, dict[str, int]] = to_table([]), {}
+    try:
+        stored = pq.read_table(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
+        facts = json.loads(stored.schema.metadata[_METADATA_KEY])
+        votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return nothing
+    drawn = votes.groupby(_BLOCK)["votes"].sum()
+    blocks = [Block(*block) for block in drawn.index]
+    believed = (
+        facts["votes_id"] == read_run(store)["votes_id"]
+        and standing.issuperset(blocks)
+        and [block.draws for block in blocks] == drawn.tolist()
+    )
+    return (votes, facts["devices"]) if believed else nothing
+
+
+def _devices(stored: Iterable[StoredBlock]) -> dict[str, int]:
+    """How many of the blocks each device cast."""
+    return dict(Counter(one.metadata["device"] for one in stored))
 
 
 def _decode(store: Store, block: Block, run: Mapping[str, Any], shared: dict[str, str]) -> StoredBlock:
@@ -225,7 +267,7 @@ def _decode(store: Store, block: Block, run: Mapping[str, Any], shared: dict[str
     if metadata["votes_id"] != run["votes_id"]:
         raise refuse(f"belongs to another run (votes_id {metadata['votes_id']}, not {run['votes_id']})")
     classes, votes = columns["class"], columns["votes"]
-    for name, value in zip(("sample", "stage", "draw_start", "draw_stop"), block, strict=True):
+    for name, value in zip(_BLOCK, block, strict=True):
         if (columns[name] != value).any():
             raise refuse(f"says {name} = {columns[name][0]} inside")
     if votes.sum() != block.draws or (votes < 1).any():

@@ -11,7 +11,16 @@ import pytest
 
 from pipeline.spec import Block, BlockLengths, RunError, UserError
 from pipeline.store import FolderStore
-from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, read_votes, write_table
+from pipeline.votes import (
+    block_key,
+    claim_run,
+    encode_block,
+    glance,
+    list_blocks,
+    read_blocks,
+    read_votes,
+    write_table,
+)
 
 RUN = {
     "votes_id": "a" * 32,
@@ -43,7 +52,7 @@ def test_round_trip_and_schema(store):
     estimation = votes[votes.stage == "estimation"]
     assert estimation.groupby(["sample", "class"]).votes.sum().to_dict() == {(4, 1): 15, (4, 2): 5}
     assert set(estimation.label) == {2}
-    write_table(store, votes)
+    pd.testing.assert_frame_equal(write_table(store, read_blocks(store)), votes)
     derived = pq.read_table(f"{store.uri}/votes.parquet")
     assert [str(field.type) for field in derived.schema] == [
         "int32",
@@ -110,6 +119,77 @@ def test_another_image_under_the_same_index_is_refused(store):
     put(store, Block(4, "estimation", 0, 20), [20, 0, 0], sha256="other")
     with pytest.raises(RunError, match="sample 4 was another image"):
         read_blocks(store)
+
+
+@pytest.fixture
+def opened(store, monkeypatch):
+    """The keys of the blocks that are read."""
+    keys, read = [], store.read
+
+    def note(key):
+        keys.extend([key] if key.startswith("votes/") else [])
+        return read(key)
+
+    monkeypatch.setattr(store, "read", note)
+    return keys
+
+
+def test_a_glance_opens_only_what_the_table_lacks(store, opened):
+    assert glance(store, list_blocks(store, LENGTHS))[1] == {"x": 2}
+    assert len(opened) == 2
+    write_table(store, read_blocks(store))
+    put(store, Block(5, "estimation", 0, 20), [0, 0, 20])
+    opened.clear()
+    votes, devices = glance(store, list_blocks(store, LENGTHS))
+    assert opened == ["votes/estimation/5-0.parquet"]
+    assert devices == {"x": 3}
+    pd.testing.assert_frame_equal(votes.sort_values(["sample", "stage"], ignore_index=True), read_votes(store.uri))
+
+
+def change_a_sum(store):
+    path = Path(store.uri, "votes.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+
+
+def claim_another_run(store):
+    path = Path(store.uri, "votes.parquet")
+    table = pq.read_table(path)
+    facts = table.schema.metadata[b"diffsmooth"].replace(b"a" * 32, b"b" * 32)
+    pq.write_table(table.replace_schema_metadata({b"diffsmooth": facts}), path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        change_a_sum,
+        claim_another_run,
+        lambda store: Path(store.uri, "votes.parquet").write_bytes(b"PAR1"),
+        lambda store: Path(store.uri, block_key(FIRST)).unlink(),
+        lambda store: pd.DataFrame({"sample": [4]}).to_parquet(Path(store.uri, "votes.parquet")),
+    ],
+)
+def test_a_glance_believes_no_false_or_stale_table(store, opened, spoil):
+    write_table(store, read_blocks(store))
+    spoil(store)
+    standing = list_blocks(store, LENGTHS)
+    opened.clear()
+    votes, devices = glance(store, standing)
+    assert sorted(opened) == sorted(map(block_key, standing))
+    assert devices == {"x": len(standing)}
+    pd.testing.assert_frame_equal(votes, read_votes(store.uri))
+
+
+def test_a_glance_is_not_misled_by_a_flipped_bit(store):
+    write_table(store, read_blocks(store))
+    path, votes, standing = Path(store.uri, "votes.parquet"), read_votes(store.uri), list_blocks(store, LENGTHS)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    for position in range(4, len(whole) - footer):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        pd.testing.assert_frame_equal(glance(store, standing)[0], votes)
 
 
 def test_a_run_is_claimed_once(store):
