@@ -9,15 +9,17 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
 import botocore.exceptions
+from pyarrow import fs
 
 from pipeline.spec import RunError, UserError
 
@@ -81,6 +83,10 @@ class FolderStore:
     def read(self, key: str) -> bytes:
         """An object's bytes. Raises: FileNotFoundError."""
         return (self._root / key).read_bytes()
+
+    def reader(self) -> Callable[[str], bytes]:
+        """`read`, for many objects."""
+        return self.read
 
     def exists(self, key: str) -> bool:
         return (self._root / key).is_file()
@@ -149,6 +155,9 @@ class S3Store:
 
     `PutObject` with If-None-Match: * is atomic. A lost response makes the retry find our own object and answer 412, so
     each put carries a token in the object's metadata, and a 412 is followed by a look at whose token stands there.
+
+    Listings and the reading of many objects go through Arrow's client, which takes a fifteenth and a fifth of the time
+    that boto3 computes on a listed and a read object; where it fails, boto3 tries again and says what is wrong.
     """
 
     readers = 32  # threads that read objects at a time: a read is mostly waiting
@@ -215,6 +224,30 @@ class S3Store:
         with self._named("read", key):
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
 
+    def reader(self) -> Callable[[str], bytes]:
+        """`read`, for many objects."""
+        try:
+            arrow = self._arrow()
+        except _ARROW_FAILURES:
+            return self.read
+        works = True
+
+        def read(key: str) -> bytes:
+            nonlocal works
+            if works:
+                try:
+                    with arrow.open_input_file(f"{self._bucket}/{self._prefix}{key}") as file:
+                        data = file.read()
+                        if len(data) == file.size():
+                            return data
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    works = False  # not for each of many objects after as many timeouts
+            return self.read(key)
+
+        return read
+
     def exists(self, key: str) -> bool:
         try:
             with self._named("look at", key):
@@ -225,7 +258,33 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
-        return self._pages(f"{prefix}/")
+        root = f"{self._bucket}/{self._prefix}"
+        try:
+            found = self._arrow().get_file_info(fs.FileSelector(root + prefix, allow_not_found=True, recursive=True))
+        except _ARROW_FAILURES:
+            yield from self._pages(f"{prefix}/")
+            return
+        for info in found:
+            if info.type == fs.FileType.File:
+                yield Entry(info.path.removeprefix(root), info.size, info.mtime_ns / 1e9)
+
+    def _arrow(self) -> fs.S3FileSystem:
+        """Arrow's client, with the endpoint, region and credentials that boto3 finds now."""
+        credentials = boto3.Session().get_credentials()
+        if credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        keys = credentials.get_frozen_credentials()
+        endpoint = urlsplit(self._client.meta.endpoint_url)
+        return fs.S3FileSystem(
+            access_key=keys.access_key,
+            secret_key=keys.secret_key,
+            session_token=keys.token,
+            region=self._client.meta.region_name,
+            scheme=endpoint.scheme,
+            endpoint_override=endpoint.netloc,
+            connect_timeout=10,
+            request_timeout=60,
+        )
 
     def _pages(self, start: str) -> Iterator[Entry]:
         """The objects whose keys begin like this, by listings of up to 1,000."""
@@ -293,6 +352,9 @@ class S3Store:
             raise RunError(
                 f"{self.uri}: cannot {action} {key}: {error}; check AWS_ENDPOINT_URL and the network"
             ) from error
+
+
+_ARROW_FAILURES = (OSError, botocore.exceptions.BotoCoreError)
 
 
 class _Precondition(Exception):

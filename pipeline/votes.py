@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -157,9 +157,10 @@ def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[Sto
     wanted = sorted(list_blocks(store, block_lengths(run)) if blocks is None else blocks)
     size = max(1, min(_BATCH, len(wanted) // store.readers))
     shared: dict[str, str] = {}
+    fetch = store.reader()
 
     def read(start: int) -> list[StoredBlock]:
-        return [_decode(store, block, run, shared) for block in wanted[start : start + size]]
+        return [_decode(store.uri, fetch, block, run, shared) for block in wanted[start : start + size]]
 
     with ThreadPoolExecutor(max_workers=store.readers) as pool:
         stored = [one for some in pool.map(read, range(0, len(wanted), size)) for one in some]
@@ -247,16 +248,18 @@ def _devices(stored: Iterable[StoredBlock]) -> dict[str, int]:
     return dict(Counter(one.metadata["device"] for one in stored))
 
 
-def _decode(store: Store, block: Block, run: Mapping[str, Any], shared: dict[str, str]) -> StoredBlock:
+def _decode(
+    uri: str, fetch: Callable[[str], bytes], block: Block, run: Mapping[str, Any], shared: dict[str, str]
+) -> StoredBlock:
     """Read and check a block; `shared` holds the texts that many blocks' metadata have in common, once."""
     key = block_key(block)
 
     def refuse(reason: str) -> RunError:
-        return RunError(f"{store.uri}/{key} {reason}; delete it and run the same command: its draws will be cast again")
+        return RunError(f"{uri}/{key} {reason}; delete it and run the same command: its draws will be cast again")
 
     try:
         # not pq.read_table, which takes four times as long: it sets up a data set for each file
-        table = pq.ParquetFile(pa.BufferReader(store.read(key))).read(use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(fetch(key))).read(use_threads=False)
         metadata = json.loads(
             table.schema.metadata[_METADATA_KEY],
             object_pairs_hook=lambda pairs: {sys.intern(name): _once(value, shared) for name, value in pairs},

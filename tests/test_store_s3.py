@@ -201,6 +201,44 @@ def test_what_stands_is_asked_with_few_requests(store, endpoint, monkeypatch):
         proxy.__exit__(None, None, None)
 
 
+def test_what_arrow_cannot_read_boto3_does(store, endpoint, monkeypatch):
+    """Arrow asks for an object's size first; where that is refused, it is not asked for again."""
+    for key in ("votes/a", "votes/b"):
+        store.put_if_absent(key, key.encode())
+    assert sorted(entry[:2] for entry in store.list("votes")) == [("votes/a", 7), ("votes/b", 7)]
+    assert list(store.keys("nothing")) == []
+    read = store.reader()
+    assert [read("votes/a"), read("votes/b")] == [b"votes/a", b"votes/b"]
+    with pytest.raises(FileNotFoundError):
+        read("votes/c")
+    requests = []
+
+    def refuse_looks(method, path, number):
+        requests.append(method)
+        return (403, "AccessDenied") if method == "HEAD" else None
+
+    store, proxy = through(store, endpoint, monkeypatch, refuse_looks)
+    try:
+        read = store.reader()
+        assert [read("votes/a"), read("votes/b")] == [b"votes/a", b"votes/b"]
+        assert requests == ["HEAD", "GET", "GET"]
+    finally:
+        proxy.__exit__(None, None, None)
+
+
+def test_without_arrow_boto3_lists_and_reads(store, monkeypatch):
+    store.put_if_absent("votes/a", b"x")
+    by_arrow = list(store.list("votes"))
+
+    def fail(**_):
+        raise OSError("no such region")
+
+    monkeypatch.setattr("pipeline.store.fs.S3FileSystem", fail)
+    assert [entry._replace(modified=0) for entry in store.list("votes")] == [("votes/a", 1, 0)]
+    assert abs(next(store.list("votes")).modified - by_arrow[0].modified) < 1
+    assert store.reader()("votes/a") == b"x"
+
+
 def test_a_run_on_s3_that_is_killed_and_resumed_equals_one_in_a_folder(store, raw_spec, tmp_path, request):
     """The command line on a Ray of its own, the driver killed with -9 half-way, against a local worker's votes."""
     if request.node.callspec.params["endpoint"] == "moto":
