@@ -70,7 +70,7 @@ class Worker:
                 f"{setup.votes_id}): give every node the same files"
             )
         self._setup = setup
-        self._device = _device(spec)
+        self._device = device_of(spec)
         if self._device.type == "cpu":
             torch.set_num_threads(setup.threads)
         self._data = open_dataset(spec.data)
@@ -137,7 +137,7 @@ class Worker:
         return self._data[index]
 
 
-def _device(spec: RunSpec) -> torch.device:
+def device_of(spec: RunSpec) -> torch.device:
     """The device that the spec asks for; a missing GPU is an error, not a reason to be slow."""
     wanted = spec.compute.device
     if wanted != "cpu" and torch.cuda.is_available():

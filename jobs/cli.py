@@ -306,8 +306,18 @@ def plan(
 
 
 @main.command()
+@click.argument("spec", required=False)
+@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of SPEC.")
+@click.option("--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="To try; repeat it for more.")
 @click.option(
-    "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="How many tasks to schedule."
+    "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="To try too."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a CPU.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that each side takes.")
+@click.option("--draws", type=click.IntRange(min=1), default=200, show_default=True, help="To compare votes on.")
+@click.option(
+    "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="Without SPEC: how many to schedule."
 )
 @click.option("--simulate", is_flag=True, help="Instead: ImageNet on 8 to 1,024 simulated spot GPUs; no Ray.")
 @click.option("--storage", metavar="URI", help="Instead: write blocks below URI and time listing, resume and table.")
@@ -315,8 +325,45 @@ def plan(
     "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many, with --storage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def bench(tasks: int, simulate: bool, storage: str | None, blocks: int, as_json: bool) -> None:
-    """The driver's own time per task, measured with a base classifier that does nothing, on a local Ray."""
+def bench(
+    spec: str | None,
+    cpu: bool,
+    overrides: tuple[str, ...],
+    sizes: tuple[int, ...],
+    precisions: tuple[str, ...],
+    threads: int,
+    rounds: int,
+    draws: int,
+    tasks: int,
+    simulate: bool,
+    storage: str | None,
+    blocks: int,
+    as_json: bool,
+) -> None:
+    """SPEC's votes against its bare networks and against the published algorithm: speed, and whether votes agree.
+
+    Without SPEC: the driver's own time per task, with a base classifier that does nothing, on a local Ray.
+    """
+    if spec is not None:
+        if simulate or storage:
+            raise UserError(f"{spec} and --{'simulate' if simulate else 'storage'} are two benchmarks: choose one")
+        from rich.console import Console
+
+        from jobs.speed import Effort, bench_speed, print_speed
+
+        overrides += ("compute.device=cpu",) if cpu else ()
+        figures = bench_speed(
+            load_spec(find_spec(spec), overrides),
+            batch_sizes=sizes,
+            precisions=precisions,
+            threads=threads,
+            effort=Effort(rounds=rounds, agreement_draws=draws),
+        )
+        if as_json:
+            click.echo(json.dumps(figures, indent=2))
+        else:
+            print_speed(figures, Console())
+        return
     from jobs.bench import bench_driver, bench_simulation, bench_storage
 
     if simulate and storage:

@@ -72,7 +72,7 @@ def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: floa
     else:
         size, shape, num_classes = facts
     smoothing, samples = spec.smoothing, len(sample_indices(spec.data.samples, size))
-    flops = _flops(spec, shape, num_classes)
+    flops = flops_per_draw(spec, shape, num_classes)
     draws = samples * (smoothing.n0 + smoothing.n)
     total = None if flops is None else draws * sum(flops.values())
     column, costs = _PRECISIONS.index(smoothing.precision), []
@@ -102,7 +102,7 @@ def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: floa
     }
 
 
-def _flops(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dict[str, int] | None:
+def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dict[str, int] | None:
     """FLOPs of one draw in the denoiser and, for all m copies, in the classifier.
 
     None where a network does not run on the meta device, as an own function may not."""

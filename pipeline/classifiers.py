@@ -269,10 +269,8 @@ class Prepared(nn.Module):
         return self.network(x_BCHW.to(dtype)).float()
 
 
-def build_classifier(
-    spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int
-) -> Callable[[Tensor], Tensor]:
-    """The spec's classifier with its weights (without, on the meta device): x_BCHW in [0, 1] -> logits_BK.
+def load_classifier(spec: RunSpec, device: torch.device, channels: int, num_classes: int) -> Callable[[Tensor], Tensor]:
+    """The spec's classifier as it was trained, float32: x_BCHW in [0, 1] -> logits_BK; weightless on the meta device.
 
     Raises: UserError for weights that do not load and for images that do not fit.
     """
@@ -300,7 +298,18 @@ def build_classifier(
     first = next((one for one in network.parameters() if one.ndim == 4), None)
     if first is not None and first.shape[1] != channels:
         raise UserError(f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}")
-    return Prepared(network.to(dtype), wants).to(device).to(memory_format=torch.channels_last)
+    return Prepared(network, wants).to(device)
+
+
+def build_classifier(
+    spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int
+) -> Callable[[Tensor], Tensor]:
+    """The same, made fast and in the precision that f asks for. Raises: UserError, as `load_classifier` does."""
+    classifier = load_classifier(spec, device, channels, num_classes)
+    if isinstance(classifier, Prepared):
+        classifier.network.to(dtype)
+        classifier.to(memory_format=torch.channels_last)
+    return classifier
 
 
 def classifier_ids(spec: RunSpec) -> dict[str, str]:

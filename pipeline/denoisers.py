@@ -110,28 +110,31 @@ class DiffusionDenoiser:
     def __init__(
         self, predict_eps: Callable[[Tensor, int], Tensor], abar: NDArray[np.float64], timesteps: list[int]
     ) -> None:
-        self._predict_eps = predict_eps
-        self._abar = abar
-        self._timesteps = timesteps
+        self.predict_eps = predict_eps
+        self.abar = abar
+        self.timesteps = timesteps
 
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
-        assert timestep(self._abar, sigma) == self._timesteps[0], "built for another sigma"
-        x_t_BCHW = math.sqrt(self._abar[self._timesteps[0]]) * (2 * x_BCHW - 1)
-        x0_BCHW = self._predict_x0(x_t_BCHW, self._timesteps[0])
-        for t, lower in zip(self._timesteps, self._timesteps[1:], strict=False):
-            signal, noise = math.sqrt(self._abar[t]), math.sqrt(1 - self._abar[t])
+        assert timestep(self.abar, sigma) == self.timesteps[0], "built for another sigma"
+        x_t_BCHW = math.sqrt(self.abar[self.timesteps[0]]) * (2 * x_BCHW - 1)
+        x0_BCHW = self._predict_x0(x_t_BCHW, self.timesteps[0])
+        for t, lower in zip(self.timesteps, self.timesteps[1:], strict=False):
+            signal, noise = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
             eps_BCHW = (x_t_BCHW - signal * x0_BCHW) / noise  # of the clamped x0
-            x_t_BCHW = math.sqrt(self._abar[lower]) * x0_BCHW + math.sqrt(1 - self._abar[lower]) * eps_BCHW
+            x_t_BCHW = math.sqrt(self.abar[lower]) * x0_BCHW + math.sqrt(1 - self.abar[lower]) * eps_BCHW
             x0_BCHW = self._predict_x0(x_t_BCHW, lower)
         return (x0_BCHW + 1) / 2
 
     def _predict_x0(self, x_t_BCHW: Tensor, t: int) -> Tensor:
-        signal, noise = math.sqrt(self._abar[t]), math.sqrt(1 - self._abar[t])
-        return ((x_t_BCHW - noise * self._predict_eps(x_t_BCHW, t)) / signal).clamp(-1, 1)
+        signal, noise = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
+        return ((x_t_BCHW - noise * self.predict_eps(x_t_BCHW, t)) / signal).clamp(-1, 1)
 
 
-def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
-    """An OpenAI-style UNet, all that depends on its timesteps alone precomputed in float32."""
+def load_unet(spec: RunSpec, device: torch.device, shape: Shape) -> UNet:
+    """The spec's OpenAI-style UNet as it was trained, float32, nothing folded, for images of a shape.
+
+    Raises: UserError for weights that do not load and for images that do not fit.
+    """
     settings, (channels, height, width) = _unet_settings(spec), shape
     multiple = settings.patch * 2 ** (len(settings.channel_mult) - 1)
     if height % multiple or width % multiple:
@@ -146,9 +149,14 @@ def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape)
         differing = (f"{key} = {value} where the architecture has {given[key]}" for key, value in told.items())
         return f"the file is a UNet of {', '.join(differing)}" if told else ""
 
-    abar = _schedule(spec)
     unet = build(lambda: UNet(settings, channels), _weights(spec, device), device, explain=explain)
     assert isinstance(unet, UNet)
+    return unet
+
+
+def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+    """An OpenAI-style UNet, all that depends on its timesteps alone precomputed in float32."""
+    abar, unet = schedule(spec), load_unet(spec, device, shape)
     at = timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps)
     unet.fold(at)
     return DiffusionDenoiser(unet.to(dtype).to(memory_format=torch.channels_last), abar, at)
@@ -172,7 +180,7 @@ def _diffusers(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: S
         )
     if kind not in _EPS:
         raise UserError(f"{_file(spec, 'denoiser.scheduler')}: prediction_type = {kind!r}; known are {', '.join(_EPS)}")
-    abar = _schedule(spec)
+    abar = schedule(spec)
     network = build(lambda: UNet2DModel.from_config(config), _weights(spec, device), device, convert=_of_today).to(
         dtype
     )
@@ -237,7 +245,7 @@ def check_denoiser(spec: RunSpec) -> None:
         )
     if arch == "diffusers":
         _file(spec, "denoiser.config")
-    timesteps(_schedule(spec), spec.smoothing.sigma, spec.denoiser.steps)
+    timesteps(schedule(spec), spec.smoothing.sigma, spec.denoiser.steps)
 
 
 def denoiser_ids(spec: RunSpec) -> dict[str, str]:
@@ -282,7 +290,7 @@ def _unet_settings(spec: RunSpec) -> UNetSettings:
     return settings
 
 
-def _schedule(spec: RunSpec) -> NDArray[np.float64]:
+def schedule(spec: RunSpec) -> NDArray[np.float64]:
     """abar_t of the spec's diffusion model."""
     if spec.denoiser.arch != "diffusers":
         settings = _unet_settings(spec)

@@ -99,6 +99,11 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
     return _checked(path, uri, sha256, f"delete {path} to have it fetched anew")
 
 
+def at_hand(uri: str) -> bool:
+    """Whether `fetch` would have nothing to download."""
+    return (_entry(uri) if is_remote(uri) else Path(uri).expanduser()).is_file()
+
+
 def fetch_first(candidates: Sequence[str]) -> Path:
     """The first of several paths or URIs that exists, fetched.
 

@@ -24,13 +24,14 @@ from pipeline.data import Sample, open_dataset, sample_indices
 from pipeline.denoisers import Denoiser, build_denoiser, check_denoiser, denoiser_ids
 from pipeline.spec import Block, RunSpec, UserError
 
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BaseClassifier:
     """f: x_BCHW float32 -> scores_BK float32, the mean softmax of the m local copies.
 
-    `denoise`, `classify` and `local_noise_MCHW` are its parts; images are in [0, 1].
+    `denoise`, `classify` and `local_noise_MCHW` are its parts, `denoiser` and `classifier` the networks behind them;
+    images are in [0, 1].
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class BaseClassifier:
         sigma: float,
         num_classes: int,
     ) -> None:
-        self._denoiser = denoiser
-        self._classifier = classifier
+        self.denoiser = denoiser
+        self.classifier = classifier
         self._sigma = sigma
         self.local_noise_MCHW = local_noise_MCHW
         self.num_classes = num_classes
@@ -52,12 +53,12 @@ class BaseClassifier:
     @torch.inference_mode()
     def denoise(self, x_BCHW: Tensor) -> Tensor:
         """x0_BCHW in [0, 1]; the input itself where the spec names no denoiser."""
-        return x_BCHW if self._denoiser is None else self._denoiser(x_BCHW, self._sigma)
+        return x_BCHW if self.denoiser is None else self.denoiser(x_BCHW, self._sigma)
 
     @torch.inference_mode()
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """logits_BK, float32."""
-        return self._classifier(x_BCHW).float()
+        return self.classifier(x_BCHW).float()
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def base_classifier(spec: RunSpec, device: torch.device, shape: tuple[int, ...],
 
     Raises: UserError for what cannot be loaded or does not fit together.
     """
-    smoothing, dtype, (channels, height, width) = spec.smoothing, _DTYPES[spec.smoothing.precision], shape
+    smoothing, dtype, (channels, height, width) = spec.smoothing, DTYPES[spec.smoothing.precision], shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
     local_MCHW = noise.local_noise(
         local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma

@@ -30,6 +30,8 @@ from pipeline.spec import UserError
 
 State = dict[str, Tensor]
 
+RANDOM = "random:"
+
 # What training scripts leave beside the tensors, by the names that files know it by; unpickling it runs no code.
 _SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
@@ -80,12 +82,17 @@ def build(
     """The network that `make` makes, for inference on a device, with the weights at `location`.
 
     Its own initial weights are never computed, and a file that can be is mapped, not read, so that processes share it.
-    On the meta device it has no weights. `convert` renames a layout's keys; `explain` tells of a state dict that does
-    not fit what would make it fit. Raises: UserError.
+    On the meta device it has no weights, at `random:SEED` those that it begins its training with (for measurements; no
+    spec can name them). `convert` renames a layout's keys; `explain` tells of a state dict that does not fit what would
+    make it fit. Raises: UserError.
     """
     if device.type == "meta":
         with device:
             return make().eval().requires_grad_(False)
+    if location.startswith(RANDOM):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(location.removeprefix(RANDOM)))
+            return make().to(device).eval().requires_grad_(False)
     with _Uninitialised():
         network = make()
     state = convert(load_weights(location, network.state_dict().keys()))
