@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H W image, K classes.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from pipeline.fetch import fetch_first
 from pipeline.spec import Normalize, RunSpec, UserError, check_set
 from pipeline.weights import as_folder, build, function_id, library, load_json, own_function, weights_id
+
+logger = logging.getLogger(__name__)
 
 # name -> mean and std per channel, in [0, 1] pixel units
 _NORMALIZATIONS = {
@@ -57,9 +61,9 @@ class MnistCNN(nn.Module):
         self.fc = nn.Linear(32 * 3 * 3, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
-        x_BCHW = F.relu(self.norm2(self.conv2(x_BCHW)))
-        x_BCHW = F.max_pool2d(F.relu(self.norm3(self.conv3(x_BCHW))), 2)
+        x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
+        x_BCHW = F.relu(self.norm2(self.conv2(x_BCHW)), inplace=True)
+        x_BCHW = F.max_pool2d(F.relu(self.norm3(self.conv3(x_BCHW)), inplace=True), 2)
         return self.fc(x_BCHW.flatten(1))
 
 
@@ -76,8 +80,8 @@ class _BasicBlock(nn.Module):
             self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
-        return F.relu(self.bn2(self.conv2(h_BCHW)) + self.downsample(x_BCHW))
+        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.bn2(self.conv2(h_BCHW)).add_(self.downsample(x_BCHW)), inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -98,7 +102,7 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(64, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        h_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         h_BCHW = self.layer3(self.layer2(self.layer1(h_BCHW)))
         return self.fc(F.avg_pool2d(h_BCHW, 8).flatten(1))
 
@@ -307,9 +311,22 @@ def build_classifier(
     """The same, made fast and in the precision that f asks for. Raises: UserError, as `load_classifier` does."""
     classifier = load_classifier(spec, device, channels, num_classes)
     if isinstance(classifier, Prepared):
+        if device.type != "meta":
+            classifier.network = _fold_batch_norms(classifier.network)
         classifier.network.to(dtype)
         classifier.to(memory_format=torch.channels_last)
     return classifier
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Each batch norm merged into the convolution before it: the same function but for rounding."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network
+    try:
+        return fuse(network)
+    except Exception as error:  # a network may do anything that cannot be traced, and is only slower as it is
+        logger.info("batch norms stay apart, the network cannot be traced (%s: %s)", type(error).__name__, error)
+        return network
 
 
 def classifier_ids(spec: RunSpec) -> dict[str, str]:

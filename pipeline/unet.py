@@ -6,6 +6,9 @@ Shapes: B batch, C channels, H W image, E time embedding, T attention positions.
 A denoiser calls the network at few timesteps only. `fold` then turns each residual block's time-dependent scale and
 shift into the affine of its group norm, and the embedding is never computed again:
     (1 + scale) * (w * norm(h) + b) + shift  =  [(1 + scale) w] * norm(h) + [(1 + scale) b + shift].
+It also merges nearest doubling into the 3 x 3 convolution that follows. Of the doubled image's pixels under the kernel
+some are equal, so each output pixel is a sum of 2 x 2 different ones, which a transposed convolution computes with 4/9
+of the multiplications. Both change the output by rounding alone.
 """
 
 import math
@@ -22,8 +25,35 @@ from pipeline.spec import UNetSettings
 class GroupNorm(nn.GroupNorm):
     """Group norm that always computes in float32, as both OpenAI models do."""
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return super().forward(x_BCHW.float()).to(x_BCHW.dtype)
+    def forward(self, x_BCHW: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`affine` takes the place of weight and bias."""
+        weight_C, bias_C = affine or (self.weight.float(), self.bias.float())
+        norm = _group_norm_of_few_channels if _has_few_channels(x_BCHW, self.num_groups) else F.group_norm
+        return norm(x_BCHW.float(), self.num_groups, weight_C, bias_C, self.eps).to(x_BCHW.dtype)
+
+
+def _has_few_channels(x_BCHW: Tensor, groups: int) -> bool:
+    """Where torch's group norm of channels-last images on a CPU takes twice the time: narrow groups, in the cache."""
+    return (
+        x_BCHW.device.type == "cpu"
+        and not x_BCHW.is_contiguous()
+        and x_BCHW.shape[1] <= 8 * groups
+        and x_BCHW.numel() <= 2**20
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _group_norm_of_few_channels(x_BCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """Group norm whose sums over positions are matrix products, then one multiply-add."""
+    B, C, H, W = x_BCHW.shape
+    x_BTC = x_BCHW.permute(0, 2, 3, 1).reshape(B, H * W, C)
+    share_B1T = x_BCHW.new_full((B, 1, H * W), groups / (C * H * W))
+    mean_BG1 = torch.bmm(share_B1T, x_BTC).view(B, groups, -1).sum(dim=2, keepdim=True)
+    square_BG1 = torch.bmm(share_B1T, x_BTC * x_BTC).view(B, groups, -1).sum(dim=2, keepdim=True)
+    scale_BGD = (square_BG1 - mean_BG1 * mean_BG1).clamp_(min=0).add_(eps).rsqrt_() * weight_C.view(1, groups, -1)
+    shift_BGD = bias_C.view(1, groups, -1) - mean_BG1 * scale_BGD
+    out_BTC = torch.addcmul(shift_BGD.view(B, 1, C), x_BTC, scale_BGD.view(B, 1, C))
+    return out_BTC.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):
@@ -46,26 +76,29 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int, out_width: int, time_width: int, groups: int, resample: str | None = None) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            GroupNorm(groups, width), nn.SiLU(inplace=True), nn.Conv2d(width, out_width, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, 2 * out_width))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_width),
-            nn.SiLU(),
+            nn.SiLU(inplace=True),
             nn.Identity(),  # the training dropout's place: keeps the convolution at index 3
             nn.Conv2d(out_width, out_width, 3, padding=1),
         )
         self.skip_connection = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
         self.resample = Resample(resample)
         self.folded: dict[int, tuple[Tensor, Tensor]] = {}  # timestep -> affine of the second group norm
+        self.doubles = False  # whether the first convolution doubles by itself
 
     def forward(self, x_BCHW: Tensor, time: int | Tensor) -> Tensor:
         """`time` is a timestep that was folded, or the embedding emb_BE."""
         norm_in, silu_in, conv_in = self.in_layers
-        h_BCHW = conv_in(self.resample(silu_in(norm_in(x_BCHW))))
+        h_BCHW = silu_in(norm_in(x_BCHW))
+        h_BCHW = conv_in(h_BCHW if self.doubles else self.resample(h_BCHW))
         norm, silu, _, conv = self.out_layers
-        assert isinstance(norm, GroupNorm)
         if isinstance(time, int):
-            h_BCHW = F.group_norm(h_BCHW.float(), norm.num_groups, *self.folded[time], norm.eps).to(h_BCHW.dtype)
+            h_BCHW = norm(h_BCHW, self.folded[time])
         else:
             scale_BC, shift_BC = self.emb_layers(time).chunk(2, dim=1)
             h_BCHW = norm(h_BCHW) * (1 + scale_BC[:, :, None, None]) + shift_BC[:, :, None, None]
@@ -76,6 +109,12 @@ class ResBlock(nn.Module):
         norm = self.out_layers[0]
         scale_C = 1 + scale_1C[0]
         self.folded[t] = (scale_C * norm.weight.float(), scale_C * norm.bias.float() + shift_1C[0])
+
+    def merge_doubling(self) -> None:
+        if self.resample.direction == "up" and not self.doubles:
+            conv = self.in_layers[2]
+            assert isinstance(conv, nn.Conv2d)
+            self.in_layers[2], self.doubles = doubling(conv), True
 
 
 class Attention(nn.Module):
@@ -90,12 +129,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        x_BCT = x_BCHW.reshape(B, C, H * W)
-        qkv = self.qkv(self.norm(x_BCT)).reshape(B, self.heads, 3, C // self.heads, H * W)
-        q, k, v = (part.transpose(2, 3) for part in qkv.unbind(2))
+        # positions before channels, as channels-last images lie in memory: neither view copies them
+        x_BTC = self.norm(x_BCHW).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        qkv = F.linear(x_BTC, self.qkv.weight[:, :, 0], self.qkv.bias).view(B, H * W, self.heads, 3, C // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
         # the default scale 1/sqrt(width) equals OpenAI's 1/width^(1/4) on q and on k
-        h_BCT = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
-        return x_BCHW + self.proj_out(h_BCT).reshape(B, C, H, W)
+        h_BTC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        h_BTC = F.linear(h_BTC, self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        return x_BCHW + h_BTC.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -110,10 +151,32 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv: nn.Module = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
+        doubles = isinstance(self.conv, nn.ConvTranspose2d)
+        return self.conv(x_BCHW if doubles else F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
+
+    def merge_doubling(self) -> None:
+        if isinstance(self.conv, nn.Conv2d):
+            self.conv = doubling(self.conv)
+
+
+def doubling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """Nearest doubling and a 3 x 3 convolution with padding 1, as one transposed convolution.
+
+    Output row 2 i + a is sum over k of w[k] x[(2 i + a + k - 1) // 2], so w[k] stands where row i reaches it: in rows
+    2 - k and 3 - k of the kernel of 4.
+    """
+    place_KU = torch.zeros(3, 4, dtype=torch.float64, device=conv.weight.device)
+    for k in range(3):
+        place_KU[k, [2 - k, 3 - k]] = 1
+    merged = nn.ConvTranspose2d(
+        conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device="meta", dtype=conv.weight.dtype
+    )
+    weight_IOUV = torch.einsum("oikl,ku,lv->iouv", conv.weight.double(), place_KU, place_KU).to(conv.weight.dtype)
+    merged.weight, merged.bias = nn.Parameter(weight_IOUV, requires_grad=False), conv.bias
+    return merged.eval()
 
 
 class Stack(nn.Sequential):
@@ -174,7 +237,9 @@ class UNet(nn.Module):
                     layers.append(res(width, width, "up") if settings.resblock_updown else Upsample(width))
                     factor //= 2
                 self.output_blocks.append(Stack(*layers))
-        self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            GroupNorm(groups, width), nn.SiLU(inplace=True), nn.Conv2d(width, out_channels, 3, padding=1)
+        )
 
     def forward(self, x_BCHW: Tensor, t: int | Tensor) -> Tensor:
         """eps, float32, B x C x H x W, at a timestep that was folded, or at timesteps t_B of the schedule."""
@@ -197,12 +262,15 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def fold(self, timesteps: Iterable[int]) -> None:
-        """Precompute, in the weights' precision of now, all that depends on these timesteps alone."""
+        """Precompute, in the weights' precision of now, all that depends on these timesteps alone; merge doublings."""
         for t in timesteps:
             emb_1E = self._embed(torch.tensor([t], device=next(self.parameters()).device))
             for module in self.modules():
                 if isinstance(module, ResBlock):
                     module.fold(t, emb_1E)
+        for module in self.modules():
+            if isinstance(module, ResBlock | Upsample):
+                module.merge_doubling()
 
     def _embed(self, t_B: Tensor) -> Tensor:
         """Sinusoids, cosines first, then two linear layers; timesteps rescaled to 0..1000 where the model wants it."""

@@ -19,12 +19,12 @@ def cost(name, **changes):
     return plan(load_spec(SPECS / f"{name}.toml", overrides), prices={"H100": 2.0, "T4": None}, utilization=0.5)
 
 
-# GFLOP of one forward pass: denoiser, classifier (all copies)
+# GFLOP of one forward pass: denoiser as published less what merged doublings save, classifier (all copies)
 FLOPS = [
     ("cifar10-cohen-0.50", 0, 0.51),
-    ("cifar10-diffsmooth-0.50", 16.8, 5 * 0.51),
+    ("cifar10-diffsmooth-0.50", 16.8 - 0.9, 5 * 0.51),
     ("imagenet-cohen-0.50", 0, 8.2),
-    ("imagenet-diffsmooth-0.50-local-0.26", 1713, 5 * 123),
+    ("imagenet-diffsmooth-0.50-local-0.26", 1713 - 84, 5 * 123),
 ]
 
 
@@ -32,7 +32,7 @@ FLOPS = [
 def test_flops_are_those_of_the_published_networks(name, denoiser, classifier):
     pytest.importorskip("timm")
     found = cost(name)["gflop_per_draw"]
-    assert found["denoiser"] == pytest.approx(denoiser, rel=0.02)
+    assert found["denoiser"] == pytest.approx(denoiser, rel=0.01)
     assert found["classifier"] == pytest.approx(classifier, rel=0.02)
 
 
