@@ -5,16 +5,18 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import noise
 from pipeline.data import UNLABELLED, Sample, open_dataset, sample_indices
-from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
+from pipeline.smoothing import BlockVotes, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import Block, RunSpec, UserError, votes_id
 from pipeline.store import open_store
 from pipeline.votes import block_key, block_votes, encode_block, read_blocks
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
 _MODEL_PACKAGES = ("timm", "diffusers")
-_CPU_BATCH, _GPU_BATCH = 64, 512
+_CPU_BATCH = 64
+_LARGEST_BATCH = 2048  # of a GPU; larger ones are no faster, and pad a task's last batch the more
 _CLEAN_SAMPLES = 64
 
 
@@ -76,41 +79,45 @@ class Worker:
         self._data = open_dataset(spec.data)
         self._sample = functools.lru_cache(maxsize=64)(self._load)
         self._f = build_base_classifier(spec, self._device)
-        self._batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _GPU_BATCH)
+        if spec.compute.compile:
+            self._f.compile()
+        self._batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
+        if spec.compute.compile or (setup.batch_size is None and self._device.type != "cpu"):
+            self._warm_up()
         self._store = open_store(setup.run_uri)
-        self._facts = _facts(self._device, self._batch_size, setup)
+        self._facts = _facts(self._device, setup)
 
     def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
         """Cast and commit the votes of the blocks that do not stand yet."""
         start = last = time.perf_counter()
         failures = self._store.failures
-        smoothing = self._setup.spec.smoothing
         # at each attempt, the first as well: another driver may have cast them since ours listed the run
         standing = self._store.standing(map(block_key, blocks))
         found = [block for block in blocks if block_key(block) in standing]
         blocks = [block for block in blocks if block_key(block) not in standing]
         samples = {block.sample: self._sample(block.sample) for block in blocks}
         stored, duplicates = [], []
-        cast = (
-            cast_votes(
-                self._f,
-                blocks,
-                samples,
-                sigma=smoothing.sigma,
-                seed=int(smoothing.seed),  # the driver has put a number in the place of "random"
-                batch_size=self._batch_size,
-                threads=self._setup.threads,
-                noise_grid=smoothing.noise_grid,
-            )
-            if blocks
-            else ()
-        )
-        for block, counts_K in cast:
-            sample, now = samples[block.sample], time.perf_counter()
-            metadata = {**self._facts, "sample_sha256": sample.sha256, "attempt": attempt, "seconds": now - last}
-            last = now
-            if self._store.put_if_absent(block_key(block), encode_block(block, sample.label, counts_K, metadata)):
-                stored.append((block, sample.label, {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}))
+        # a block is committed while the next one is computed; leaving the pool waits for what has begun
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as pool:
+            commits: list[tuple[Block, NDArray[np.int64], Future[bool]]] = []
+            for block, counts_K in self._cast(blocks, samples):
+                sample, now = samples[block.sample], time.perf_counter()
+                metadata = {
+                    **self._facts,
+                    "batch_size": self._batch_size,
+                    "sample_sha256": sample.sha256,
+                    "attempt": attempt,
+                    "seconds": now - last,
+                }
+                last = now
+                if commits:
+                    commits[-1][-1].result()  # no more than one at a time, and a store that fails stops the task
+                encoded = encode_block(block, sample.label, counts_K, metadata)
+                commits.append((block, counts_K, pool.submit(self._store.put_if_absent, block_key(block), encoded)))
+        for block, counts_K, commit in commits:
+            if commit.result():
+                label = samples[block.sample].label
+                stored.append((block, label, {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}))
             else:
                 duplicates.append(block)
         seconds, draws = time.perf_counter() - start, sum(block.draws for block in blocks)
@@ -119,6 +126,52 @@ class Worker:
             stored += [block_votes(one) for one in read_blocks(self._store, others)]
         failed = self._store.failures - failures
         return Receipt(stored, own, duplicates, seconds, draws, self._facts["device"], failed)
+
+    def _cast(self, blocks: Sequence[Block], samples: Mapping[int, Sample]) -> Iterator[BlockVotes]:
+        """The blocks' votes. Where memory runs out, smaller batches go on with the blocks that are not done."""
+        smoothing, done = self._setup.spec.smoothing, 0
+        while blocks:
+            try:
+                for votes in cast_votes(
+                    self._f,
+                    blocks[done:],
+                    samples,
+                    sigma=smoothing.sigma,
+                    seed=int(smoothing.seed),  # the driver has put a number in the place of "random"
+                    batch_size=self._batch_size,
+                    threads=self._setup.threads,
+                    noise_grid=smoothing.noise_grid,
+                ):
+                    done += 1
+                    yield votes
+                return
+            except torch.OutOfMemoryError:
+                pass  # its traceback holds tensors, so memory is freed after this clause only
+            self._halve_batch()
+
+    def _warm_up(self) -> None:
+        """Find the largest batch that fits, and compile f for it where the spec says so."""
+        start = time.perf_counter()
+        shape = self._f.local_noise_MCHW.shape[1:]
+        while True:
+            try:
+                self._f(torch.zeros(self._batch_size, *shape, device=self._device)).cpu()
+                break
+            except torch.OutOfMemoryError:
+                pass
+            self._halve_batch()
+        logger.info("batches of %d draws; warm-up took %.0f s", self._batch_size, time.perf_counter() - start)
+
+    def _halve_batch(self) -> None:
+        if self._batch_size == 1:
+            raise UserError(
+                f"one draw does not fit the memory of {self._device}: take a device with more, or a lower "
+                "smoothing.precision"
+            )
+        self._batch_size //= 2
+        logger.warning("out of memory on %s: batches of %d draws from now on", self._device, self._batch_size)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def clean_accuracy(self) -> CleanAccuracy:
         """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""
@@ -150,16 +203,16 @@ def device_of(spec: RunSpec) -> torch.device:
     return torch.device("cpu")
 
 
-def _facts(device: torch.device, batch_size: int, setup: Setup) -> dict[str, Any]:
+def _facts(device: torch.device, setup: Setup) -> dict[str, Any]:
     """What is recorded with every block besides its own figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "votes_id": setup.votes_id,
         "device": f"{device.type} {name}",
-        "batch_size": batch_size,
         "threads": setup.threads,
         "precision": setup.spec.smoothing.precision,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "compiled": setup.spec.compute.compile,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "versions": {"python": platform.python_version(), **_versions()},
     }

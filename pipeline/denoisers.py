@@ -111,22 +111,26 @@ class DiffusionDenoiser:
         self, predict_eps: Callable[[Tensor, int], Tensor], abar: NDArray[np.float64], timesteps: list[int]
     ) -> None:
         self.predict_eps = predict_eps
-        self.abar = abar
         self.timesteps = timesteps
+        # plain numbers: torch.compile makes constants of them, but nothing good of NumPy's
+        self._signal_and_noise = {t: (math.sqrt(abar[t]), math.sqrt(1 - abar[t])) for t in timesteps}
+        ratio, first = np.append(0.0, np.sqrt(1 - abar) / np.sqrt(abar)), timesteps[0]
+        self._ratios = (float(ratio[first]), float(ratio[first + 1]))  # of the timestep before and of the first
 
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
-        assert timestep(self.abar, sigma) == self.timesteps[0], "built for another sigma"
-        x_t_BCHW = math.sqrt(self.abar[self.timesteps[0]]) * (2 * x_BCHW - 1)
+        assert self._ratios[0] < 2 * sigma <= self._ratios[1], "built for another sigma"
+        x_t_BCHW = self._signal_and_noise[self.timesteps[0]][0] * (2 * x_BCHW - 1)
         x0_BCHW = self._predict_x0(x_t_BCHW, self.timesteps[0])
         for t, lower in zip(self.timesteps, self.timesteps[1:], strict=False):
-            signal, noise = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
+            signal, noise = self._signal_and_noise[t]
             eps_BCHW = (x_t_BCHW - signal * x0_BCHW) / noise  # of the clamped x0
-            x_t_BCHW = math.sqrt(self.abar[lower]) * x0_BCHW + math.sqrt(1 - self.abar[lower]) * eps_BCHW
+            signal, noise = self._signal_and_noise[lower]
+            x_t_BCHW = signal * x0_BCHW + noise * eps_BCHW
             x0_BCHW = self._predict_x0(x_t_BCHW, lower)
         return (x0_BCHW + 1) / 2
 
     def _predict_x0(self, x_t_BCHW: Tensor, t: int) -> Tensor:
-        signal, noise = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
+        signal, noise = self._signal_and_noise[t]
         return ((x_t_BCHW - noise * self.predict_eps(x_t_BCHW, t)) / signal).clamp(-1, 1)
 
 

@@ -233,6 +233,7 @@ class Sampling(Section):
 
 class Compute(Section):
     device: Literal["cuda", "cpu", "auto"] = "cuda"
+    compile: bool = False  # f by torch.compile: minutes of warm-up for each actor; votes differ by rounding alone
 
 
 class RunSpec(Section):
