@@ -312,13 +312,13 @@ def build_classifier(
     classifier = load_classifier(spec, device, channels, num_classes)
     if isinstance(classifier, Prepared):
         if device.type != "meta":
-            classifier.network = _fold_batch_norms(classifier.network)
+            classifier.network = fold_batch_norms(classifier.network)
         classifier.network.to(dtype)
         classifier.to(memory_format=torch.channels_last)
     return classifier
 
 
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
+def fold_batch_norms(network: nn.Module) -> nn.Module:
     """Each batch norm merged into the convolution before it: the same function but for rounding."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network

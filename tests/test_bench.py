@@ -1,12 +1,24 @@
 """The benchmarks that need no Ray: they measure what they say they do."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
 from click.testing import CliRunner
+from rich.console import Console
 
-from jobs.cli import main
+from jobs.cli import SPECS, main
+from jobs.literal import Literal
+from jobs.speed import PARTS, Effort, bench_speed, print_speed
+from pipeline.data import open_dataset
+from pipeline.smoothing import build_base_classifier
+from pipeline.spec import load_spec
 from pipeline.votes import read_votes
+
+QUICK = Effort(rounds=2, seconds=0.05, agreement_draws=60)
 
 
 def test_storage_is_measured_on_a_run_that_reads(tmp_path):
@@ -18,7 +30,88 @@ def test_storage_is_measured_on_a_run_that_reads(tmp_path):
     assert Path(figures["run"], "votes.parquet").exists()
 
 
-def test_two_benchmarks_at_once_are_refused(tmp_path):
-    answer = CliRunner().invoke(main, ["bench", "--simulate", "--storage", str(tmp_path)])
+@pytest.mark.parametrize(
+    "arguments", [["--simulate", "--storage", "x"], ["mnist", "--simulate"], ["mnist", "--storage", "x"]]
+)
+def test_two_benchmarks_at_once_are_refused(arguments):
+    answer = CliRunner().invoke(main, ["bench", *arguments])
     assert answer.exit_code == 2
     assert "choose one" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such spec"),
+        (["mnist", "--set", "classifier.arch=nothing"], "'nothing' is unknown"),
+        (["mnist", "--set", "compute.device=cuda"], "sees no GPU"),
+        (["mnist", "--batch-size", "0"], "0 is not in the range"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments, message):
+    answer = CliRunner().invoke(main, ["bench", *arguments])
+    assert answer.exit_code == 2
+    assert message in answer.output
+
+
+def test_speed_of_the_embedded_networks():
+    """Timings are whatever they are; that all is measured, and that votes agree, is not."""
+    before = torch.get_rng_state()
+    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu"])
+    figures = bench_speed(spec, batch_sizes=(4,), precisions=("bf16", "fp32"), effort=QUICK)
+    json.dumps(figures)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing uses the global generator
+    assert (figures["random_weights"], figures["random_images"]) == ([], False)
+    assert figures["draws_per_second"].keys() == {"bare", "pipeline", "literal"}
+    assert figures["pipeline_over_bare"] > 0
+    assert figures["pipeline_over_literal"] > 0
+    assert list(figures["share_of_time"]) == list(PARTS)
+    assert sum(figures["share_of_time"].values()) == pytest.approx(1)
+    # the fourth decimal: 13 million multiply-adds, less what merging the doubling saves; five classifier passes
+    assert figures["gflop_per_draw"]["denoiser"] == pytest.approx(0.0242, abs=0.0005)
+    assert figures["agreement"]["literal"]["equal"] == figures["agreement"]["literal"]["draws"] == 60
+    assert figures["agreement"]["literal"]["largest_difference"] < 1e-5
+    assert figures["agreement"].keys() == {"literal", "bf16"}
+    swept = {(one["side"], one["precision"]) for one in figures["sweep"]}
+    assert swept == {("literal", "fp32"), *((side, one) for side in ("bare", "pipeline") for one in ("fp32", "bf16"))}
+
+
+def test_networks_that_are_not_at_hand_are_random_ones():
+    """A UNet that learns its variance and halves and doubles in residual blocks; no file of it is there."""
+    changes = {"learn_sigma": True, "resblock_updown": True, "num_groups": 4}
+    spec = load_spec(
+        SPECS / "mnist.toml",
+        ["compute.device=cpu", "denoiser.checkpoint=/nowhere", "classifier.checkpoint=${NOT_SET_ANYWHERE}/a.pt"]
+        + [f"denoiser.unet.{key}={json.dumps(value)}" for key, value in changes.items()],
+    )
+    figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
+    assert figures["random_weights"] == ["denoiser", "classifier"]
+    assert figures["agreement"]["literal"]["largest_difference"] < 1e-6
+
+
+def test_networks_outside_the_publication_are_measured_without_it(caplog):
+    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu", "denoiser.steps=2"])
+    figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
+    assert figures["pipeline_over_literal"] is None
+    assert figures["agreement"] == {}
+    assert "left out" in caplog.text
+
+
+def test_figures_are_printed_for_people():
+    spec, text = load_spec(SPECS / "mnist-cohen-0.50.toml", ["compute.device=cpu"]), io.StringIO()
+    print_speed(bench_speed(spec, batch_sizes=(8, 16), effort=QUICK), Console(file=text))
+    assert "pipeline over bare networks" in text.getvalue()
+    assert "votes equal to literal's: 60 of 60" in text.getvalue()
+
+
+def test_literal_scores_are_those_of_f_and_its_votes_one_a_draw():
+    spec = load_spec(SPECS / "mnist.toml")
+    data, f = open_dataset(spec.data), build_base_classifier(spec, "cpu")
+    literal = Literal(spec, torch.device("cpu"), (1, 28, 28), 10)
+    x = torch.from_numpy(np.stack([data[index].image_CHW for index in range(40)]))
+    assert torch.allclose(literal.scores(x) / 5, f(x), atol=1e-5)
+    sure = int(f(x).max(dim=1).values.argmax())
+    counts = literal.count(x[sure], 70, 32)
+    assert counts.sum() == 70
+    assert counts.argmax() == data[sure].label

@@ -11,9 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, resnet18
 
-from pipeline.classifiers import CifarResNet, Input, Prepared, build_classifier, check_classifier, classifier_ids
+from pipeline.classifiers import (
+    CifarResNet,
+    Input,
+    Prepared,
+    build_classifier,
+    check_classifier,
+    classifier_ids,
+    fold_batch_norms,
+)
 from pipeline.spec import Normalize, UserError, load_spec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -235,3 +243,31 @@ def test_a_timm_model_without_a_checkpoint_comes_from_the_hub(raw_spec, tmp_path
     assert loaded(x).shape == (1, classes)
     with pytest.raises(UserError, match=r"head|fc"):
         build_classifier(spec, CPU, FP32, 3, classes + 1)
+
+
+class OwnWay(nn.Module):
+    """Cannot be traced: it looks at its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x_BCHW):
+        h_BCHW = self.bn(self.conv(x_BCHW))
+        return (h_BCHW if h_BCHW.mean() > 0 else -h_BCHW).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "left"), [(lambda: CifarResNet(20, 10), 0), (lambda: resnet18(num_classes=10), 0), (OwnWay, 1)]
+)
+def test_batch_norms_are_folded_where_the_network_can_be_traced(make, left):
+    network, generator = uniform(make()), torch.Generator().manual_seed(7)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.uniform_(-0.5, 0.5, generator=generator)
+        norm.running_var.uniform_(0.5, 1.5, generator=generator)
+    folded = fold_batch_norms(network)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
+    x = torch.rand(2, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), network(x), rtol=1e-4, atol=1e-5)

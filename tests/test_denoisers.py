@@ -20,7 +20,7 @@ from pipeline.denoisers import (
     timesteps,
 )
 from pipeline.spec import UNetSettings, UserError, load_spec
-from pipeline.unet import Attention, ResBlock, UNet, settings_in
+from pipeline.unet import Attention, GroupNorm, ResBlock, UNet, doubling, settings_in
 
 CIFAR, IMAGENET = PRESETS["openai-cifar10"], PRESETS["openai-imagenet256"]
 SMALL = UNetSettings(
@@ -334,3 +334,45 @@ def test_diffusers_mistakes(pipeline_folder, raw_spec):
     (pipeline_folder / "unet" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
         check_denoiser(spec)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_doubling_and_convolution_are_one_transposed_convolution(channels_last):
+    generator = torch.Generator().manual_seed(4)
+    conv, x = torch.nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 4, generator=generator)
+    for parameter in conv.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    merged = doubling(conv)
+    if channels_last:
+        x, merged = x.to(memory_format=torch.channels_last), merged.to(memory_format=torch.channels_last)
+    assert torch.allclose(merged(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"resblock_updown": True})])
+def test_what_is_folded_and_merged_is_the_network_as_it_was_trained(settings):
+    """In channels last too, where group norm of narrow groups is computed another way."""
+    unet, generator = UNet(settings, 1), torch.Generator().manual_seed(5)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    x = torch.randn(3, 1, 16, 16, generator=generator)
+    with torch.no_grad():
+        trained = unet(x, torch.full((3,), 17))
+        unet.fold([17, 18])
+        assert torch.allclose(unet(x, 17), trained, atol=1e-4)
+        assert torch.allclose(unet.to(memory_format=torch.channels_last)(x, 17), trained, atol=1e-4)
+        unet.fold([19])  # a second time merges nothing twice
+        assert torch.allclose(unet(x, torch.full((3,), 17)), trained, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 8), (12, 2), (8, 8)])
+def test_group_norm_is_the_same_in_every_layout(channels, groups):
+    norm, generator = GroupNorm(groups, channels), torch.Generator().manual_seed(6)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = 3 + torch.randn(4, channels, 5, 6, generator=generator)
+    last = x.to(memory_format=torch.channels_last)
+    assert torch.allclose(norm(last), norm(x), atol=1e-5)
+    assert norm(last).is_contiguous(memory_format=torch.channels_last)
+    affine = (torch.randn(channels, generator=generator), torch.randn(channels, generator=generator))
+    assert torch.allclose(norm(last, affine), F.group_norm(x, groups, *affine), atol=1e-5)

@@ -1,0 +1,134 @@
+"""A worker: commits beside the computing, batches that back off, and what it says of them."""
+
+import threading
+
+import pytest
+import torch
+
+from cluster.worker import Setup, Worker
+from pipeline.smoothing import weights_ids
+from pipeline.spec import Block, RunError, UserError, load_spec
+from pipeline.store import FolderStore, open_store
+from pipeline.votes import claim_run, read_blocks, run_of
+
+BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in (0, 1) for start in (0, 100)]
+
+
+@pytest.fixture
+def make(raw_spec, tmp_path):
+    """Makes a worker and its store; runs of several names lie apart."""
+
+    def make(name="run", batch_size=None, **changes):
+        spec = load_spec({**raw_spec, **changes})
+        described, store = run_of(spec, weights_ids(spec), 2), open_store(str(tmp_path / name))
+        claim_run(store, described)
+        return Worker(Setup(spec, store.uri, described["votes_id"], batch_size)), store
+
+    return make
+
+
+def votes(store):
+    return {one.block: dict(zip(one.classes.tolist(), one.votes.tolist(), strict=True)) for one in read_blocks(store)}
+
+
+def out_of_memory_above(worker, draws, after=0):
+    """Let f fail as a GPU does, for batches above `draws`, once it was called `after` times."""
+    inner, calls = worker._f._mean_softmax, []
+
+    def scores(x_BCHW):
+        calls.append(len(x_BCHW))
+        if len(x_BCHW) > draws and len(calls) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(x_BCHW)
+
+    worker._f._mean_softmax = scores
+    return calls
+
+
+@pytest.mark.parametrize("after", [0, 3, 5])
+def test_a_task_outlives_the_end_of_memory(make, after):
+    worker, store = make(batch_size=64)
+    calls = out_of_memory_above(worker, 20, after)
+    receipt = worker.run(BLOCKS, "one")
+    assert [block for block, _, _ in receipt.votes] == BLOCKS
+    assert set(calls) == {64, 32, 16}
+    assert {one.metadata["batch_size"] for one in read_blocks(store)} == ({16} if after < 2 else {64, 16})
+    plain, other = make("plain", batch_size=16)
+    plain.run(BLOCKS, "two")
+    assert votes(store) == votes(other)
+
+
+def test_one_draw_that_does_not_fit_is_said(make):
+    worker, _ = make()
+    out_of_memory_above(worker, 0)
+    with pytest.raises(UserError, match="one draw does not fit the memory of cpu"):
+        worker.run(BLOCKS, "one")
+
+
+def test_warm_up_finds_the_largest_batch_that_fits(make):
+    worker, _ = make(batch_size=2048)
+    calls = out_of_memory_above(worker, 300)
+    worker._warm_up()
+    assert calls == [2048, 1024, 512, 256]
+    assert worker._batch_size == 256
+
+
+def test_compiling_is_asked_for_and_recorded(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    worker, store = make(compute={"device": "cpu", "compile": True})
+    worker.run(BLOCKS, "one")
+    assert compiled == [{"dynamic": False, "mode": "default"}]
+    assert {one.metadata["compiled"] for one in read_blocks(store)} == {True}
+    plain, other = make("plain")  # claims the same votes_id
+    plain.run(BLOCKS, "two")
+    assert votes(store) == votes(other)
+
+
+def test_a_block_is_committed_while_the_next_is_computed(make, monkeypatch):
+    """The first commit ends only once the second block's draws have been at f."""
+    worker, store = make(batch_size=100)
+    calls, reached = out_of_memory_above(worker, 1000), threading.Event()
+    inner_scores, put = worker._f._mean_softmax, FolderStore.put_if_absent
+
+    def scores(x_BCHW):
+        if len(calls) == 1:
+            reached.set()
+        return inner_scores(x_BCHW)
+
+    def slow(self, key, data):
+        assert reached.wait(30)
+        return put(self, key, data)
+
+    worker._f._mean_softmax = scores
+    monkeypatch.setattr(FolderStore, "put_if_absent", slow)
+    receipt = worker.run(BLOCKS, "one")
+    assert [block for block, _, _ in receipt.votes] == BLOCKS
+    assert len(votes(store)) == len(BLOCKS)
+
+
+@pytest.mark.parametrize("broken", range(len(BLOCKS)))
+def test_a_commit_that_fails_ends_the_task_and_loses_nothing_else(make, monkeypatch, broken):
+    worker, store = make(batch_size=100)
+    put, commits = FolderStore.put_if_absent, []
+
+    def fails_once(self, key, data):
+        commits.append(key)
+        if len(commits) == broken + 1:
+            raise RunError("the disk is full")
+        return put(self, key, data)
+
+    monkeypatch.setattr(FolderStore, "put_if_absent", fails_once)
+    with pytest.raises(RunError, match="the disk is full"):
+        worker.run(BLOCKS, "one")
+    assert len(commits) == broken + 1
+    assert set(votes(store)) == set(BLOCKS[:broken])
+    worker.run(BLOCKS, "two")
+    assert set(votes(store)) == set(BLOCKS)
+
+
+def test_what_was_cast_before_a_bad_block_stands(make):
+    worker, store = make(batch_size=100, classifier={"arch": "tests.models:not_a_number"})
+    with pytest.raises(UserError, match="not finite"):
+        worker.run(BLOCKS, "one")
+    assert len(votes(store)) < len(BLOCKS)
