@@ -116,7 +116,7 @@ class _Pipeline:
     def _cast_votes(self, batch_size: int, batches: int) -> None:
         smoothing, block = self.spec.smoothing, Block(self.sample, "estimation", 0, batch_size * batches)
         for _ in cast_votes(
-            self.f, [block], self.samples, sigma=smoothing.sigma, seed=smoothing.seed, batch_size=batch_size
+            self.f, [block], self.samples, sigma=smoothing.sigma, seed=0, batch_size=batch_size
         ):
             pass
 
@@ -125,7 +125,7 @@ class _Pipeline:
         noise_BCHW = torch.empty(len(draws), *self.image_CHW.shape, pin_memory=self.device.type == "cuda")
         noise.draw_noise(
             noise_BCHW.numpy(),
-            seed=smoothing.seed,
+            seed=0,
             stage="estimation",
             sample=sample,
             draws=draws,
