@@ -203,18 +203,25 @@ def device_of(spec: RunSpec) -> torch.device:
     return torch.device("cpu")
 
 
-def _facts(device: torch.device, setup: Setup) -> dict[str, Any]:
-    """What is recorded with every block besides its own figures."""
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """What of the surroundings can change a vote."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "votes_id": setup.votes_id,
         "device": f"{device.type} {name}",
-        "threads": setup.threads,
-        "precision": setup.spec.smoothing.precision,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "compiled": setup.spec.compute.compile,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _facts(device: torch.device, setup: Setup) -> dict[str, Any]:
+    """What is recorded with every block besides its own figures."""
+    return {
+        **facts_of(device),
+        "votes_id": setup.votes_id,
+        "threads": setup.threads,
+        "precision": setup.spec.smoothing.precision,
+        "compiled": setup.spec.compute.compile,
     }
 
 

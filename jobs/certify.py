@@ -329,6 +329,17 @@ def _certificates(
     )
 
 
+def rederive(store: Store, votes: pd.DataFrame, run: Mapping[str, Any], order_name: str) -> pd.DataFrame:
+    """The certificates of an order from a run's votes, as certify writes them."""
+    return _certificates(store, votes, dict(run), read_orders(store), order_name)
+
+
+def sampler_of(store: Store, run: Mapping[str, Any], order_name: str, order: Order, standing: set[Block]) -> Sampler:
+    """What an order of a run still wants; writes nothing."""
+    sigma = run["spec"]["smoothing"]["sigma"]
+    return _sampler(store, order_name, order, block_lengths(run), sigma, standing, plans=False)
+
+
 def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
     sigma, looks = run["spec"]["smoothing"]["sigma"], looks_at(order.alpha, order.n)
     largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
@@ -636,7 +647,7 @@ def run_status(run_uri: str) -> dict[str, Any]:
         facts["driver"] = json.loads(store.read("progress.json"))
     for name, order in orders.items():
         certificates = _certificates(store, votes, run, orders, name)
-        sampler = _sampler(store, name, order, lengths, run["spec"]["smoothing"]["sigma"], standing, plans=False)
+        sampler = sampler_of(store, run, name, order, standing)
         facts["orders"][name] = _result(store, run, name, order, _curve(run, order, certificates), certificates) | {
             "draws_done": sum(block.draws for block in blocks_of(order, lengths) if block in standing),
             "draws_missing": sum(block.draws for block in sampler.start()),

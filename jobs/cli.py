@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, curve, bench, submit.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, bench, submit.
 
 Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
 Ctrl-C and SIGTERM, resumable.
@@ -226,6 +226,50 @@ def analyze(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     sys.exit(0 if result["complete"] else 1)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--spec", "spec_name", metavar="SPEC", help="The run's spec, which tells where data and weights are.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="A share of false blocks that is to be found ...",
+)
+@click.option(
+    "--assurance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="... with this probability.",
+)
+@click.option("--blocks", type=click.IntRange(min=0), help="Blocks to cast again. [default: as --share needs]")
+@click.option("--seed", type=int, help="Choose the blocks by this seed. [default: the system's randomness]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+def audit(
+    run: str,
+    spec_name: str | None,
+    overrides: tuple[str, ...],
+    share: float,
+    assurance: float,
+    blocks: int | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Check a run's files, and cast some of its blocks again. Exit status 1 where anything is wrong.
+
+    \b
+    diffsmooth audit runs/mnist --spec mnist --share 0.05
+    """
+    from jobs import audit as auditing
+
+    spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
+    facts = auditing.audit(run, spec=spec, share=share, assurance=assurance, blocks=blocks, seed=seed)
+    click.echo(json.dumps(facts, indent=2) if as_json else auditing.report(facts), nl=as_json)
+    sys.exit(1 if facts["findings"] else 0)
 
 
 @main.command()

@@ -115,9 +115,7 @@ class _Pipeline:
 
     def _cast_votes(self, batch_size: int, batches: int) -> None:
         smoothing, block = self.spec.smoothing, Block(self.sample, "estimation", 0, batch_size * batches)
-        for _ in cast_votes(
-            self.f, [block], self.samples, sigma=smoothing.sigma, seed=0, batch_size=batch_size
-        ):
+        for _ in cast_votes(self.f, [block], self.samples, sigma=smoothing.sigma, seed=0, batch_size=batch_size):
             pass
 
     def noise(self, sample: int, draws: range) -> Tensor:

@@ -147,11 +147,14 @@ def list_blocks(store: Store, lengths: BlockLengths, entries: Iterable[Entry] | 
     return blocks
 
 
-def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[StoredBlock]:
+def read_blocks(
+    store: Store, blocks: Iterable[Block] | None = None, *, on_damage: Callable[[RunError], None] | None = None
+) -> list[StoredBlock]:
     """Read and check blocks (all that stand, unless some are named), in the order of their coordinates.
 
     Raises: RunError, naming the object, for one that is damaged, of another run, or whose votes do not sum to its
-    draws; and for two blocks of a sample that were cast on different images.
+    draws; and for two blocks of a sample that were cast on different images. With `on_damage`, which is given the
+    error, such a block is left out instead.
     """
     run = read_run(store)
     wanted = sorted(list_blocks(store, block_lengths(run)) if blocks is None else blocks)
@@ -160,7 +163,16 @@ def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[Sto
     fetch = store.reader()
 
     def read(start: int) -> list[StoredBlock]:
-        return [_decode(store.uri, fetch, block, run, shared) for block in wanted[start : start + size]]
+        return [one for block in wanted[start : start + size] if (one := decode(block)) is not None]
+
+    def decode(block: Block) -> StoredBlock | None:
+        try:
+            return _decode(store.uri, fetch, block, run, shared)
+        except RunError as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+            return None
 
     with ThreadPoolExecutor(max_workers=store.readers) as pool:
         stored = [one for some in pool.map(read, range(0, len(wanted), size)) for one in some]
@@ -168,11 +180,14 @@ def read_blocks(store: Store, blocks: Iterable[Block] | None = None) -> list[Sto
     for one in stored:
         sha256, first = images.setdefault(one.block.sample, (one.metadata["sample_sha256"], one.block))
         if one.metadata["sample_sha256"] != sha256:
-            raise RunError(
+            error = RunError(
                 f"{store.uri}: sample {one.block.sample} was another image for its {one.block.stage} draws "
                 f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; "
                 "the data set has changed: start a new run"
             )
+            if on_damage is None:
+                raise error
+            on_damage(error)
     return stored
 
 
