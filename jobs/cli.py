@@ -364,6 +364,7 @@ def plan(
     "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="Without SPEC: how many to schedule."
 )
 @click.option("--simulate", is_flag=True, help="Instead: ImageNet on 8 to 1,024 simulated spot GPUs; no Ray.")
+@click.option("--sampling", is_flag=True, help="Instead: draws that the sampling modes save, on simulated samples.")
 @click.option("--storage", metavar="URI", help="Instead: write blocks below URI and time listing, resume and table.")
 @click.option(
     "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many, with --storage."
@@ -380,6 +381,7 @@ def bench(
     draws: int,
     tasks: int,
     simulate: bool,
+    sampling: bool,
     storage: str | None,
     blocks: int,
     as_json: bool,
@@ -388,9 +390,10 @@ def bench(
 
     Without SPEC: the driver's own time per task, with a base classifier that does nothing, on a local Ray.
     """
+    asked = {spec: spec, "--simulate": simulate, "--sampling": sampling, "--storage": storage}
+    if len(chosen := [str(name) for name, given in asked.items() if given]) > 1:
+        raise UserError(f"{' and '.join(chosen)} are benchmarks apart: choose one")
     if spec is not None:
-        if simulate or storage:
-            raise UserError(f"{spec} and --{'simulate' if simulate else 'storage'} are two benchmarks: choose one")
         from rich.console import Console
 
         from jobs.speed import Effort, bench_speed, print_speed
@@ -410,8 +413,21 @@ def bench(
         return
     from jobs.bench import bench_driver, bench_simulation, bench_storage
 
-    if simulate and storage:
-        raise UserError("--simulate and --storage are two benchmarks: choose one")
+    if sampling:
+        from jobs.savings import simulate_modes
+
+        rows = [row for n in (10_000, 100_000) for row in simulate_modes(n)]
+        if as_json:
+            click.echo(json.dumps(rows, indent=2))
+            return
+        click.echo("population  mode                     n  saving  ACR lost  worst points lost at a radius")
+        for row in rows:
+            lost = "       -" if row["acr_lost"] is None else f"{row['acr_lost']:>8.2%}"
+            click.echo(
+                f"{row['population']:<10}  {row['mode']:<17}  {row['n']:>7,}  {row['saving']:>6.2f}  {lost}  "
+                f"{row['worst_points_lost']:>5.2f}"
+            )
+        return
     if simulate:
         rows = bench_simulation()
         if as_json:

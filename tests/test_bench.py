@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jobs.cli import SPECS, main
 from jobs.literal import Literal
+from jobs.savings import simulate_modes
 from jobs.speed import PARTS, Effort, bench_speed, print_speed
 from pipeline.data import open_dataset
 from pipeline.smoothing import build_base_classifier
@@ -31,7 +32,7 @@ def test_storage_is_measured_on_a_run_that_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--simulate", "--storage", "x"], ["mnist", "--simulate"], ["mnist", "--storage", "x"]]
+    "arguments", [["--simulate", "--storage", "x"], ["mnist", "--simulate"], ["mnist", "--sampling", "--storage", "x"]]
 )
 def test_two_benchmarks_at_once_are_refused(arguments):
     answer = CliRunner().invoke(main, ["bench", *arguments])
@@ -115,3 +116,15 @@ def test_literal_scores_are_those_of_f_and_its_votes_one_a_draw():
     counts = literal.count(x[sure], 70, 32)
     assert counts.sum() == 70
     assert counts.argmax() == data[sure].label
+
+
+def test_modes_save_what_they_may():
+    """On the same samples: skipping loses nothing, a plan about its allowance, and each saves draws."""
+    rows = {(row["population"], row["mode"]): row for row in simulate_modes(10_000, samples=300, seed=5)}
+    for population in ("weak", "middling", "strong"):
+        fixed, skip = rows[population, "fixed"], rows[population, "fixed, skip"]
+        assert (fixed["saving"], fixed["acr_lost"], skip["acr_lost"], skip["worst_points_lost"]) == (1, 0, 0, 0)
+        assert rows[population, "planned 1 %"]["acr_lost"] < 0.02
+        for mode in ("fixed, skip", "planned 1 %", "grid", "grid, skip"):
+            assert rows[population, mode]["saving"] > 1
+        assert rows[population, "grid"]["worst_points_lost"] < 2
