@@ -41,7 +41,7 @@ TABLE_KEY = "votes.parquet"
 _METADATA_KEY = b"diffsmooth"
 _BLOCK = ["sample", "stage", "draw_start", "draw_stop"]  # the columns that name a block
 _BATCH = 64  # blocks that a thread reads at a time
-_NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(\d+)-(\d+)\.parquet")
+_NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(0|[1-9]\d*)-(0|[1-9]\d*)\.parquet")  # one name for each block
 
 
 class StoredBlock(NamedTuple):

@@ -94,6 +94,13 @@ def test_a_foreign_object_is_named(store, tmp_path):
     assert any("notes.txt is no block" in one for one in found(store))
 
 
+def test_a_second_copy_of_a_block_is_named(store, tmp_path):
+    """Under another spelling of its name it would be counted twice by whoever reads the folder."""
+    folder = tmp_path / "run" / "votes" / "estimation"
+    shutil.copy(folder / "3-100.parquet", folder / "03-100.parquet")
+    assert any("03-100.parquet is no block" in one for one in found(store))
+
+
 def test_forged_votes_come_out_only_by_casting_again(store, spec, tmp_path):
     """Votes, table and certificates forged alike: the files agree with each other, and not with f."""
     (one,) = read_blocks(store, [Block(3, "estimation", 100, 200)])
