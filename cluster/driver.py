@@ -23,6 +23,7 @@ from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
 from pipeline.sampling import Sampler
 from pipeline.spec import Block, RunError, UserError
+from pipeline.votes import Votes
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ class Progress(NamedTuple):
     seconds: float  # since the first task began
     actors: int  # that wait for tasks or run one
     actors_wanted: int
-    new: list[
-        tuple[Block, int, dict[int, int]]
-    ]  # blocks of tasks that ended since the last word: block, label, votes per class
+    new: list[Votes]  # of the tasks that ended since the last word
     clean: CleanAccuracy | None  # of the first actor that loaded the models, once it has looked
 
 
@@ -261,7 +260,7 @@ class _Cast:
             ray.kill(actor, no_restart=False)
             self._wake(actor)
 
-    def _collect(self, future: Any) -> list[tuple[Block, int, dict[int, int]]]:
+    def _collect(self, future: Any) -> list[Votes]:
         """Take in what became of a future: an actor that lives, has loaded or has checked, a receipt; or a failure."""
         if future in self._waking:
             self._collect_awake(future, self._waking.pop(future))
@@ -312,7 +311,7 @@ class _Cast:
         else:
             self._idle.append(actor)
 
-    def _collect_receipt(self, future: Any, actor: Any) -> list[tuple[Block, int, dict[int, int]]]:
+    def _collect_receipt(self, future: Any, actor: Any) -> list[Votes]:
         try:
             receipt: Receipt = ray.get(future)
         except RayTaskError as error:
@@ -361,7 +360,7 @@ class _Cast:
                 f"({_line(error)}): look for missing memory on their nodes"
             )
 
-    def _tell(self, new: list[tuple[Block, int, dict[int, int]]]) -> None:
+    def _tell(self, new: list[Votes]) -> None:
         self._on_progress(
             Progress(
                 draws=self._draws,

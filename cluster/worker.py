@@ -19,7 +19,7 @@ from pipeline.data import UNLABELLED, Sample, open_dataset, sample_indices
 from pipeline.smoothing import BlockVotes, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import Block, RunSpec, UserError, votes_id
 from pipeline.store import open_store
-from pipeline.votes import block_key, block_votes, encode_block, read_blocks
+from pipeline.votes import Votes, block_key, block_votes, encode_block, read_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Setup(NamedTuple):
 class Receipt(NamedTuple):
     """What a task tells the driver: small, whatever the task's size."""
 
-    votes: list[tuple[Block, int, dict[int, int]]]  # block, label, votes per class, of each block of the task as stored
+    votes: list[Votes]  # of each block of the task, as stored
     stored: int  # draws that this attempt computed and stored
     duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
     seconds: float

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jobs.certify import rederive, sampler_of
+from jobs.certify import certificates_of, sampler_of
 from pipeline import noise
-from pipeline.sampling import read_orders
+from pipeline.sampling import read_orders, read_plans
 from pipeline.spec import Block, RunError, RunSpec, UserError
 from pipeline.store import Store, open_store
 from pipeline.votes import (
+    BLOCK_COLUMNS,
     TABLE_KEY,
     StoredBlock,
     block_key,
@@ -33,7 +34,6 @@ from pipeline.votes import (
 _MOMENT_VALUES = 2_000_000
 _MOMENT_LIMIT = 5.0  # standard errors
 _LEAST_AGREEMENT = 0.98  # of votes cast on another kind of device, where ties in floats may fall the other way
-_KEYS = ["sample", "stage", "draw_start", "draw_stop", "class"]
 
 
 def blocks_for(share: float, assurance: float) -> int:
@@ -58,8 +58,12 @@ def audit(
         noise.check_known_answers()
     except RunError as error:
         findings.append(str(error))
-    standing = _standing(store, run, findings)
-    stored = read_blocks(store, standing, on_damage=lambda error: findings.append(str(error)))
+
+    def note(error: RunError) -> None:
+        findings.append(str(error))
+
+    standing = list_blocks(store, block_lengths(run), on_damage=note)
+    stored = read_blocks(store, standing, on_damage=note)
     good = {one.block for one in stored}
     votes = to_table(stored)
     _compare_table(store, votes, findings)
@@ -82,16 +86,6 @@ def audit(
     }
 
 
-def _standing(store: Store, run: Mapping[str, Any], findings: list[str]) -> set[Block]:
-    standing: set[Block] = set()
-    for entry in store.list("votes"):
-        try:
-            standing |= list_blocks(store, block_lengths(run), [entry])
-        except RunError as error:
-            findings.append(str(error))
-    return standing
-
-
 def _compare_table(store: Store, votes: pd.DataFrame, findings: list[str]) -> None:
     """Blocks of votes.parquet that are gone or other than there."""
     try:
@@ -101,10 +95,11 @@ def _compare_table(store: Store, votes: pd.DataFrame, findings: list[str]) -> No
     except (OSError, ValueError) as error:
         findings.append(f"{store.uri}/{TABLE_KEY} is damaged ({str(error).splitlines()[0]}): certify makes it anew")
         return
-    columns = [*_KEYS, "votes", "label"]
-    both = table[columns].merge(votes[columns], on=_KEYS, how="left", suffixes=("", "_now"))
+    keys = [*BLOCK_COLUMNS, "class"]
+    columns = [*keys, "votes", "label"]
+    both = table[columns].merge(votes[columns], on=keys, how="left", suffixes=("", "_now"))
     changed = both[(both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])]
-    for block in changed[_KEYS[:4]].drop_duplicates().itertuples(index=False, name=None):
+    for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
         key = block_key(Block(*block))
         gone = key not in store.standing([key])
         findings.append(
@@ -117,7 +112,8 @@ def _check_orders(
     store: Store, run: Mapping[str, Any], votes: pd.DataFrame, good: set[Block], findings: list[str]
 ) -> None:
     """Blocks that an order wants and lacks; certificates that do not follow from the votes."""
-    for name, order in read_orders(store).items():
+    orders, plans = read_orders(store), read_plans(store)
+    for name, order in orders.items():
         missing = sampler_of(store, run, name, order, good).start()
         if missing:
             findings.append(
@@ -131,7 +127,7 @@ def _check_orders(
         except FileNotFoundError:
             findings.append(f"{store.uri}/{key} is missing: certify or analyze makes it from the votes")
             continue
-        derived = rederive(store, votes, run, name)
+        derived = certificates_of(votes, run, orders, plans, name)
         columns = [column for column in derived.columns if column != "post_hoc"]
         if not written[columns].equals(derived[columns].astype(dict(written.dtypes[columns]))):
             differing = (

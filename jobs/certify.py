@@ -39,12 +39,13 @@ from pipeline.sampling import (
     grid_of,
     order_of,
     place_order,
+    planned_draws,
     post_hoc_samples,
     read_orders,
     read_plans,
     store_plan,
 )
-from pipeline.spec import STAGES, Block, BlockLengths, RunSpec, UserError, check_alpha, check_multiple
+from pipeline.spec import STAGES, Block, RunSpec, UserError, check_alpha, check_multiple
 from pipeline.store import Store, open_store
 from pipeline.tables import render
 from pipeline.votes import (
@@ -92,9 +93,9 @@ def certify_all(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Certify specs one after another on the same actors, each in its storage; or predict, by the certificate.
 
-    All specs are checked before the cluster is touched. `costly` is the file that `read_costly` reads.
-    `on_stop` is given the function that a signal handler is to
-    call with its signal's number. Returns a result a run, and the signal that stopped the work, if one did.
+    All specs are checked before the cluster is touched. `costly` is the file that `read_costly` reads. `on_stop` is
+    given the function that a signal handler is to call with its signal's number. Returns a result a run, and the signal
+    that stopped the work, if one did.
 
     Raises: UserError, RunError.
     """
@@ -170,18 +171,18 @@ def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | N
     store = open_store(home)
     store.prepare()
     secret = smoothing.seed == "random"
-    spec, votes_id = _claim(spec, store, weights, data.num_classes)
+    spec, run = _claim(spec, store, weights, data.num_classes)
     if secret and not quiet:
         commitment = hashlib.sha256(store.read(RUN_KEY)).hexdigest()
         Console(stderr=True).print(f"sha256 of {store.uri}/{RUN_KEY}: {commitment} (publish it)", soft_wrap=True)
     order_name = place_order(store, order)
     standing = list_blocks(store, smoothing.block)
-    sampler = _sampler(store, order_name, order, smoothing.block, smoothing.sigma, standing)
-    return _Run(spec, store, votes_id, order_name, order, sampler, sampler.start())
+    sampler = sampler_of(store, run, order_name, order, standing, plans=True)
+    return _Run(spec, store, run["votes_id"], order_name, order, sampler, sampler.start())
 
 
-def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes: int) -> tuple[RunSpec, str]:
-    """Make the storage the spec's home; returns the spec with a number for its seed, and the votes_id.
+def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes: int) -> tuple[RunSpec, dict[str, Any]]:
+    """Make the storage the spec's home; returns the spec with a number for its seed, and what run.json holds.
 
     A random seed is drawn once in a run's life, and then read from run.json.
     """
@@ -198,23 +199,19 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
             if drawn:
                 continue  # another driver was first, with a seed of its own
             raise
-        return seeded, described["votes_id"]
+        return seeded, described
 
 
-def _sampler(
-    store: Store,
-    order_name: str,
-    order: Order,
-    lengths: BlockLengths,
-    sigma: float,
-    standing: set[Block],
-    *,
-    plans: bool = True,
+def sampler_of(
+    store: Store, run: Mapping[str, Any], order_name: str, order: Order, standing: set[Block], *, plans: bool = False
 ) -> Sampler:
+    """What an order of a run still wants; without `plans` it writes nothing."""
+
     def read(blocks: list[Block]) -> list[Any]:
         return [block_votes(stored) for stored in read_blocks(store, blocks)]
 
-    return Sampler(store, order_name, order, lengths, sigma, standing, read, plans=plans)
+    sigma = run["spec"]["smoothing"]["sigma"]
+    return Sampler(store, order_name, order, block_lengths(run), sigma, standing, read, plans=plans)
 
 
 def _costly(certificate: Certificate, path: str | None, num_classes: int) -> dict[int, list[int]] | None:
@@ -264,7 +261,7 @@ def _conclude(store: Store, order_name: str, *, quiet: bool) -> dict[str, Any]:
     """Votes table, certificates, curve.csv and curve.png of an order, from the stored blocks; print its table."""
     votes = write_table(store, read_blocks(store))
     run, orders = read_run(store), read_orders(store)
-    certificates = _certificates(store, votes, run, orders, order_name)
+    certificates = certificates_of(votes, run, orders, read_plans(store), order_name)
     curve = _curve(run, orders[order_name], certificates)
     folder = f"orders/{order_name}"
     buffer = io.BytesIO()
@@ -306,11 +303,15 @@ def _describe(order: Order) -> str:
     return f"{order.certificate}, {mode}n0 = {order.n0}, n = {order.n}, alpha = {alpha}"
 
 
-def _certificates(
-    store: Store, votes: pd.DataFrame, run: dict[str, Any], orders: dict[str, Order], order_name: str
+def certificates_of(
+    votes: pd.DataFrame,
+    run: Mapping[str, Any],
+    orders: dict[str, Order],
+    plans: Mapping[str, Mapping[int, int]],
+    order_name: str,
 ) -> pd.DataFrame:
+    """The certificates of one of a run's orders; `plans` is what `read_plans` gives."""
     order, sigma = orders[order_name], run["spec"]["smoothing"]["sigma"]
-    plans = read_plans(store)
     return certify(
         votes,
         sigma=sigma,
@@ -327,17 +328,6 @@ def _certificates(
         mode=order.mode,
         post_hoc=post_hoc_samples(orders, order_name, plans).__contains__,
     )
-
-
-def rederive(store: Store, votes: pd.DataFrame, run: Mapping[str, Any], order_name: str) -> pd.DataFrame:
-    """The certificates of an order from a run's votes, as certify writes them."""
-    return _certificates(store, votes, dict(run), read_orders(store), order_name)
-
-
-def sampler_of(store: Store, run: Mapping[str, Any], order_name: str, order: Order, standing: set[Block]) -> Sampler:
-    """What an order of a run still wants; writes nothing."""
-    sigma = run["spec"]["smoothing"]["sigma"]
-    return _sampler(store, order_name, order, block_lengths(run), sigma, standing, plans=False)
 
 
 def _curve(run: dict[str, Any], order: Order, certificates: pd.DataFrame) -> Curve:
@@ -541,10 +531,11 @@ def analyze(
         if order.mode != "fixed":
             raise UserError(f"--certificate {kept} needs equally many draws of each sample: name them with --n")
         order = order.model_copy(update={"skip_wrong": False})
-    _check_drawn(store, order, block_lengths(run), asked)
+    _check_drawn(store, run, order, asked)
     order_name = place_order(store, order)
-    if order.mode == "planned":
-        _plan_as(store, order_name, first)
+    if order.mode == "planned":  # the draws that were cast
+        planned = planned_draws(store, first)
+        store_plan(store, order_name, {sample: n for sample, n in planned.items() if sample in set(order.samples)})
     result = _conclude(store, order_name, quiet=quiet)
     if export_tsv:
         certificates = pd.read_parquet(io.BytesIO(store.read(f"orders/{order_name}/certificates.parquet")))
@@ -553,8 +544,9 @@ def analyze(
     return result
 
 
-def _check_drawn(store: Store, order: Order, lengths: BlockLengths, asked: Mapping[str, int]) -> None:
+def _check_drawn(store: Store, run: Mapping[str, Any], order: Order, asked: Mapping[str, int]) -> None:
     """Refuse draws that were not cast; those that an adaptive order found needless do not count as lacking."""
+    lengths = block_lengths(run)
     standing = list_blocks(store, lengths)
     for (name, value), stage in zip(asked.items(), STAGES, strict=True):
         if value < 1 and (name == "n" or order.certificate != "predict"):
@@ -562,30 +554,13 @@ def _check_drawn(store: Store, order: Order, lengths: BlockLengths, asked: Mappi
         check_multiple(f"--{name}", value, lengths.of(stage), stage)
         if stage == "estimation" and order.mode != "fixed":
             continue
-        needed = order.samples
+        needed = set(order.samples)
         if stage == "estimation" and order.skip_wrong:
-            stored = read_blocks(store, [b for b in standing if b.stage == "selection" and b.draw_stop <= order.n0])
-            tallies: dict[int, Counter[int]] = defaultdict(Counter)
-            labels = {}
-            for block, label, votes in map(block_votes, stored):
-                tallies[block.sample].update(votes)
-                labels[block.sample] = label
-            needed = [sample for sample in needed if top_class(tallies[sample]) == labels[sample]]
+            needed = {block.sample for block in sampler_of(store, run, "", order, standing).start()}
         drawn = min((_prefix(standing, sample, stage, lengths.of(stage)) for sample in needed), default=value)
         if value > drawn:
             most = f"the most that stands for every sample is {drawn}" if drawn else "not every sample has draws yet"
             raise UserError(f"--{name} {value}: {most}; take that, or cast more draws with certify")
-
-
-def _plan_as(store: Store, order_name: str, first: Order) -> None:
-    """Give an order the plans of the first order's settings: the draws that were cast."""
-    orders, plans = read_orders(store), read_plans(store)
-    plan: dict[int, int] = {}
-    for name, other in orders.items():
-        if other.settings == first.settings:
-            plan |= {sample: n for sample, n in plans.get(name, {}).items() if sample not in plan}
-    if order_name not in plans:
-        store_plan(store, order_name, {sample: n for sample, n in plan.items() if sample in orders[order_name].samples})
 
 
 @contextmanager
@@ -618,7 +593,8 @@ def stored_curve(run_uri: str, order_name: str | None) -> Curve:
         raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
     if name not in with_radii:
         raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
-    curve = _curve(run, orders[name], _certificates(store, to_table(read_blocks(store)), run, orders, name))
+    certificates = certificates_of(to_table(read_blocks(store)), run, orders, read_plans(store), name)
+    curve = _curve(run, orders[name], certificates)
     if not curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
     return curve
@@ -645,8 +621,9 @@ def run_status(run_uri: str) -> dict[str, Any]:
     }
     with suppress(FileNotFoundError, ValueError):
         facts["driver"] = json.loads(store.read("progress.json"))
+    plans = read_plans(store)
     for name, order in orders.items():
-        certificates = _certificates(store, votes, run, orders, name)
+        certificates = certificates_of(votes, run, orders, plans, name)
         sampler = sampler_of(store, run, name, order, standing)
         facts["orders"][name] = _result(store, run, name, order, _curve(run, order, certificates), certificates) | {
             "draws_done": sum(block.draws for block in blocks_of(order, lengths) if block in standing),

@@ -53,7 +53,12 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
     looks = looks_of(n, LENGTH)
     counts = rng.binomial(np.diff((0, *looks)), p[:, None], size=(samples, len(looks))).cumsum(axis=1)
     radii_at_n = certified_radius(counts[:, -1], n, ALPHA, SIGMA)
-    fixed = np.where(right, radii_at_n, 0.0)
+
+    def counted(radii: NDArray[np.float64], certified: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Radii where right and certified, -1 elsewhere: 0 is a radius."""
+        return np.where(right & certified, radii, -1.0)
+
+    fixed = counted(radii_at_n, radii_at_n > 0)
     pilot = rng.binomial(PILOT, p)
 
     def planned(loss: float, active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -64,13 +69,12 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
         some = draws > 0
         reached = np.zeros(samples)
         reached[some] = certified_radius(rng.binomial(draws[some], p[some]), draws[some], ALPHA, SIGMA)
-        return draws + PILOT, np.where(right, reached, 0.0)
+        return draws + PILOT, counted(reached, reached > 0)
 
     grid = Grid(RADII, SIGMA, ALPHA, looks)
     decisions = [grid.decide(row) for row in counts.tolist()]
-    looked = np.array([decision.n for decision in decisions])
-    levels = np.where(right, np.array([grid.radius(decision.level) for decision in decisions]), 0.0)
-    levels[~right | np.array([decision.level == 0 for decision in decisions])] = -1.0  # not even at 0
+    looked, levels = np.array([(decision.n, decision.level) for decision in decisions]).T
+    at_looks = counted(np.array([grid.radius(level) for level in levels]), levels > 0)
     everything = np.ones(samples, dtype=bool)
     modes = {
         "fixed": (np.full(samples, N0 + n), fixed, True),
@@ -78,14 +82,13 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
         "planned 1 %": (*planned(0.01, everything), True),
         "planned 1 %, skip": (*planned(0.01, ~wrong), True),
         "planned 2 %, skip": (*planned(0.02, ~wrong), True),
-        "grid": (N0 + looked, levels, False),
-        "grid, skip": (np.where(wrong, N0, N0 + looked), levels, False),
+        "grid": (N0 + looked, at_looks, False),
+        "grid, skip": (np.where(wrong, N0, N0 + looked), at_looks, False),
     }
-    certified = np.where(right & (radii_at_n > 0), radii_at_n, -1.0)
+    acr = np.maximum(fixed, 0).sum()
     rows = []
     for mode, (draws, reached, comparable) in modes.items():
-        mine = np.where(reached > 0, reached, -1.0) if comparable else reached
-        lost = [float((certified >= radius).mean() - (mine >= radius).mean()) for radius in RADII]
+        lost = [float((fixed >= radius).mean() - (reached >= radius).mean()) for radius in RADII]
         rows.append(
             {
                 "population": population.name,
@@ -93,7 +96,7 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
                 "n": n,
                 "draws": int(draws.sum()),
                 "saving": float((N0 + n) * samples / draws.sum()),
-                "acr_lost": float(1 - reached.sum() / fixed.sum()) if comparable else None,
+                "acr_lost": float(1 - np.maximum(reached, 0).sum() / acr) if comparable else None,
                 "worst_points_lost": 100 * max(lost),
             }
         )

@@ -39,11 +39,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtrc, betaincinv, ndtr, ndtri
 
 from pipeline.sequential import Grid
+from pipeline.spec import Alpha
 
 ABSTAINED, NO_PREDICTION = -1, -2
 
 Certificate = Literal["top", "multiclass", "cost", "predict"]
-Alpha = float | Mapping[int, float]  # of one bound, or split in advance over looks: n -> its share
 _W, _W_COST = 0.9, 0.8  # p_A's share of alpha in the multi-class and the cost-sensitive certificate
 CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
 
@@ -110,20 +110,28 @@ def looks_at(alpha: Alpha, n: int) -> dict[int, float]:
     return {n: alpha}
 
 
-def top_class(votes: Mapping[int, int], costly: Sequence[int] = ()) -> int:
-    """The class with most votes, the lowest of several; NO_PREDICTION where there is none outside `costly`."""
-    allowed = {k: count for k, count in votes.items() if k not in costly}
-    return min(allowed, key=lambda k: (-allowed[k], k), default=NO_PREDICTION)
+def top_class(votes: Mapping[int, int]) -> int:
+    """The class with most votes, the lowest of several; NO_PREDICTION where there are none."""
+    return min(votes, key=lambda k: (-votes[k], k), default=NO_PREDICTION)
 
 
 class _Counts(NamedTuple):
-    """Votes of S samples for K classes, and what bounds them."""
+    """Estimation votes of S samples for K classes, and what bounds them."""
 
-    selection_SK: NDArray[np.int64]
+    top: NDArray[np.int64]  # the selection's class of each sample
     estimation_SK: NDArray[np.int64]
     costly_SK: NDArray[np.bool_]  # Omega
     alpha: float
     sigma: float
+
+    @property
+    def n_A(self) -> NDArray[np.int64]:
+        return self.estimation_SK[np.arange(len(self.top)), self.top]
+
+    @property
+    def n(self) -> NDArray[np.int64]:
+        """1 where there are no votes."""
+        return np.maximum(self.estimation_SK.sum(axis=1), 1)
 
 
 class _Verdict(NamedTuple):
@@ -139,26 +147,28 @@ class _Verdict(NamedTuple):
 
 def _top(counts: _Counts) -> _Verdict:
     """CERTIFY: the selection's top class, bounded by the estimation's votes for it."""
-    top, n_A, n = _selected(counts.selection_SK, counts.estimation_SK)
+    n_A, n = counts.n_A, counts.n
     bound = lower_confidence_bound(n_A, n, counts.alpha)
-    return _Verdict(top, n_A, bound, 1 - bound, certified_radius(n_A, n, counts.alpha, counts.sigma), bound >= 0.5)
+    return _Verdict(
+        counts.top, n_A, bound, 1 - bound, certified_radius(n_A, n, counts.alpha, counts.sigma), bound >= 0.5
+    )
 
 
 def _multiclass(counts: _Counts) -> _Verdict:
     """CERTIFY with all other classes bounded too; there is a column for every class of the data set."""
     others_SK = np.ones(counts.estimation_SK.shape, dtype=bool)
-    others_SK[np.arange(len(others_SK)), counts.selection_SK.argmax(axis=1)] = False
-    return _against(counts, counts.selection_SK, others_SK, _W)
+    others_SK[np.arange(len(others_SK)), counts.top] = False
+    return _against(counts, others_SK, _W)
 
 
 def _cost(counts: _Counts) -> _Verdict:
     """The selection's top class outside Omega, against the classes in Omega."""
-    return _against(counts, np.where(counts.costly_SK, -1, counts.selection_SK), counts.costly_SK, _W_COST)
+    return _against(counts, counts.costly_SK, _W_COST)
 
 
-def _against(counts: _Counts, selection_SK: NDArray[np.int64], rivals_SK: NDArray[np.bool_], w: float) -> _Verdict:
+def _against(counts: _Counts, rivals_SK: NDArray[np.bool_], w: float) -> _Verdict:
     """The top class bounded from below at w alpha, its rivals from above at (1 - w) alpha together."""
-    top, n_A, n = _selected(selection_SK, counts.estimation_SK)
+    n_A, n = counts.n_A, counts.n
     # the bound grows with the count, so the rival with most votes has the largest
     n_B = np.where(rivals_SK, counts.estimation_SK, 0).max(axis=1)
     level = (1 - w) * counts.alpha / np.maximum(rivals_SK.sum(axis=1), 1)
@@ -167,7 +177,7 @@ def _against(counts: _Counts, selection_SK: NDArray[np.int64], rivals_SK: NDArra
     p_B = np.minimum(rest, p_B)
     stands = 1 - rest >= p_B
     radius = np.where(stands, counts.sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
-    return _Verdict(top, n_A, 1 - rest, p_B, radius, stands)
+    return _Verdict(counts.top, n_A, 1 - rest, p_B, radius, stands)
 
 
 def _predict(counts: _Counts) -> _Verdict:
@@ -177,12 +187,6 @@ def _predict(counts: _Counts) -> _Verdict:
     nothing = np.full(len(n_A), np.nan)
     stands = prediction_p_value(n_A, n_B) <= counts.alpha
     return _Verdict(counts.estimation_SK.argmax(axis=1), n_A, nothing, nothing, np.zeros(len(n_A)), stands)
-
-
-def _selected(selection: NDArray[np.int64], estimation: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-    """The selection's top class, its estimation votes, and all estimation votes (1 where there are none)."""
-    top = selection.argmax(axis=1)
-    return top, estimation[np.arange(len(estimation)), top], np.maximum(estimation.sum(axis=1), 1)
 
 
 _VERDICTS = {"top": _top, "multiclass": _multiclass, "cost": _cost, "predict": _predict}
@@ -247,7 +251,7 @@ def certify(
         for look, share in looks_at(alpha, last).items():
             wanted = np.array([n.get(int(i), -1) if isinstance(n, Mapping) else look for i in index], dtype=np.int64)
             estimation = _counts(votes, "estimation", wanted, index, columns)
-            found = _VERDICTS[certificate](_Counts(selection, estimation, costly_SK, share, sigma))
+            found = _VERDICTS[certificate](_Counts(top, estimation, costly_SK, share, sigma))
             drawn = estimation.sum(axis=1)
             bounds.append(_Bound(found, drawn, np.full(len(index), share), selected & (drawn == wanted)))
         if not bounds:

@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +29,12 @@ from scipy.special import betaincinv
 
 from pipeline.certify import Certificate, certified_radius, prefix_counts, top_class
 from pipeline.sequential import Grid, looks_of
-from pipeline.spec import STAGES, Alpha, Block, BlockLengths, RunError, RunSpec, Section, UserError
+from pipeline.spec import STAGES, Alpha, Block, BlockLengths, RunError, RunSpec, Section, UserError, WholeKeys
 from pipeline.store import Store
+from pipeline.votes import Votes
 
 _QUANTILES = 15  # of a pilot's posterior
 _CANDIDATES = 24  # numbers of draws that a plan chooses from, besides none
-
-Votes = tuple[Block, int, Mapping[int, int]]  # a committed block, its label, votes per class
 
 
 class Order(Section):
@@ -50,7 +49,7 @@ class Order(Section):
     skip_wrong: bool = False
     max_acr_loss: float | None = None
     radii: list[float] | None = None
-    costly: dict[int, list[int]] | None = None  # label -> the classes that are costly for it
+    costly: Annotated[dict[int, list[int]] | None, WholeKeys] = None  # label -> the classes that are costly for it
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -125,11 +124,7 @@ def read_orders(store: Store) -> dict[str, Order]:
     orders = {}
     for key in keys:
         try:
-            raw = json.loads(store.read(key))
-            costly = raw.get("costly")  # JSON's keys are strings
-            orders[key.removeprefix("orders/").removesuffix(".json")] = Order(
-                **{**raw, "costly": costly and {int(y): classes for y, classes in costly.items()}}
-            )
+            orders[key.removeprefix("orders/").removesuffix(".json")] = Order(**json.loads(store.read(key)))
         except ValueError as error:
             raise RunError(f"{store.uri}/{key} is damaged; restore it from a copy") from error
     return orders
@@ -318,11 +313,7 @@ def _make_plan(
     `pilots` holds the label and the selection's votes of every sample. A sample that another order with the same
     settings has planned keeps its draws.
     """
-    orders, planned = read_orders(store), {}
-    for other, plan in read_plans(store).items():
-        if orders[other].settings == order.settings:
-            planned.update({sample: n for sample, n in plan.items() if sample not in planned})
-    planned = {sample: n for sample, n in planned.items() if sample in pilots}
+    planned = {sample: n for sample, n in planned_draws(store, order).items() if sample in pilots}
     fresh = {sample: pilot for sample, pilot in pilots.items() if sample not in planned}
     counts = {}
     for sample, (label, votes) in fresh.items():
@@ -343,6 +334,15 @@ def _make_plan(
     planned.update(zip(counts, draws, strict=True))
     store_plan(store, name, planned)
     return read_plans(store)[name]
+
+
+def planned_draws(store: Store, order: Order) -> dict[int, int]:
+    """What the orders with an order's settings have planned: sample -> its estimation draws, the earliest's."""
+    orders, planned = read_orders(store), dict[int, int]()
+    for other, plan in read_plans(store).items():
+        if orders[other].settings == order.settings:
+            planned = plan | planned
+    return planned
 
 
 def store_plan(store: Store, name: str, plan: Mapping[int, int]) -> None:

@@ -13,7 +13,7 @@ Stopping for futility claims nothing and costs no alpha.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from scipy.signal import fftconvolve
@@ -88,7 +88,7 @@ class Grid:
 
     def decide(self, counts: Sequence[int]) -> Decision:
         """From the top class's counts among the first n_1, n_2, ... draws, as far as these stand without a gap."""
-        level, table = 0, self._boundaries()
+        level, table = 0, self._boundaries
         for index, (look, count) in enumerate(zip(self.looks, counts, strict=False)):
             while level < len(self.radii) and count >= table[level][index]:
                 level += 1
@@ -100,6 +100,7 @@ class Grid:
         """The largest radius that is certified, 0 where none is."""
         return self.radii[level - 1] if level else 0.0
 
+    @cached_property
     def _boundaries(self) -> list[tuple[int, ...]]:
         return [boundaries(float(ndtr(radius / self.sigma)), self.looks, self.alpha) for radius in self.radii]
 

@@ -153,17 +153,18 @@ class Classifier(Section):
     interpolation: Literal["bicubic", "bilinear"] | None = None  # to the network's own size; None: as its metadata say
 
 
-def _by_look(raw: Any) -> Any:
+def _with_whole_keys(raw: Any) -> Any:
     """TOML's and JSON's keys are strings."""
     if isinstance(raw, Mapping):
         try:
-            return {int(look): share for look, share in raw.items()}
+            return {int(key): value for key, value in raw.items()}
         except ValueError as error:
-            raise ValueError(f"alpha = {dict(raw)}: its keys must be numbers of draws") from error
+            raise ValueError(f"{dict(raw)}: its keys must be whole numbers") from error
     return raw
 
 
-Alpha = Annotated[float | dict[int, float], BeforeValidator(_by_look)]
+WholeKeys = BeforeValidator(_with_whole_keys)
+Alpha = Annotated[float | dict[int, float], WholeKeys]  # of one bound, or split in advance over looks: n -> its share
 
 
 class BlockLengths(Section):
@@ -251,11 +252,9 @@ class RunSpec(Section):
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
         """A plan wants a longer selection, which is its pilot."""
-        sampling, smoothing = (
-            (raw.get(key) for key in ("sampling", "smoothing")) if isinstance(raw, Mapping) else 2 * (None,)
-        )
-        if isinstance(sampling, Mapping) and isinstance(smoothing, Mapping) and sampling.get("mode") == "planned":
-            return {**raw, "smoothing": {"n0": PILOT, **smoothing}}
+        match raw:
+            case {"sampling": {"mode": "planned"}, "smoothing": Mapping() as smoothing}:
+                return {**raw, "smoothing": {"n0": PILOT, **smoothing}}
         return raw
 
     @model_validator(mode="after")

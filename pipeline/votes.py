@@ -39,9 +39,12 @@ SCHEMA = pa.schema(
 RUN_KEY = "run.json"
 TABLE_KEY = "votes.parquet"
 _METADATA_KEY = b"diffsmooth"
-_BLOCK = ["sample", "stage", "draw_start", "draw_stop"]  # the columns that name a block
+BLOCK_COLUMNS = ["sample", "stage", "draw_start", "draw_stop"]  # that name a block
 _BATCH = 64  # blocks that a thread reads at a time
 _NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(0|[1-9]\d*)-(0|[1-9]\d*)\.parquet")  # one name for each block
+
+
+Votes = tuple[Block, int, dict[int, int]]  # a committed block, its label, votes per class: what travels
 
 
 class StoredBlock(NamedTuple):
@@ -52,8 +55,7 @@ class StoredBlock(NamedTuple):
     metadata: dict[str, Any]
 
 
-def block_votes(stored: StoredBlock) -> tuple[Block, int, dict[int, int]]:
-    """Block, label and votes per class, as plain numbers."""
+def block_votes(stored: StoredBlock) -> Votes:
     return stored.block, stored.label, dict(zip(stored.classes.tolist(), stored.votes.tolist(), strict=True))
 
 
@@ -130,10 +132,17 @@ def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata
     return buffer.getvalue()
 
 
-def list_blocks(store: Store, lengths: BlockLengths, entries: Iterable[Entry] | None = None) -> set[Block]:
+def list_blocks(
+    store: Store,
+    lengths: BlockLengths,
+    entries: Iterable[Entry] | None = None,
+    *,
+    on_damage: Callable[[RunError], None] | None = None,
+) -> set[Block]:
     """The blocks that stand, from one listing (of its own, unless one is given), none of them opened.
 
-    Raises: RunError for an object under votes/ that is no block of this run.
+    Raises: RunError for an object under votes/ that is no block of this run. With `on_damage`, which is given the
+    error, such an object is left out instead.
     """
     blocks = set()
     stages: dict[str, tuple[Stage, int]] = {stage: (stage, lengths.of(stage)) for stage in STAGES}
@@ -142,7 +151,8 @@ def list_blocks(store: Store, lengths: BlockLengths, entries: Iterable[Entry] | 
         stage, length = stages[match[1]] if match else (STAGES[0], 1)
         start = int(match[3]) if match else 0
         if match is None or start % length:
-            raise RunError(f"{store.uri}/{key} is no block of this run; move it elsewhere")
+            _refuse(RunError(f"{store.uri}/{key} is no block of this run; move it elsewhere"), on_damage)
+            continue
         blocks.add(Block(int(match[2]), stage, start, start + length))
     return blocks
 
@@ -169,26 +179,31 @@ def read_blocks(
         try:
             return _decode(store.uri, fetch, block, run, shared)
         except RunError as error:
-            if on_damage is None:
-                raise
-            on_damage(error)
+            _refuse(error, on_damage)
             return None
 
     with ThreadPoolExecutor(max_workers=store.readers) as pool:
         stored = [one for some in pool.map(read, range(0, len(wanted), size)) for one in some]
     images: dict[int, tuple[str, Block]] = {}
+    of_one_image = []
     for one in stored:
         sha256, first = images.setdefault(one.block.sample, (one.metadata["sample_sha256"], one.block))
-        if one.metadata["sample_sha256"] != sha256:
-            error = RunError(
-                f"{store.uri}: sample {one.block.sample} was another image for its {one.block.stage} draws "
-                f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; "
-                "the data set has changed: start a new run"
-            )
-            if on_damage is None:
-                raise error
-            on_damage(error)
-    return stored
+        if one.metadata["sample_sha256"] == sha256:
+            of_one_image.append(one)
+            continue
+        error = RunError(
+            f"{store.uri}: sample {one.block.sample} was another image for its {one.block.stage} draws "
+            f"{one.block.draw_start} than for its {first.stage} draws {first.draw_start}; "
+            "the data set has changed: start a new run"
+        )
+        _refuse(error, on_damage)
+    return of_one_image
+
+
+def _refuse(error: RunError, on_damage: Callable[[RunError], None] | None) -> None:
+    if on_damage is None:
+        raise error
+    on_damage(error)
 
 
 def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
@@ -234,7 +249,7 @@ def glance(store: Store, standing: set[Block]) -> tuple[pd.DataFrame, dict[str, 
     damaged, of another run, or holds blocks that do not stand is left aside.
     """
     table, devices = _read_table(store, standing)
-    covered = {Block(*row) for row in table[_BLOCK].drop_duplicates().itertuples(index=False, name=None)}
+    covered = {Block(*row) for row in table[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None)}
     stored = read_blocks(store, standing - covered)
     return pd.concat([table, to_table(stored)], ignore_index=True), dict(Counter(devices) + Counter(_devices(stored)))
 
@@ -248,7 +263,7 @@ def _read_table(store: Store, standing: set[Block]) -> tuple[pd.DataFrame, dict[
         votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return nothing
-    drawn = votes.groupby(_BLOCK)["votes"].sum()
+    drawn = votes.groupby(BLOCK_COLUMNS)["votes"].sum()
     blocks = [Block(*block) for block in drawn.index]
     believed = (
         facts["votes_id"] == read_run(store)["votes_id"]
@@ -285,7 +300,7 @@ def _decode(
     if metadata["votes_id"] != run["votes_id"]:
         raise refuse(f"belongs to another run (votes_id {metadata['votes_id']}, not {run['votes_id']})")
     classes, votes = columns["class"], columns["votes"]
-    for name, value in zip(_BLOCK, block, strict=True):
+    for name, value in zip(BLOCK_COLUMNS, block, strict=True):
         if (columns[name] != value).any():
             raise refuse(f"says {name} = {columns[name][0]} inside")
     if votes.sum() != block.draws or (votes < 1).any():
