@@ -165,16 +165,18 @@ class Upsample(nn.Module):
 def doubling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     """Nearest doubling and a 3 x 3 convolution with padding 1, as one transposed convolution.
 
-    Output row 2 i + a is sum over k of w[k] x[(2 i + a + k - 1) // 2], so w[k] stands where row i reaches it: in rows
-    2 - k and 3 - k of the kernel of 4.
+    Output row 2 i + a is the sum over k of w[k] x[(2 i + a + k - 1) // 2], so w[k] stands in rows 2 - k and 3 - k of
+    the kernel of 4; columns likewise.
     """
-    place_KU = torch.zeros(3, 4, dtype=torch.float64, device=conv.weight.device)
-    for k in range(3):
-        place_KU[k, [2 - k, 3 - k]] = 1
+
+    def widen(weight: Tensor, dim: int) -> Tensor:
+        first, second, third = weight.unbind(dim)
+        return torch.stack([third, second + third, first + second, first], dim)
+
     merged = nn.ConvTranspose2d(
         conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device="meta", dtype=conv.weight.dtype
     )
-    weight_IOUV = torch.einsum("oikl,ku,lv->iouv", conv.weight.double(), place_KU, place_KU).to(conv.weight.dtype)
+    weight_IOUV = widen(widen(conv.weight, 2), 3).transpose(0, 1)
     merged.weight, merged.bias = nn.Parameter(weight_IOUV, requires_grad=False), conv.bias
     return merged.eval()
 
