@@ -1,8 +1,9 @@
-"""Curves -> a table of certified accuracies: text, Markdown, LaTeX or CSV.
+"""Curves -> a table of certified accuracies: text, Markdown, LaTeX, HTML or CSV.
 
 In percent with one decimal, a row a curve; CSV has the unrounded share, a row a curve and radius.
 """
 
+import html
 import io
 import logging
 import re
@@ -119,6 +120,23 @@ def _latex(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
     )
 
 
+def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
+    def line(cells: Iterable[str], tag: str = "td") -> str:
+        return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+    return _joined(
+        [
+            "<table>",
+            f"<caption>{_CAPTION[0].upper()}{_CAPTION[1:]}</caption>",
+            line([*_HEADINGS, *map(_radius, radii)], "th"),
+            *map(line, _with_best(_cells(curves, radii), html.escape, "<b>{}</b>".format)),
+            *([line(_envelope_cells(envelope))] if envelope else []),
+            "</table>",
+            *(f"<p>{html.escape(note)}</p>" for note in _notes(curves, radii, envelope)),
+        ]
+    )
+
+
 def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
     """Columns run, radius, certified_accuracy; an envelope adds its block and the column best_run.
 
@@ -139,6 +157,7 @@ FORMATS: dict[str, Callable[[Sequence[Curve], _Radii, Envelope | None], str]] = 
     "text": _text,
     "markdown": _markdown,
     "latex": _latex,
+    "html": _html,
     "csv": _csv,
 }
 
