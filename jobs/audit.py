@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jobs.certify import certificates_of, sampler_of
+from jobs.certify import certificates_of, sampler_of, with_seed_of
 from pipeline import noise
 from pipeline.sampling import read_orders, read_plans
 from pipeline.spec import Block, RunError, RunSpec, UserError
@@ -174,8 +174,7 @@ def _redraw(
     from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
     from pipeline.spec import votes_id
 
-    seed = int(run["spec"]["smoothing"]["seed"])
-    spec = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"seed": seed})})
+    spec = with_seed_of(run, spec)
     weights = weights_ids(spec)
     for name, sha256 in run["spec"]["weights"].items():
         if weights.get(name) != sha256:
@@ -201,7 +200,7 @@ def _redraw(
             [one.block],
             {one.block.sample: sample},
             sigma=spec.smoothing.sigma,
-            seed=seed,
+            seed=int(spec.smoothing.seed),
             batch_size=one.metadata["batch_size"],
             noise_grid=spec.smoothing.noise_grid,
         )

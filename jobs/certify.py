@@ -50,6 +50,7 @@ from pipeline.store import Store, open_store
 from pipeline.tables import render
 from pipeline.votes import (
     RUN_KEY,
+    StoredBlock,
     block_lengths,
     block_votes,
     claim_run,
@@ -190,8 +191,8 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
         seeded, drawn = spec, False
         if spec.smoothing.seed == "random":
             drawn = RUN_KEY not in store.standing([RUN_KEY])
-            seed = secrets.randbits(128) if drawn else read_run(store)["spec"]["smoothing"]["seed"]
-            seeded = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"seed": seed})})
+            fresh = {"spec": {"smoothing": {"seed": secrets.randbits(128)}}}
+            seeded = with_seed_of(fresh if drawn else read_run(store), spec)
         described = run_of(seeded, weights, num_classes)
         try:
             claim_run(store, described)
@@ -200,6 +201,14 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
                 continue  # another driver was first, with a seed of its own
             raise
         return seeded, described
+
+
+def with_seed_of(run: Mapping[str, Any], spec: RunSpec) -> RunSpec:
+    """The spec, a random seed in it replaced by the number that the run drew."""
+    if spec.smoothing.seed != "random":
+        return spec
+    seed = int(run["spec"]["smoothing"]["seed"])
+    return spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"seed": seed})})
 
 
 def sampler_of(
@@ -580,8 +589,24 @@ def _prefix(standing: set[Block], sample: int, stage: Any, length: int) -> int:
     return drawn
 
 
-def stored_curve(run_uri: str, order_name: str | None) -> Curve:
-    """The curve of one of a run's orders, the first that has radii unless one is named.
+class StoredOrder(NamedTuple):
+    """One of a run's orders, with everything that follows from the votes that stand."""
+
+    store: Store
+    run: dict[str, Any]
+    name: str
+    order: Order
+    stored: list[StoredBlock]
+    certificates: pd.DataFrame
+    curve: Curve
+
+    def result(self) -> dict[str, Any]:
+        """What `certify --json` says of it."""
+        return _result(self.store, self.run, self.name, self.order, self.curve, self.certificates)
+
+
+def read_order(run_uri: str, order_name: str | None) -> StoredOrder:
+    """One of a run's orders, the first that has radii unless one is named.
 
     Raises: UserError where there is none.
     """
@@ -593,11 +618,12 @@ def stored_curve(run_uri: str, order_name: str | None) -> Curve:
         raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
     if name not in with_radii:
         raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
-    certificates = certificates_of(to_table(read_blocks(store)), run, orders, read_plans(store), name)
+    stored = read_blocks(store)
+    certificates = certificates_of(to_table(stored), run, orders, read_plans(store), name)
     curve = _curve(run, orders[name], certificates)
     if not curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
-    return curve
+    return StoredOrder(store, run, name, orders[name], stored, certificates, curve)
 
 
 def run_status(run_uri: str) -> dict[str, Any]:

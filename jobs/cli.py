@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, bench, submit.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, report, bench, submit.
 
 Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
 Ctrl-C and SIGTERM, resumable.
@@ -312,6 +312,45 @@ def curve(
         picture=picture,
         envelope=envelope,
     )
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True, metavar="RUN...")
+@click.option("--order", help="Which order of each run. [default: the first]")
+@click.option("--spec", "specs", multiple=True, metavar="SPEC", help="Of a run, for its pictures. [default: a shipped]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of every SPEC.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Pictures of so many of each kind."
+)
+@click.option("--output", default="report.html", show_default=True, metavar="FILE", help="Write the report here.")
+def report(
+    sources: tuple[str, ...],
+    order: str | None,
+    specs: tuple[str, ...],
+    overrides: tuple[str, ...],
+    samples: int,
+    output: str,
+) -> None:
+    """One HTML file that holds all: curves, radii, classes, pictures, what is guaranteed, how it was made.
+
+    NAME=RUN names a run. Exit status 1 where samples are incomplete.
+
+    \b
+    diffsmooth report runs/mnist
+    diffsmooth report runs/mnist-*-0.50 --output mnist.html
+    """
+    from jobs import report as reporting
+
+    complete = reporting.report(
+        sources,
+        order_name=order,
+        specs=[load_spec(find_spec(name), overrides) for name in specs],
+        shipped=lambda name: load_spec(SPECS / f"{name}.toml") if (SPECS / f"{name}.toml").is_file() else None,
+        each=samples,
+        output=output,
+    )
+    click.echo(f"{output}: the report")
+    sys.exit(0 if complete else 1)
 
 
 @main.command()

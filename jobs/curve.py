@@ -13,7 +13,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.certify import stored_curve, writing
+from jobs.certify import read_order, writing
 from pipeline.curve import Curve, curve_of, plot
 from pipeline.logs import read_log
 from pipeline.spec import UserError
@@ -23,7 +23,7 @@ _ENDINGS = (".png", ".pdf", ".svg")
 _MOST_RADII = 10_000
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """One of the places that the command line names."""
 
     label: str
@@ -51,11 +51,9 @@ def compare(
     if float_grid and not grid:
         raise UserError("--float-grid says how --grid is meant: add --grid START:STOP:STEP")
     radii = _radii(grid, float_grid) if grid else None
-    parsed = [_source(text) for text in sources]
+    parsed = [parse_source(text) for text in sources]
     curves = [_curve(source, order_name) for source in parsed]
-    paths = [_name_parts(source, curve.name) for source, curve in zip(parsed, curves, strict=True)]
-    names = _distinct([*paths, *([(ENVELOPE,)] if envelope else [])])
-    curves = [replace(curve, name=name) for curve, name in zip(curves, names, strict=False)]
+    curves = with_distinct_names(parsed, curves, taken=[ENVELOPE] if envelope else [])
     table = render(curves, form, radii=radii, envelope=envelope)
     if output:
         with writing("--output", output):
@@ -90,7 +88,7 @@ def _radii(grid: str, float_grid: bool) -> NDArray[np.float64]:
     return np.array([float(start + index * step) for index in range(int((stop - start) // step) + 1)])
 
 
-def _source(text: str) -> _Source:
+def parse_source(text: str) -> Source:
     """Parse [NAME=]PLACE[@SIGMA]; what exists under the whole text is taken as it stands."""
     label, equals, place = text.partition("=")
     if _stands(text) or not equals or "/" in label:
@@ -103,9 +101,9 @@ def _source(text: str) -> _Source:
         place, sigma = log, _sigma(text, value)
     if not _stands(place):
         raise UserError(f"{place}: nothing stands there: give a run's folder, s3://BUCKET/PREFIX or a log")
-    if sigma is not None and not _is_log(place):
+    if sigma is not None and not is_log(place):
         raise UserError(f"{text}: a run knows its own sigma: leave @{value} out")
-    return _Source(label, place, sigma)
+    return Source(label, place, sigma)
 
 
 def _sigma(text: str, value: str) -> float:
@@ -122,13 +120,13 @@ def _stands(place: str) -> bool:
     return "://" in place or os.path.exists(place)
 
 
-def _is_log(place: str) -> bool:
+def is_log(place: str) -> bool:
     return "://" not in place and not os.path.isdir(place)
 
 
-def _curve(source: _Source, order_name: str | None) -> Curve:
-    if not _is_log(source.place):
-        return stored_curve(source.place, order_name)
+def _curve(source: Source, order_name: str | None) -> Curve:
+    if not is_log(source.place):
+        return read_order(source.place, order_name).curve
     certificates = read_log(source.place)
     # a number is part of a name (sigma_0.50), and no ending
     name = re.sub(r"\.[A-Za-z]\w*$", "", Path(source.place).name)
@@ -138,13 +136,25 @@ def _curve(source: _Source, order_name: str | None) -> Curve:
     return curve
 
 
-def _name_parts(source: _Source, name: str) -> tuple[str, ...]:
+def with_distinct_names(
+    sources: Sequence[Source], curves: Sequence[Curve], *, taken: Sequence[str] = ()
+) -> list[Curve]:
+    """The curves under their labels, or under as much of their paths as tells them apart.
+
+    Raises: UserError where nothing does.
+    """
+    paths = [_name_parts(source, curve.name) for source, curve in zip(sources, curves, strict=True)]
+    names = _distinct([*paths, *((name,) for name in taken)])
+    return [replace(curve, name=name) for curve, name in zip(curves, names, strict=False)]
+
+
+def _name_parts(source: Source, name: str) -> tuple[str, ...]:
     """A curve's name and what stands before it: a label alone, else the folders above."""
     if source.label:
         return (source.label,)
     above = source.place.rstrip("/") if "://" in source.place else os.path.abspath(source.place)
     parts = [part for part in above.split("/") if part]
-    if _is_log(source.place) or parts[-1:] == [name]:
+    if is_log(source.place) or parts[-1:] == [name]:
         parts.pop()
     return (*parts, name)
 

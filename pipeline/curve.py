@@ -71,8 +71,13 @@ class Curve:
         """
         if self.alpha is None or not self.num_samples:
             return np.full(np.shape(radii), np.nan)
-        errors = next(q for q in range(self.num_samples + 1) if bdtr(q, self.num_samples, self.alpha) >= 1 - rho)
-        return np.maximum(self._counts(radii) - errors, 0) / self.num_samples
+        return np.maximum(self._counts(radii) - self.most_errors(rho), 0) / self.num_samples
+
+    def most_errors(self, rho: float = RHO) -> int:
+        """No more of the certificates err than these, with probability 1 - rho. Raises: ValueError without alpha."""
+        if self.alpha is None:
+            raise ValueError("how many certificates err cannot be told without alpha")
+        return next(q for q in range(self.num_samples + 1) if bdtr(q, self.num_samples, self.alpha) >= 1 - rho)
 
     def cohen_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
         """The same bound as Cohen's published code computes it; not valid for large m. NaN where alpha is not known."""
@@ -190,7 +195,7 @@ def plot(
 
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -202,8 +207,8 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         best = envelope_of(envelope_over, radii).certified_accuracy
         axes.plot(radii, best, color="black", linewidth=3.2, label=f"envelope of {len(envelope_over)} curves, post hoc")
     for index, curve in enumerate(curves):
-        turn = index // len(_COLOURS)  # a colour that comes again has another line style
-        colour, style = _COLOURS[index % len(_COLOURS)], _LINES[(index + turn) % len(_LINES)]
+        turn = index // len(COLOURS)  # a colour that comes again has another line style
+        colour, style = COLOURS[index % len(COLOURS)], _LINES[(index + turn) % len(_LINES)]
         table = curve.table(radii)
         mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "certified at the marked radii"
         label = f"{curve.name} ({mean}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.sampling import blocks_of, order_of, place_order
 from pipeline.spec import RunSpec
+from pipeline.store import Store, open_store
+from pipeline.votes import claim_run, run_of
 
 Model = Callable[[Tensor], Tensor]
 
@@ -83,6 +87,23 @@ def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
         return inner(x_BCHW)
 
     return logits
+
+
+def make_run(spec: RunSpec, home: Path) -> Store:
+    """A complete run on the eight samples, made by one worker without Ray."""
+    from cluster.worker import Setup, Worker
+    from jobs.certify import analyze
+    from pipeline.smoothing import weights_ids
+
+    store, run = open_store(str(home)), run_of(spec, weights_ids(spec), 2)
+    store.prepare()
+    claim_run(store, run)
+    order = order_of(spec, range(8))
+    place_order(store, order)
+    worker = Worker(Setup(spec, store.uri, run["votes_id"], 16))
+    worker.run(list(blocks_of(order, spec.smoothing.block)), "0")
+    analyze(store.uri, alpha=None, n0=None, n=None, quiet=True)
+    return store
 
 
 def to_toml(spec: RunSpec) -> str:

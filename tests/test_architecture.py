@@ -32,6 +32,7 @@ ALLOWED = {
     "pipeline.curve": VOTES,
     "pipeline.logs": VOTES,
     "pipeline.tables": VOTES | {"pipeline.curve"},
+    "pipeline.report": VOTES | {"pipeline.curve", "pipeline.sampling", "pipeline.tables"},
     "cluster.worker": {"pipeline", "pipeline.smoothing", "pipeline.data", "pipeline.votes", "pipeline.noise"},
     "cluster.scheduler": set(),
     "cluster.simulate": {"cluster.scheduler"},
@@ -70,7 +71,19 @@ def test_imports_run_one_way(module, path):
 
 
 def test_the_table_half_works_without_torch_and_ray():
-    table = ("store", "votes", "sequential", "certify", "sampling", "curve", "logs", "tables", "data", "fetch")
+    table = (
+        "store",
+        "votes",
+        "sequential",
+        "certify",
+        "sampling",
+        "curve",
+        "logs",
+        "tables",
+        "report",
+        "data",
+        "fetch",
+    )
     names = [f"pipeline.{name}" for name in table]
     imports = ", ".join([*names, "jobs.cli"])
     code = f"import sys, {imports}; assert not {{'torch', 'ray'}} & sys.modules.keys()"

@@ -6,32 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.worker import Setup, Worker
 from jobs.audit import audit, blocks_for, report
 from jobs.certify import analyze
-from pipeline.sampling import blocks_of, order_of, place_order
 from pipeline.spec import Block, UserError, load_spec
-from pipeline.store import open_store
-from pipeline.votes import block_key, claim_run, encode_block, read_blocks, run_of
-
-
-def make_run(spec, home):
-    """A complete run, made by one worker without Ray."""
-    store, run = open_store(str(home)), run_of(spec, weights(spec), 2)
-    store.prepare()
-    claim_run(store, run)
-    order = order_of(spec, range(8))
-    place_order(store, order)
-    worker = Worker(Setup(spec, store.uri, run["votes_id"], 16))
-    worker.run(list(blocks_of(order, spec.smoothing.block)), "0")
-    analyze(store.uri, alpha=None, n0=None, n=None, quiet=True)
-    return store
-
-
-def weights(spec):
-    from pipeline.smoothing import weights_ids
-
-    return weights_ids(spec)
+from pipeline.votes import block_key, encode_block, read_blocks
+from tests.models import make_run
 
 
 @pytest.fixture

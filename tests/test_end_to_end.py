@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from jobs.certify import analyze, certify_all, run_status, stored_curve
+from jobs.certify import analyze, certify_all, read_order, run_status
 from pipeline.certify import certified_radius
 from pipeline.spec import Block, RunError, UserError, load_spec
 from pipeline.store import open_store
@@ -88,8 +88,8 @@ def test_predict_shares_storage_resume_and_votes_with_certify(raw_spec, tmp_path
     analyze(str(tmp_path / "run"), alpha=None, n0=None, n=None, export_tsv=str(log), quiet=True)
     assert log.read_text().splitlines()[:2] == ["idx\tlabel\tpredict\tcorrect\ttime", "0\t0\t0\t1\t0:00:00"]
     with pytest.raises(UserError, match="holds predictions, which have no radius"):
-        stored_curve(str(tmp_path / "run"), "001")
-    assert stored_curve(str(tmp_path / "run"), None).acr > 0  # the first order that has radii
+        read_order(str(tmp_path / "run"), "001")
+    assert read_order(str(tmp_path / "run"), None).curve.acr > 0  # the first order that has radii
 
 
 @pytest.mark.parametrize(("arch", "warned"), [("half_space", False), ("upside_down", True)])

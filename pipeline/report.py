@@ -1,0 +1,265 @@
+"""Curves, certificates, facts and ready pictures of runs -> one HTML file that needs nothing else.
+
+Reads nothing and casts nothing: jobs/report.py collects what is shown here.
+"""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pipeline.curve import BAND, COLOURS, RHO, Curve, grid
+from pipeline.sampling import Order
+from pipeline.tables import render
+
+_BINS = 30  # of the histogram
+_DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
+
+
+class Picture(NamedTuple):
+    caption: str
+    encoded: bytes
+    media_type: str = "image/png"
+
+    @property
+    def uri(self) -> str:
+        return f"data:{self.media_type};base64,{base64.b64encode(self.encoded).decode()}"
+
+
+class Exhibit(NamedTuple):
+    """A sample of the gallery, and what one of its draws looks like on its way through f."""
+
+    kind: str  # why it is shown: best, worst, wrong, abstained
+    sample: int
+    label: int
+    verdict: str
+    votes: list[tuple[int, int]]  # class, votes: those with most votes, descending
+    draws: int  # that the votes are of
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """All that a report says of one order of a run."""
+
+    curve: Curve
+    certificates: pd.DataFrame
+    order: Order
+    noise_grid: int | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    spec: str = ""  # as run.json holds it
+    exhibits: Sequence[Exhibit] = ()
+    no_exhibits: str = ""  # why there are none
+
+
+def render_report(runs: Sequence[RunReport]) -> str:
+    """The report as HTML: curves, table, guarantees, and of each run radii, classes, gallery and facts."""
+    curves = [run.curve for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        title=", ".join(curve.name for curve in curves),
+        runs=[
+            {
+                "report": run,
+                "guarantee": guarantee(run),
+                "histogram": _embedded(_histogram(run), f"radii-{index}"),
+                "classes": class_table(run.certificates).to_dict("records"),
+                "kinds": list(dict.fromkeys(one.kind for one in run.exhibits)),
+            }
+            for index, run in enumerate(runs)
+        ],
+        table=Markup(render(curves, "html")),
+        panels=[_embedded(figure, f"curves-{index}") for index, figure in enumerate(_panels(curves))],
+        about_bands=_about_bands(curves),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def guarantee(run: RunReport) -> list[str]:
+    """What is claimed of a run, a paragraph a statement."""
+    order, curve = run.order, run.curve
+    alpha = f"{order.total_alpha:g}"
+    claim = {
+        "top": "no perturbation whose l2 norm is below the sample's radius changes g's prediction",
+        "multiclass": "no perturbation whose l2 norm is below the sample's radius changes g's prediction",
+        "cost": "no perturbation whose l2 norm is below the sample's radius makes g predict a class that is costly for "
+        "the sample's label",
+    }[order.certificate]
+    said = [
+        f"For each certified sample by itself: with probability at least 1 - {alpha} over the draws, {claim} (pixels "
+        f"in [0, 1]). g is the smoothed classifier: f's most frequent class under Gaussian noise of sigma = "
+        f"{curve.sigma:g}. The guarantee is for g alone, not for f, and not for g's prediction from a few draws."
+    ]
+    if isinstance(order.alpha, dict):
+        looks = ", ".join(f"{share:g} at n = {look:,}" for look, share in order.alpha.items())
+        said.append(f"Alpha was split in advance over several looks ({looks}); the largest radius of them counts.")
+    if order.mode == "planned":
+        said.append(
+            "How many draws each sample got was planned from its selection draws, which have no part in the bound."
+        )
+    if order.radii is not None:
+        radii = ", ".join(f"{radius:g}" for radius in order.radii)
+        said.append(
+            f"Each sample was certified at the radii {radii} alone, by group-sequential tests that stop early; a "
+            "sample's radius is the largest that stands, so that the mean compares with no average certified radius."
+        )
+    if curve.skipped:
+        said.append(
+            f"{curve.skipped:,} samples whose selected class is not their label were skipped: they count nothing at "
+            "any radius, and are no abstentions."
+        )
+    if curve.alpha is not None and curve.num_samples:
+        said.append(
+            f"For these {curve.num_samples:,} samples together: with probability at least {1 - RHO:g} at most "
+            f"{curve.most_errors()} of the certificates are wrong, so that g's true certified accuracy on them is at "
+            "least the share shown less so many samples, at all radii at once."
+        )
+    said.append(
+        f"For images drawn as these were: the shaded band is the 95 % interval at one radius ({BAND.split(' 95')[0]}); "
+        "a statement about all radii at once needs the wider 95 % band of Dvoretzky, Kiefer and Wolfowitz."
+    )
+    if run.noise_grid is None:
+        said.append(
+            "The proof is for real numbers; f and the noise are computed in floating point. smoothing.noise_grid = 255 "
+            "closes that gap for 8-bit images."
+        )
+    if curve.post_hoc:
+        said.append(
+            "POST HOC: an earlier order has looked at these samples with other settings. Each certificate holds by "
+            "itself; choosing between the two after looking does not."
+        )
+    if curve.incomplete:
+        said.append(f"INCOMPLETE: {curve.incomplete:,} samples lack draws and are left out of every figure.")
+    return said
+
+
+def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
+    """A row a label: samples, certified (share right at radius 0), acr, abstained, skipped, confused (the class that is
+    most often predicted or selected instead, -1 where none is)."""
+    complete = certificates[~certificates["status"].isin(["incomplete", "exempt"])]
+    rows = []
+    for label, of_label in complete.groupby("label"):
+        wrong = of_label.loc[of_label["top_class"] != label, "top_class"].to_numpy()
+        classes, counts = np.unique(wrong, return_counts=True)
+        rows.append(
+            {
+                "label": label,
+                "samples": len(of_label),
+                "certified": of_label["correct"].mean(),
+                "acr": (of_label["radius"] * of_label["correct"]).mean(),
+                "abstained": (of_label["status"] == "abstained").mean(),
+                "confused": int(classes[counts.argmax()]) if len(classes) else -1,
+            }
+        )
+    return pd.DataFrame(rows, columns=["label", "samples", "certified", "acr", "abstained", "confused"])
+
+
+def _about_bands(curves: Sequence[Curve]) -> str:
+    dotted = " Dotted: what holds over the draws at all radii at once. Thin: the 95 % band over all radii (DKW)."
+    return f"Shaded: {BAND}.{dotted if len(curves) == 1 and curves[0].alpha is not None else ''}"
+
+
+def _panels(curves: Sequence[Curve]) -> list[go.Figure]:
+    """Certified accuracy over the radius, a figure a sigma."""
+    figures = []
+    for sigma in sorted({curve.sigma for curve in curves}, key=lambda sigma: math.inf if sigma is None else sigma):
+        of_sigma = [curve for curve in curves if curve.sigma == sigma]
+        figure = _figure(f"sigma = {sigma:g}", "l2 radius", "certified accuracy")
+        for index, curve in enumerate(of_sigma):
+            _add_curve(figure, curve, index, alone=len(curves) == 1)
+        figure.update_yaxes(range=[0, 1.01], tickformat=".0%")
+        figure.update_xaxes(range=[0, 1.02 * max(curve.max_radius for curve in of_sigma)])
+        figure.update_layout(hovermode="x unified")
+        figures.append(figure)
+    return figures
+
+
+def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> None:
+    radii = grid(0.01, curve.max_radius) if curve.tested is None else curve.tested
+    table, colour = curve.table(radii), COLOURS[index % len(COLOURS)]
+    # at a radius between two steps the share is that of the next radius that somebody reaches: up first, then right
+    line: dict[str, Any] = {"shape": "vh", "color": colour}
+    hidden: dict[str, Any] = {"legendgroup": curve.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
+    figure.add_scatter(x=radii, y=table["upper"], line={**line, "width": 0}, **hidden)
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    shade = f"rgba({red},{green},{blue},0.15)"
+    figure.add_scatter(x=radii, y=table["lower"], line={**line, "width": 0}, fill="tonexty", fillcolor=shade, **hidden)
+    if alone and curve.alpha is not None:
+        for bound in ("dkw_lower", "dkw_upper"):
+            figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 0.6}, **hidden)
+        figure.add_scatter(x=radii, y=table["draws_lower"], line={**line, "width": 1, "dash": "dot"}, **hidden)
+    mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "at the marked radii"
+    figure.add_scatter(
+        x=radii,
+        y=table["certified_accuracy"],
+        name=f"{_plain(curve.name)} ({mean}{', post hoc' if curve.post_hoc else ''})",
+        legendgroup=curve.name,
+        mode="lines" if curve.tested is None else "lines+markers",
+        line={**line, "width": 2.2, "dash": _DASHES[index // len(COLOURS) % len(_DASHES)]},
+        customdata=table[["lower", "upper", "draws_lower"]],
+        hovertemplate=f"{_plain(curve.name)}: %{{y:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
+        + (", over the draws at least %{customdata[2]:.1%}" if curve.alpha is not None else "")
+        + "<extra></extra>",
+    )
+
+
+def _histogram(run: RunReport) -> go.Figure:
+    """How many samples reach which radius; those that count nothing stand apart."""
+    table, reach = run.certificates, run.curve.max_radius or 1.0
+    figure = _figure("", "certified radius", "samples")
+    right = table.loc[(table["status"] == "certified") & table["correct"], "radius"]
+    wrong = table.loc[(table["status"] == "certified") & ~table["correct"], "radius"]
+    edges = np.linspace(0, reach, _BINS + 1)
+    centres, width = (edges[:-1] + edges[1:]) / 2, 0.92 * reach / _BINS
+    for name, radii, colour in (("right", right, COLOURS[0]), ("wrong", wrong, COLOURS[1])):
+        counts, _ = np.histogram(np.minimum(radii, reach), edges)
+        label = f"{name} ({len(radii):,})"
+        figure.add_bar(x=centres, y=counts, width=width, name=label, marker_color=colour,
+                       hovertemplate=f"%{{y}} {name} near %{{x:.2f}}<extra></extra>")  # fmt: skip
+    for place, (name, colour) in enumerate((("abstained", COLOURS[3]), ("skipped", COLOURS[4])), start=1):
+        count = int((table["status"] == name).sum())
+        if count:
+            figure.add_bar(x=[-0.06 * reach * place], y=[count], width=0.05 * reach, name=f"{name} ({count:,})",
+                           marker_color=colour, hovertemplate=f"%{{y}} {name}<extra></extra>")  # fmt: skip
+    figure.update_layout(barmode="stack")
+    return figure
+
+
+def _figure(title: str, x: str, y: str) -> go.Figure:
+    """An empty figure whose colours the page's style sheet sets, in light and in dark."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        title={"text": title, "font": {"size": 14}},
+        margin={"l": 60, "r": 15, "t": 40 if title else 15, "b": 50},
+        height=400,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a9098", "activecolor": COLOURS[0]},
+        legend={"orientation": "h", "y": -0.2},
+        font={"family": "system-ui, sans-serif"},
+    )
+    for axis, label in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
+        axis(title=label, showgrid=True, zeroline=False, rangemode="tozero")
+    return figure
+
+
+def _embedded(figure: go.Figure, name: str) -> Markup:
+    config = {"responsive": True, "displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": name}}
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config))
+
+
+def _plain(name: str) -> str:
+    """A name in which plotly finds no markup."""
+    return name.replace("&", "&amp;").replace("<", "&lt;").replace("%", "&#37;")

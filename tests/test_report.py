@@ -1,0 +1,213 @@
+"""Reports: every figure is the run's own, nothing is fetched, and a browser draws it."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from jobs.certify import analyze, read_order
+from jobs.gallery import choose
+from jobs.report import report
+from pipeline import noise
+from pipeline.data import open_dataset
+from pipeline.report import class_table
+from pipeline.spec import UserError, load_spec
+from pipeline.votes import read_votes
+from tests.models import make_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self._hidden = [], [], False
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._hidden = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._hidden = False
+
+    def handle_data(self, data):
+        if not self._hidden:
+            self.words.append(data)
+
+    @property
+    def pictures(self):
+        found = []
+        for tag, attributes in self.tags:
+            if tag == "img":
+                encoded = base64.b64decode(attributes["src"].partition("base64,")[2])
+                found.append((attributes["alt"], np.asarray(Image.open(io.BytesIO(encoded)))))
+        return found
+
+
+@pytest.fixture
+def spec(raw_spec):
+    return load_spec(raw_spec)
+
+
+@pytest.fixture
+def home(spec, tmp_path):
+    make_run(spec, tmp_path / "run")
+    return str(tmp_path / "run")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*sources, **options):
+        complete = report(sources, output=str(tmp_path / "report.html"), **options)
+        return complete, (tmp_path / "report.html").read_text()
+
+    return write
+
+
+def plotted(text, name):
+    """The traces of a figure, by their names."""
+    start = re.search(rf'Plotly\.newPlot\(\s*"{name}",\s*', text).end()
+    return {trace.get("name"): trace for trace in json.JSONDecoder().raw_decode(text, start)[0]}
+
+
+def numbers(values):
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+    return np.array(values)
+
+
+def test_nothing_is_fetched_and_no_name_is_markup(home, spec, write):
+    _, text = write(f"<img src>&%{{y}}={home}", specs=[spec])
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        assert not (tag == "script" and "src" in attributes)
+        assert tag != "img" or attributes["src"].startswith("data:image/")
+    assert "<img src>&%{y}" in page.text
+    assert len(page.pictures) == 12  # original and noisy of three best and three worst
+
+
+def test_curve_and_table_are_those_of_the_certificates(home, spec, write):
+    complete, text = write(home, specs=[spec])
+    assert complete
+    stored = read_order(home, None)
+    traces = plotted(text, "curves-0")
+    (drawn,) = [trace for name, trace in traces.items() if name and name.startswith("half-space")]
+    radii = numbers(drawn["x"])
+    assert numbers(drawn["y"]) == pytest.approx(stored.curve.at(radii))
+    assert stored.certificates.radius.max() <= radii[-1]
+    bars = plotted(text, "radii-0")
+    right = next(trace for name, trace in bars.items() if name.startswith("right"))
+    assert numbers(right["y"]).sum() == stored.certificates.correct.sum()
+    text = Page(text).text
+    assert f"{stored.curve.acr:.3f}" in text
+    for fact in (stored.run["votes_id"], "0.25, 1, 0", "2,000", "with probability at least 1 - 0.001"):
+        assert fact in text
+
+
+def test_pictures_are_the_draw_that_voted(home, spec, write):
+    _, text = write(home, specs=[spec])
+    certificates = read_order(home, None).certificates
+    shown = [(kind, int(row["sample"])) for kind, row in choose(certificates, 3)]
+    pictures = Page(text).pictures
+    votes, data = read_votes(home), open_dataset(spec.data)
+    for (_, sample), original, noisy in zip(shown, pictures[::2], pictures[1::2], strict=True):
+        image_CHW = data[sample].image_CHW
+        assert np.array_equal(original[1], np.rint(image_CHW[0] * 255))
+        noise_1CHW = np.empty((1, *image_CHW.shape), np.float32)
+        noise.draw_noise(noise_1CHW, seed=0, stage="estimation", sample=sample, draws=[0], sigma=0.25)
+        x_HW = (image_CHW + noise_1CHW)[0, 0]
+        assert np.array_equal(noisy[1], np.rint(x_HW.clip(0, 1) * 255))
+        assert noisy[0].endswith(f"f says {int(x_HW.mean() > 0.5)}")
+        of_sample = votes[(votes["sample"] == sample) & (votes.stage == "estimation")].groupby("class").votes.sum()
+        assert f"{of_sample.max()}" in Page(text).text
+
+
+def test_which_samples_are_shown():
+    rows = [("certified", True, 0.1 * i) for i in range(5)] + [("certified", False, 0.7), ("skipped", False, 0.0)]
+    rows += [("abstained", False, 0.0), ("incomplete", False, 0.0)]
+    table = pd.DataFrame(rows, columns=["status", "correct", "radius"]).rename_axis("sample").reset_index()
+    assert [(kind, int(row["sample"])) for kind, row in choose(table, 2)] == [
+        ("best", 4), ("best", 3), ("worst of the right", 1), ("worst of the right", 0), ("wrong", 5), ("wrong", 6),
+        ("abstained", 7),
+    ]  # fmt: skip
+
+
+def test_a_class_counts_its_own_samples():
+    columns = ["label", "status", "correct", "radius", "top_class"]
+    rows = [(3, "certified", True, 1.0, 3), (3, "certified", False, 2.0, 5), (3, "abstained", False, 0.0, 5),
+            (3, "incomplete", False, 0.0, 7), (4, "skipped", False, 0.0, 9)]  # fmt: skip
+    table = class_table(pd.DataFrame(rows, columns=columns))
+    assert table.loc[0].tolist() == [3, 3, pytest.approx(1 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3), 5]
+    assert table.loc[1].tolist() == [4, 1, 0.0, 0.0, 0.0, 9]
+
+
+def test_what_must_be_said_is_said(home, spec, write):
+    analyze(home, alpha=0.01, n0=None, n=None, quiet=True)
+    _, second = write(home, specs=[spec], order_name="002")
+    assert "POST HOC" in second
+    assert "1 - 0.01 over the draws" in second
+    assert "POST HOC" not in write(home, specs=[spec])[1]
+    shutil.rmtree(f"{home}/votes/estimation")
+    shutil.copytree(f"{home}/votes/selection", f"{home}/votes/estimation")  # nothing of it is an estimation
+    with pytest.raises(Exception, match="inside"):
+        write(home)
+
+
+def test_incomplete_samples_are_told_of(home, spec, write):
+    Path(home, "votes/estimation/3-100.parquet").unlink()
+    complete, text = write(home, specs=[spec])
+    assert not complete
+    assert "INCOMPLETE: 1 samples lack draws" in text
+
+
+def test_without_a_spec_no_pictures_and_why(home, spec, raw_spec, write, tmp_path):
+    _, text = write(home)
+    assert Page(text).pictures == []
+    assert "--spec SPEC" in text
+    with pytest.raises(UserError, match="--spec half-space: made none of these runs"):
+        write(home, specs=[load_spec(raw_spec, ["smoothing.seed=1"])])
+    log = tmp_path / "log"
+    log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n")
+    with pytest.raises(UserError, match="take it to curve"):
+        write(str(log))
+    with pytest.raises(UserError, match="cannot write"):
+        report([home], output=str(tmp_path / "none" / "report.html"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_browser_draws_it_in_light_and_in_dark_and_prints_it(home, spec, write, tmp_path):
+    write(home, specs=[spec])
+
+    def chromium(*options):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update", "--window-size=1150,1600",
+                 "--virtual-time-budget=8000", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+        page = f"file://{tmp_path / 'report.html'}"
+        return subprocess.run([CHROMIUM, *flags, *options, page], capture_output=True, check=True, timeout=120).stdout
+
+    drawn = chromium("--dump-dom").decode()
+    assert drawn.count('class="main-svg"') >= 2  # the script ran, and made both figures
+    assert len(re.findall(r'<path class="js-line"', drawn)) >= 4
+    means = {}
+    for mode, scheme in (("dark", 0), ("light", 1)):
+        chromium(f"--screenshot={tmp_path / mode}.png", f"--blink-settings=preferredColorScheme={scheme}")
+        pixels = np.asarray(Image.open(tmp_path / f"{mode}.png").convert("L"), dtype=float)
+        means[mode] = pixels.mean()
+        assert pixels.std() > 10  # something is drawn
+    assert means["dark"] < 80 < 200 < means["light"]
+    chromium(f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
