@@ -87,8 +87,10 @@ class Outcome:
 class Cluster:
     """A Ray cluster and our actors on it; a context manager. Several runs, one after another, share the actors."""
 
-    def __init__(self, *, address: str | None, device: str, actors: int | None) -> None:
+    def __init__(self, *, address: str | None, device: str, actors: int | None, verbose: bool = False) -> None:
         """Attach to `address`, or start a local Ray where none is given and RAY_ADDRESS is not set.
+
+        With `verbose` all that Ray and its actors print is let through.
 
         Raises: UserError where the cluster cannot be reached or has too little for the actors wanted.
         """
@@ -98,10 +100,12 @@ class Cluster:
         )
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _hush_ray()
+            if not verbose:
+                _hush_ray()
+            level = logging.INFO if verbose else logging.ERROR
             try:
                 _knock(address)
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+                ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
             except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(

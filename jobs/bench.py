@@ -6,7 +6,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,3 +162,31 @@ def bench_simulation(seed: int = 0) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def describe_driver(figures: Mapping[str, Any]) -> str:
+    return (
+        f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
+        f"{figures['driver_ms_per_task']:.2f} ms of driver time per task, at most {figures['driver_mib']:,.0f} MiB "
+        f"({figures['driver_mib_before']:,.0f} before the first)"
+    )
+
+
+def describe_storage(figures: Mapping[str, Any]) -> str:
+    return (
+        f"{figures['run']}: {figures['blocks']:,} blocks written in {figures['seconds_to_write']:.1f} s, listed in "
+        f"{figures['seconds_to_list']:.2f} s; a resumed run begins after {figures['seconds_to_resume']:.2f} s; "
+        f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s; "
+        f"at most {figures['mib']:,.0f} MiB of memory"
+    )
+
+
+def describe_simulation(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["GPUs  preempted/h  notice   hours  over ideal  preemptions  work lost   repeated  scheduler CPU"]
+    lines += [
+        f"{row['gpus']:>4}  {row['preemptions_per_gpu_hour']:>11.0%}  {row['notice_seconds']:>4.0f} s  "
+        f"{row['hours']:>6.2f}  {row['makespan_over_ideal'] - 1:>10.3%}  {row['preemptions']:>11}  "
+        f"{row['share_lost']:>9.4%}  {row['share_repeated']:>9.4%}  {row['scheduler_cpu_seconds']:>11.1f} s"
+        for row in rows
+    ]
+    return "\n".join(lines)

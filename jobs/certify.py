@@ -65,6 +65,8 @@ from pipeline.votes import (
 
 logger = logging.getLogger(__name__)
 
+MANY_HOURS = 100  # of a GPU: more than anybody spends by mistake and forgets
+_FEW_DRAWS = 100_000  # take no such time, whatever the networks: their FLOPs are not counted
 _CHANCE = 1e-3  # how improbable a clean accuracy must be by chance to be taken for better
 _LOG_SECONDS = 10.0  # between plain progress lines, and between writes of progress.json
 
@@ -79,6 +81,7 @@ class _Run(NamedTuple):
     order: Order
     sampler: Sampler
     missing: list[Block]  # that are wanted now; more may be, once these stand
+    draws_left: int  # at most
 
 
 def certify_all(
@@ -86,17 +89,20 @@ def certify_all(
     *,
     certificate: Certificate = "top",
     costly: str | None = None,
-    address: str | None,
-    actors: int | None,
-    batch_size: int | None,
-    quiet: bool,
-    on_stop: Callable[[Callable[[int], None]], None],
+    address: str | None = None,
+    actors: int | None = None,
+    batch_size: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    on_stop: Callable[[Callable[[int], None]], None] = lambda stop: None,
+    confirm: Callable[[str], None] = logger.warning,
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Certify specs one after another on the same actors, each in its storage; or predict, by the certificate.
 
-    All specs are checked before the cluster is touched. `costly` is the file that `read_costly` reads. `on_stop` is
-    given the function that a signal handler is to call with its signal's number. Returns a result a run, and the signal
-    that stopped the work, if one did.
+    All specs are checked before the cluster is touched. `wanted` are specs and the homes of their runs; `costly` is the
+    file that `read_costly` reads. `confirm` is told of an order of many GPU-hours, and raises where it is not meant.
+    `on_stop` is given the function that a signal handler is to call with its signal's number. Returns a result a run,
+    and the signal that stopped the work, if one did.
 
     Raises: UserError, RunError.
     """
@@ -108,12 +114,14 @@ def certify_all(
     if not any(run.missing for run in runs):
         return [_conclude(run.store, run.order_name, quiet=quiet) for run in runs], None
 
+    warn_of_cost([(run.spec, run.draws_left) for run in runs], confirm)
+
     from cluster.driver import Cluster
     from cluster.worker import Setup
 
     stopped_by: list[int] = []
     last = max(index for index, run in enumerate(runs) if run.missing)
-    with Cluster(address=address, device=devices.pop(), actors=actors) as cluster:
+    with Cluster(address=address, device=devices.pop(), actors=actors, verbose=verbose) as cluster:
 
         def stop(number: int) -> None:
             stopped_by.append(number)
@@ -168,6 +176,12 @@ def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | N
             "n = %d can %s nothing at alpha = %g, even where all votes agree: n must be at least %d",
             n, "predict" if certificate == "predict" else "certify", share, least,
         )  # fmt: skip
+    if smoothing.m > 1 and smoothing.local_sigma >= 2 * smoothing.sigma:
+        logger.warning(
+            "smoothing.local_sigma = %g is far above smoothing.sigma = %g: are the two swapped? sigma is the noise of "
+            "the draws, local_sigma that of the m copies",
+            smoothing.local_sigma, smoothing.sigma,
+        )  # fmt: skip
     weights = weights_ids(spec)
     store = open_store(home)
     store.prepare()
@@ -179,7 +193,25 @@ def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | N
     order_name = place_order(store, order)
     standing = list_blocks(store, smoothing.block)
     sampler = sampler_of(store, run, order_name, order, standing, plans=True)
-    return _Run(spec, store, run["votes_id"], order_name, order, sampler, sampler.start())
+    left = sum(block.draws for block in blocks_of(order, smoothing.block) if block not in standing)
+    return _Run(spec, store, run["votes_id"], order_name, order, sampler, sampler.start(), left)
+
+
+def warn_of_cost(wanted: Sequence[tuple[RunSpec, int | None]], confirm: Callable[[str], None]) -> None:
+    """Tell `confirm` where specs, each with its draws (None: all of them), take many GPU-hours together."""
+    from jobs.plan import gpu_hours
+
+    hours = [
+        gpu_hours(spec, draws)
+        for spec, draws in wanted
+        if spec.compute.device != "cpu" and (draws is None or draws > _FEW_DRAWS)
+    ]
+    total = sum(one for one in hours if one is not None)
+    if total > MANY_HOURS:
+        confirm(
+            f"this order takes {total:,.0f} GPU-hours and more, were all H100s at 40 % of their peak (diffsmooth plan "
+            "tells of others)"
+        )
 
 
 def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes: int) -> tuple[RunSpec, dict[str, Any]]:

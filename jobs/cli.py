@@ -7,6 +7,7 @@ Ctrl-C and SIGTERM, resumable.
 import importlib.metadata
 import json
 import logging
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from jobs import certify as certification
 from jobs.curve import compare
@@ -54,10 +56,30 @@ def find_spec(name: str) -> Path:
     return shipped
 
 
+def _show_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    gpus = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+    click.echo(
+        f"diffsmooth {importlib.metadata.version('diffsmooth')} (Python {platform.python_version()}, "
+        f"torch {torch.__version__} with {cuda}, {gpus} here, Ray {importlib.metadata.version('ray')})"
+    )
+    context.exit()
+
+
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(importlib.metadata.version("diffsmooth"), prog_name="diffsmooth")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_versions,
+              help="Show the versions of diffsmooth, Python, torch, CUDA and Ray, and exit.")  # fmt: skip
 def main() -> None:
-    """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray."""
+    """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray.
+
+    \b
+    diffsmooth certify mnist             the demo: no GPU, nothing downloaded
+    diffsmooth report runs/mnist         all of it in one HTML file
+    """
     logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
     for told in ("pipeline.fetch", "pipeline.data"):  # downloads under way, and the order of the classes
         logging.getLogger(told).setLevel(logging.INFO)
@@ -65,8 +87,21 @@ def main() -> None:
         sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
 
 
+def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
+    """The shipped specs' names, then files."""
+    names = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem.startswith(typed))
+    return [*map(CompletionItem, names), *([] if names else [CompletionItem(typed, type="file")])]
+
+
+_SPECS = click.argument("specs", nargs=-1, required=True, metavar="SPEC...", shell_complete=_complete_spec)
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec; repeat it for more."
+)
+_YES = click.option(
+    "--yes", is_flag=True, help=f"Do not ask before an order of over {certification.MANY_HOURS} GPU-hours."
+)
 _CAST_OPTIONS = [
-    click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
+    _SPECS,
     click.option(
         "--out",
         help="Home of the run, a folder or s3://BUCKET/PREFIX; with several specs, of their runs. [default: runs/NAME]",
@@ -76,10 +111,15 @@ _CAST_OPTIONS = [
         "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
     ),
     click.option(
-        "--batch-size", type=click.IntRange(min=1), help="Draws a batch. [default: 64 on a CPU, 512 on a GPU]"
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Draws a batch. [default: 64 on a CPU, the fastest that fits on a GPU]",
     ),
     click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu."),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec."),
+    _SET,
+    _YES,
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong."),
+    click.option("-v", "--verbose", is_flag=True, help="Tell more, with all that Ray and its actors print."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout."),
 ]
 
@@ -132,8 +172,13 @@ def _cast(
     batch_size: int | None,
     cpu: bool,
     overrides: tuple[str, ...],
+    yes: bool,
+    quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
     if cpu:
         overrides = (*overrides, "compute.device=cpu")
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
@@ -150,8 +195,10 @@ def _cast(
         address=address,
         actors=actors,
         batch_size=batch_size,
-        quiet=as_json,
+        quiet=as_json or quiet,
+        verbose=verbose,
         on_stop=_handle_signals,
+        confirm=_ask_unless(yes),
     )
     if as_json:
         click.echo(json.dumps(results, indent=2))
@@ -159,6 +206,21 @@ def _cast(
         click.echo("diffsmooth: stopped; the same command goes on from here", err=True)
         sys.exit(128 + signal_number)
     sys.exit(0 if all(result["complete"] for result in results) else 1)
+
+
+def _ask_unless(yes: bool) -> Callable[[str], None]:
+    """What is done with a warning of a dear order: asked about on a terminal, said elsewhere."""
+
+    def confirm(warning: str) -> None:
+        if yes:
+            return
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            if not click.confirm(f"diffsmooth: {warning}. Go on?", err=True):
+                raise UserError("nothing was begun")
+        else:
+            click.echo(f"diffsmooth: {warning} (--yes leaves this out)", err=True)
+
+    return confirm
 
 
 def _handle_signals(stop: Callable[[int], None]) -> None:
@@ -177,7 +239,11 @@ def _handle_signals(stop: Callable[[int], None]) -> None:
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def status(run: str, as_json: bool) -> None:
-    """What stands and what is missing in RUN, from its files alone."""
+    """What stands and what is missing in RUN, from its files alone.
+
+    \b
+    diffsmooth status s3://BUCKET/runs/a
+    """
     facts = certification.run_status(run)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -231,7 +297,7 @@ def analyze(
 @main.command()
 @click.argument("run")
 @click.option("--spec", "spec_name", metavar="SPEC", help="The run's spec, which tells where data and weights are.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@_SET
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -354,7 +420,7 @@ def report(
 
 
 @main.command()
-@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@_SPECS
 @click.option(
     "--gpu", "gpus", multiple=True, metavar="NAME[=PRICE]", help="A GPU, with its dollars an hour. [default: all known]"
 )
@@ -365,7 +431,7 @@ def report(
     show_default=True,
     help="Share of the GPU's peak that is reached.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
     specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
@@ -428,6 +494,10 @@ def bench(
     """SPEC's votes against its bare networks and against the published algorithm: speed, and whether votes agree.
 
     Without SPEC: the driver's own time per task, with a base classifier that does nothing, on a local Ray.
+
+    \b
+    diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
+    diffsmooth bench --storage s3://BUCKET/bench --blocks 100000
     """
     asked = {spec: spec, "--simulate": simulate, "--sampling": sampling, "--storage": storage}
     if len(chosen := [str(name) for name, given in asked.items() if given]) > 1:
@@ -450,63 +520,36 @@ def bench(
         else:
             print_speed(figures, Console())
         return
-    from jobs.bench import bench_driver, bench_simulation, bench_storage
+    from jobs import bench as benches
 
+    rows: Any
     if sampling:
-        from jobs.savings import simulate_modes
+        from jobs.savings import describe_modes, simulate_modes
 
         rows = [row for n in (10_000, 100_000) for row in simulate_modes(n)]
-        if as_json:
-            click.echo(json.dumps(rows, indent=2))
-            return
-        click.echo("population  mode                     n  saving  ACR lost  worst points lost at a radius")
-        for row in rows:
-            lost = "       -" if row["acr_lost"] is None else f"{row['acr_lost']:>8.2%}"
-            click.echo(
-                f"{row['population']:<10}  {row['mode']:<17}  {row['n']:>7,}  {row['saving']:>6.2f}  {lost}  "
-                f"{row['worst_points_lost']:>5.2f}"
-            )
-        return
-    if simulate:
-        rows = bench_simulation()
-        if as_json:
-            click.echo(json.dumps(rows, indent=2))
-            return
-        click.echo("GPUs  preempted/h  notice   hours  over ideal  preemptions  work lost   repeated  scheduler CPU")
-        for row in rows:
-            click.echo(
-                f"{row['gpus']:>4}  {row['preemptions_per_gpu_hour']:>11.0%}  {row['notice_seconds']:>4.0f} s  "
-                f"{row['hours']:>6.2f}  {row['makespan_over_ideal'] - 1:>10.3%}  {row['preemptions']:>11}  "
-                f"{row['share_lost']:>9.4%}  {row['share_repeated']:>9.4%}  {row['scheduler_cpu_seconds']:>11.1f} s"
-            )
-        return
-    figures = bench_storage(storage, blocks) if storage else bench_driver(tasks)
-    if as_json:
-        click.echo(json.dumps(figures, indent=2))
+        text = describe_modes(rows)
+    elif simulate:
+        rows = benches.bench_simulation()
+        text = benches.describe_simulation(rows)
     elif storage:
-        click.echo(
-            f"{figures['run']}: {figures['blocks']:,} blocks written in {figures['seconds_to_write']:.1f} s, listed in "
-            f"{figures['seconds_to_list']:.2f} s; a resumed run begins after {figures['seconds_to_resume']:.2f} s; "
-            f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s; "
-            f"at most {figures['mib']:,.0f} MiB of memory"
-        )
+        rows = benches.bench_storage(storage, blocks)
+        text = benches.describe_storage(rows)
     else:
-        click.echo(
-            f"{figures['tasks']:,} tasks in {figures['seconds']:.1f} s ({figures['tasks_per_second']:,.0f}/s): "
-            f"{figures['driver_ms_per_task']:.2f} ms of driver time per task, at most {figures['driver_mib']:,.0f} MiB "
-            f"({figures['driver_mib_before']:,.0f} before the first)"
-        )
+        rows = benches.bench_driver(tasks)
+        text = benches.describe_driver(rows)
+    click.echo(json.dumps(rows, indent=2) if as_json else text)
 
 
 @main.command()
-@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@_SPECS
 @click.option("--address", help="The cluster's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
 @click.option("--out", help="Home of the run, s3://BUCKET/PREFIX; with several specs, of their runs.")
 @click.option("--shared", is_flag=True, help="--out is a folder that every node of the cluster sees.")
 @click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every device]")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch.")
 @click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec.")
+@_SET
+@_YES
 @click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Give the job this variable. [default: none]")
 @click.option("--wait", is_flag=True, help="Wait for the job's end, and end with its exit status.")
 @click.option("--follow", is_flag=True, help="The same, with the driver's log.")
@@ -520,6 +563,7 @@ def submit(
     batch_size: int | None,
     cpu: bool,
     overrides: tuple[str, ...],
+    yes: bool,
     env: tuple[str, ...],
     wait: bool,
     follow: bool,
@@ -537,6 +581,7 @@ def submit(
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
     files = [(name, find_spec(name)) for name in specs]
+    certification.warn_of_cost([(load_spec(file, overrides), None) for _, file in files], _ask_unless(yes))
     named = [(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
     order = submission.Order(named, out, shared, overrides, options, env)
     cluster, submitted = submission.submit(address, order)
@@ -554,6 +599,21 @@ def submit(
     if as_json:
         click.echo(json.dumps(submitted._asdict()))
     sys.exit(status)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that lets SHELL complete verbs, options and shipped specs.
+
+    \b
+    diffsmooth completion bash >> ~/.bashrc
+    diffsmooth completion zsh >> ~/.zshrc
+    diffsmooth completion fish > ~/.config/fish/completions/diffsmooth.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "diffsmooth", "_DIFFSMOOTH_COMPLETE").source())
 
 
 if __name__ == "__main__":

@@ -102,6 +102,16 @@ def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: floa
     }
 
 
+def gpu_hours(spec: RunSpec, draws: int | None = None) -> float | None:
+    """Hours of an H100 at 40 % of its peak for so many draws, all that the spec asks for unless they are given.
+
+    None where the networks cannot be counted.
+    """
+    planned = plan(spec, prices={"H100": None}, utilization=0.4)
+    hours = planned["costs"][0]["gpu_hours"]
+    return hours if hours is None or draws is None else hours * draws / planned["draws"]
+
+
 def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dict[str, int] | None:
     """FLOPs of one draw in the denoiser and, for all m copies, in the classifier.
 

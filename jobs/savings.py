@@ -4,6 +4,7 @@ A population is a law of p_A over samples; every figure comes from binomial coun
 see the same samples. Votes are counted, not seconds.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,3 +102,14 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
             }
         )
     return rows
+
+
+def describe_modes(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["population  mode                     n  saving  ACR lost  worst points lost at a radius"]
+    for row in rows:
+        lost = "       -" if row["acr_lost"] is None else f"{row['acr_lost']:>8.2%}"
+        lines.append(
+            f"{row['population']:<10}  {row['mode']:<17}  {row['n']:>7,}  {row['saving']:>6.2f}  {lost}  "
+            f"{row['worst_points_lost']:>5.2f}"
+        )
+    return "\n".join(lines)

@@ -110,6 +110,18 @@ class Curve:
             }
         )
 
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the curve with its bands on matplotlib axes, and return them.
+
+        Without any given, on new ones of pyplot's, which a notebook shows by itself.
+        """
+        if axes is None:
+            from matplotlib import pyplot
+
+            _, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+        draw(axes, [self])
+        return axes
+
     def _counts(self, radii: ArrayLike) -> NDArray[np.int64]:
         right = np.sort(self.radii[self.correct])
         return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
@@ -179,6 +191,7 @@ def plot(
 
     A path's ending chooses PNG, PDF or SVG; a file object gets PNG.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -191,7 +204,8 @@ def plot(
         draw(axes, [curve for curve in curves if curve.sigma == sigma], envelope_over=curves if envelope else ())
     if title:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=160)
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # letters stay letters, as publishers ask
+        figure.savefig(path, dpi=160)
 
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pandas as pd
 import pytest
@@ -317,3 +318,53 @@ def test_exported_log_has_the_runs_curve(stored, tmp_path):
     assert ours == exported
     assert ours[0] > 0
     assert "choose another place" in refused(2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a")
+
+
+def test_versions_are_told():
+    import torch
+
+    said = run("--version").output
+    for word in ("diffsmooth 0.1.0", f"torch {torch.__version__}", "Ray 2.", "CUDA"):
+        assert word in said
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell, monkeypatch):
+    assert "_DIFFSMOOTH_COMPLETE" in run("completion", shell).output
+    monkeypatch.setenv("_DIFFSMOOTH_COMPLETE", f"{shell}_complete")
+    for words, answers in (("diffsmooth certify mnist-coh", "mnist-cohen-0.25"), ("diffsmooth cer", "certify")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", words.split()[-1] if shell == "fish" else str(len(words.split()) - 1))
+        assert answers in CliRunner().invoke(main, [], prog_name="diffsmooth").output
+
+
+def test_every_verb_shows_an_example():
+    for name, command in main.commands.items():
+        text = run(name, "--help").output
+        assert f"  diffsmooth {name} " in text, name
+        for option in command.params:
+            assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
+
+
+def test_dear_orders_are_warned_of():
+    from jobs.certify import warn_of_cost
+
+    dear, cheap = (load_spec(SPECS / f"{name}.toml") for name in ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50"))
+    on_cpus = load_spec(SPECS / "imagenet-diffsmooth-0.50.toml", ["compute.device=cpu"])
+    said = []
+    for wanted in ([(dear, None)], [(dear, 1_000_000)], [(cheap, None)], [(on_cpus, None)], [(dear, 0)]):
+        warn_of_cost(wanted, said.append)
+    (warning,) = said
+    assert "this order takes 117 GPU-hours and more" in warning
+    result = run("submit", "imagenet-diffsmooth-0.50", "--address", "http://127.0.0.1:1", "--out", "s3://bucket/run")
+    assert "117 GPU-hours and more" in result.stderr
+    assert "--yes" in result.stderr
+    result = run("submit", "imagenet-diffsmooth-0.50", "--yes", "--address", "http://127.0.0.1:1")
+    assert "GPU-hours" not in result.stderr
+
+
+def test_swapped_sigmas_are_warned_of(tmp_path, caplog):
+    refused(2, "certify", "mnist", "--out", tmp_path / "a", "--set=smoothing.sigma=0.1", "--set=smoothing.n0=7")
+    with pytest.raises(AssertionError, match="a cluster was started"):
+        raise run("certify", "mnist", "--out", tmp_path / "b", "--set=smoothing.sigma=0.1").exception
+    assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1: are the two swapped?" in caplog.text

@@ -91,6 +91,21 @@ def test_pictures(tmp_path, ending):
     assert head == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[ending]
 
 
+def test_plot_draws_the_curve_on_own_axes_or_on_given_ones():
+    from matplotlib.figure import Figure
+
+    given = Figure().add_subplot()
+    for axes in (CURVE.plot(given), CURVE.plot()):
+        (line,) = [line for line in axes.get_lines() if str(line.get_label()).startswith("run (ACR")]
+        assert line.get_ydata() == pytest.approx(CURVE.at(line.get_xdata()))
+    assert given.get_lines()
+
+
+def test_letters_stay_letters_in_vector_pictures(tmp_path):
+    plot([CURVE], tmp_path / "a.svg")
+    assert ">certified accuracy</text>" in (tmp_path / "a.svg").read_text()
+
+
 def with_counts(correct, m, alpha=0.001):
     table = certificates(*[("certified", 1.0, True)] * correct, *[("abstained", 0.0, False)] * (m - correct))
     return curve_of("run", table, 0.5, 2.0, alpha)
