@@ -201,12 +201,11 @@ def warn_of_cost(wanted: Sequence[tuple[RunSpec, int | None]], confirm: Callable
     """Tell `confirm` where specs, each with its draws (None: all of them), take many GPU-hours together."""
     from jobs.plan import gpu_hours
 
-    hours = [
-        gpu_hours(spec, draws)
-        for spec, draws in wanted
-        if spec.compute.device != "cpu" and (draws is None or draws > _FEW_DRAWS)
-    ]
-    total = sum(one for one in hours if one is not None)
+    total = 0.0
+    for spec, draws in wanted:
+        if spec.compute.device != "cpu" and (draws is None or draws > _FEW_DRAWS):
+            with suppress(UserError):  # what only the cluster can load cannot be counted here
+                total += gpu_hours(spec, draws) or 0.0
     if total > MANY_HOURS:
         confirm(
             f"this order takes {total:,.0f} GPU-hours and more, were all H100s at 40 % of their peak (diffsmooth plan "
@@ -284,14 +283,16 @@ def read_costly(path: str, num_classes: int) -> dict[int, list[int]]:
         raise UserError(f"--costly {path}: cannot read it: {error.strerror}; give a .csv or .toml file") from error
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"--costly {path}: {error}; a .csv holds a cost matrix, a row a label; a .toml holds lines 3 = [5, 7]"
+            f"--costly {path}: {error}; a .csv must hold a cost matrix, a row a label; a .toml lines 3 = [5, 7]"
         ) from error
     for y, classes in costly.items():
         for k in (y, *classes):
             if not 0 <= k < num_classes:
                 raise UserError(f"--costly {path}: class {k} must lie in 0 to {num_classes - 1}")
         if y in classes or len(set(classes)) < len(classes):
-            raise UserError(f"--costly {path}: label {y} cannot be costly for itself, nor a class twice: {classes}")
+            raise UserError(
+                f"--costly {path}: label {y} cannot be costly for itself, nor a class twice: {classes}; mend it"
+            )
     costly = {y: classes for y, classes in costly.items() if classes}
     if not costly:
         raise UserError(f"--costly {path}: nothing is costly there; name classes, or take another certificate")
@@ -567,7 +568,9 @@ def analyze(
     if n is not None and first.mode != "fixed":
         order = order.model_copy(update={"mode": "fixed", "max_acr_loss": None, "radii": None})
     if order.mode == "grid" and kept != "top":
-        raise UserError(f"--certificate {kept}: a grid's looks give the certificate 'top' alone; with --n, fixed mode")
+        raise UserError(
+            f"--certificate {kept}: a grid's looks give the certificate 'top' alone; give --n for fixed mode"
+        )
     if kept in ("predict", "cost"):
         if order.mode != "fixed":
             raise UserError(f"--certificate {kept} needs equally many draws of each sample: name them with --n")
@@ -647,7 +650,7 @@ def read_order(run_uri: str, order_name: str | None) -> StoredOrder:
     with_radii = [name for name, order in orders.items() if order.certificate != "predict"]
     name = order_name or next(iter(with_radii or orders), "")
     if name not in orders:
-        raise UserError(f"{run_uri} holds no order {name!r}; it holds: {', '.join(orders) or 'none'}")
+        raise UserError(f"{run_uri} holds no order {name!r}; name one of: {', '.join(orders) or 'none'}")
     if name not in with_radii:
         raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
     stored = read_blocks(store)

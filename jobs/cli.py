@@ -216,7 +216,7 @@ def _ask_unless(yes: bool) -> Callable[[str], None]:
             return
         if sys.stdin.isatty() and sys.stderr.isatty():
             if not click.confirm(f"diffsmooth: {warning}. Go on?", err=True):
-                raise UserError("nothing was begun")
+                raise UserError("not confirmed, and nothing was begun: --yes begins without asking")
         else:
             click.echo(f"diffsmooth: {warning} (--yes leaves this out)", err=True)
 

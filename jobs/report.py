@@ -32,7 +32,7 @@ def report(
     parsed = [parse_source(text) for text in sources]
     for source in parsed:
         if is_log(source.place):
-            raise UserError(f"{source.place}: a log holds radii alone, and a report wants a run: take it to curve")
+            raise UserError(f"{source.place}: a log holds radii alone, and a report wants a run: give the log to curve")
     read = [read_order(source.place, order_name) for source in parsed]
     curves = with_distinct_names(parsed, [one.curve for one in read])
     galleries = _galleries(read, specs, shipped, each) if each else [([], "--samples 0 asks for none")] * len(read)

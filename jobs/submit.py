@@ -72,7 +72,10 @@ class Cluster:
         for name, version in ours.items():
             other = theirs[name]
             if other is None:
-                raise UserError(f"--address {self.address}: no Ray that tells its version answers there")
+                raise UserError(
+                    f"--address {self.address}: no Ray that tells its {name} version answers there; give the "
+                    "dashboard's, by default port 8265 of the head"
+                )
             if other.split(".")[:2] != version.split(".")[:2]:
                 raise UserError(
                     f"the cluster at {self.address} runs {name} {other}, this machine {name} {version}: submit from "
@@ -101,8 +104,8 @@ class Cluster:
             answer = requests.get(self.address + path, headers=_token_headers(), timeout=_KNOCK_SECONDS)
         except requests.RequestException as error:
             raise UserError(
-                f"--address {self.address}: no Ray job server answers there ({type(error).__name__}); it is the "
-                "dashboard's address, by default port 8265 of the head"
+                f"--address {self.address}: no Ray job server answers there ({type(error).__name__}); give the "
+                "dashboard's, by default port 8265 of the head"
             ) from error
         if answer.status_code in (401, 403):
             raise UserError(f"--address {self.address}: the cluster wants a token: {_TOKEN}")
@@ -113,7 +116,7 @@ class Cluster:
         if answer.status_code != 200 or not isinstance(found, dict):
             raise UserError(
                 f"--address {self.address}: something else than Ray's job server answers there (HTTP status "
-                f"{answer.status_code}); it is the dashboard's address, by default port 8265 of the head"
+                f"{answer.status_code}); give the dashboard's, by default port 8265 of the head"
             )
         return found
 
@@ -125,7 +128,9 @@ class Cluster:
         except AuthenticationError as error:
             raise UserError(f"--address {self.address}: the cluster wants a token: {_TOKEN}") from error
         except (OSError, RuntimeError) as error:  # requests' exceptions are OSErrors
-            raise RunError(f"the job server at {self.address} failed: {str(error).strip().splitlines()[0]}") from error
+            raise RunError(
+                f"the job server at {self.address} failed: {str(error).strip().splitlines()[0]}; try again"
+            ) from error
 
 
 def submit(address: str | None, order: Order) -> tuple[Cluster, Submitted]:
@@ -221,7 +226,7 @@ def _exit_status(details: JobDetails) -> int:
     code = details.driver_exit_code
     last = (details.message or "no message").strip().splitlines()[-1]
     if code is None:
-        raise RunError(f"the job never ran: {last}")
+        raise RunError(f"the job never ran: {last}; look into the cluster's log, and submit again")
     logger.error("the job ended with exit status %d: %s", code, last.removeprefix("diffsmooth: "))
     return code if code > 0 else 128 - code
 
@@ -375,7 +380,7 @@ def _imported(source: Path, package: str) -> Iterator[str]:
     try:
         tree = ast.parse(source.read_bytes())
     except SyntaxError as error:
-        raise UserError(f"{source}: not valid Python: {error.msg} in line {error.lineno}") from error
+        raise UserError(f"{source}: not valid Python: {error.msg} in line {error.lineno}; mend it") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

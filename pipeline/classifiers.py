@@ -129,7 +129,8 @@ def _torchvision(name: str) -> Architecture:
     if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
         # those two change their input in a way of their own, which no metadata tell
         raise UserError(
-            f"classifier.arch = 'torchvision:{name}': not a classifier of torchvision that can be used here"
+            f"classifier.arch = 'torchvision:{name}': not a classifier of torchvision that can be used here; take one "
+            "of torchvision.models.list_models()"
         )
     weights = models.get_model_weights(name).DEFAULT
     says = weights.transforms()
@@ -145,7 +146,9 @@ def _timm(name: str) -> Architecture:
     create, models = library("timm", "create_model"), library("timm", "models")
     says = models.get_pretrained_cfg(name) if models.is_model(name) else None
     if says is None:
-        raise UserError(f"classifier.arch = 'timm:{name}': the installed timm knows no such model")
+        raise UserError(
+            f"classifier.arch = 'timm:{name}': the installed timm knows no such model; take one of timm.list_models()"
+        )
     home = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return Architecture(
         lambda num_classes: create(name, num_classes=num_classes),
@@ -173,7 +176,8 @@ def _transformers(spec: RunSpec) -> Architecture:
         configuration = library("transformers", "AutoConfig").for_model(**config)
         if configuration.num_labels != num_classes:
             raise UserError(
-                f"{folder}: a classifier of {configuration.num_labels} classes, the data set has {num_classes}"
+                f"{folder}: a classifier of {configuration.num_labels} classes, the data set has {num_classes}: take "
+                "one of this data set, or set data.num_classes"
             )
         return _Logits(auto.from_config(configuration))
 
@@ -242,8 +246,8 @@ def _input(spec: RunSpec, architecture: Architecture) -> Input:
         return Input(normalize or says.normalize, says.size, interpolation or says.interpolation)
     if normalize is None:
         raise UserError(
-            f"classifier.normalize is missing, and files of {spec.classifier.arch} do not say it: Cohen's CIFAR models "
-            "want 'cifar10', his ImageNet models 'imagenet', SmoothAdv's ImageNet models 'center-imagenet'"
+            f"classifier.normalize is missing, and files of {spec.classifier.arch} do not say it: set it; Cohen's "
+            "CIFAR models want 'cifar10', his ImageNet models 'imagenet', SmoothAdv's ImageNet models 'center-imagenet'"
         )
     return Input(normalize)
 
@@ -301,7 +305,10 @@ def load_classifier(spec: RunSpec, device: torch.device, channels: int, num_clas
         network = build(lambda: architecture.make(num_classes), location, device, explain=explain)
     first = next((one for one in network.parameters() if one.ndim == 4), None)
     if first is not None and first.shape[1] != channels:
-        raise UserError(f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}")
+        raise UserError(
+            f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}: take a "
+            "classifier of such images"
+        )
     return Prepared(network, wants).to(device)
 
 

@@ -100,7 +100,8 @@ class EncodedImages:
         image_CHW = self._decode(index, stored)
         if not UNLABELLED <= label < self.num_classes:
             raise UserError(
-                f"{self._source.place(index)}: sample {index} has label {label}, beyond the {self.num_classes} classes"
+                f"{self._source.place(index)}: sample {index} has label {label}, beyond the {self.num_classes} "
+                "classes; set data.num_classes, or correct the label"
             )
         if index and self._crop is None and image_CHW.shape != self._shape_CHW:
             (_, height, width), (_, height_0, width_0) = image_CHW.shape, self._shape_CHW
@@ -269,7 +270,7 @@ def _open_parquet(name: str) -> pq.ParquetFile:
     except FileNotFoundError:
         raise UserError(f"data.path = {name!r}: no such file; give the path of a Parquet file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"data.path = {name!r}: damaged, or not a Parquet file ({error})") from error
+        raise UserError(f"data.path = {name!r}: damaged, or not a Parquet file ({error}); get it again") from error
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -280,7 +281,7 @@ def _image_column(name: str, schema: pa.Schema) -> str:
     """Which column holds the images. Raises: UserError where none does, or the labels are no integers."""
     image = next((column for column in ("image", "img") if column in schema.names), None)
     if image is None:
-        raise UserError(f"data.path = {name!r}: no column 'image' or 'img' among {', '.join(schema.names)}")
+        raise UserError(f"data.path = {name!r}: no column 'image' or 'img' among {', '.join(schema.names)}; name it so")
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
@@ -318,7 +319,10 @@ class ImageFiles:
         try:
             return Path(self._files[index]).read_bytes(), self._labels[index]
         except OSError as error:
-            raise RunError(f"{self._files[index]}: cannot be read: {error.strerror}; sample {index}") from error
+            raise RunError(
+                f"{self._files[index]}: cannot be read: {error.strerror}; sample {index}; "
+                "check its disk, and run the same command again"
+            ) from error
 
     def place(self, index: int) -> str:
         return self._files[index]
@@ -332,7 +336,7 @@ def _mnist(data: Data) -> Dataset:
     if data.split != "heldout":
         raise UserError(
             f"data.split = {data.split!r}: the embedded mnist has the split 'heldout' only "
-            "(1,000 images held out from training, not the MNIST test set)"
+            "(1,000 images held out from training, not the MNIST test set): set it to that"
         )
     embedded = str(resources.files("pipeline.embedded") / "mnist.parquet")
     return EncodedImages(ParquetRows([data.path or embedded]), 10, resize=data.resize, crop=data.crop)
@@ -340,9 +344,11 @@ def _mnist(data: Data) -> Dataset:
 
 def _cifar10(data: Data) -> Dataset:
     if data.split not in _CIFAR10_SIZES:
-        raise UserError(f"data.split = {data.split!r}: cifar10 has the splits {' and '.join(_CIFAR10_SIZES)}")
+        raise UserError(f"data.split = {data.split!r}: cifar10 has {' and '.join(_CIFAR10_SIZES)}: set one of them")
     if data.resize is not None or data.crop is not None:
-        raise UserError("data.resize and data.crop are for images of unequal size: cifar10's are all 32 x 32")
+        raise UserError(
+            "data.resize and data.crop are for images of unequal size: cifar10's are all 32 x 32: leave them out"
+        )
     from torchvision.datasets import CIFAR10
 
     given = Path(data.path) if data.path is not None and not is_remote(data.path) else None
@@ -408,7 +414,7 @@ def _imagenet(data: Data) -> Dataset:
     if data.split not in _IMAGENET_FOLDERS:
         raise UserError(
             f"data.split = {data.split!r}: imagenet has the splits test (its validation images, also called val) and "
-            "train"
+            "train: set one of them"
         )
     root = _folder(data)
     if (root / _IMAGENET_FOLDERS[data.split]).is_dir():
@@ -563,7 +569,7 @@ def sample_indices(samples: str, size: int) -> range:
     if step < 1 or start < 0 or stop > size:
         raise UserError(
             f"data.samples = {samples!r} lies outside the data set: it holds samples 0 to {size - 1}, "
-            f"so 0 <= start < stop <= {size} and step >= 1"
+            f"so it must be 0 <= start < stop <= {size} and step >= 1"
         )
     if start >= stop:
         raise UserError(f"data.samples = {samples!r} names no sample: start must lie below stop")

@@ -82,7 +82,7 @@ def timestep(abar: NDArray[np.float64], sigma: float) -> int:
     if 2 * sigma > ratio[-1]:
         raise UserError(
             f"sigma = {sigma} is beyond the denoiser's schedule of {len(abar)} steps: "
-            f"it reaches {math.floor(ratio[-1] / 2 * 1000) / 1000} at most"
+            f"it reaches {math.floor(ratio[-1] / 2 * 1000) / 1000} at most: take a lower sigma, or another denoiser"
         )
     return int(np.argmax(ratio >= 2 * sigma))
 
@@ -176,14 +176,16 @@ def _diffusers(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: S
     UNet2DModel, file = library("diffusers", "UNet2DModel"), _file(spec, "denoiser.config")
     config, kind = load_json(file), _scheduler(spec).get("prediction_type", "epsilon")
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{file}: a {config['_class_name']}; only a UNet2DModel denoises images")
+        raise UserError(f"{file}: a {config['_class_name']}, and only a UNet2DModel denoises images: take one")
     if config["in_channels"] != shape[0]:
         raise UserError(
             f"{file}: a denoiser of {config['in_channels']} channels, the images have {shape[0]}: "
             "take a denoiser of such images"
         )
     if kind not in _EPS:
-        raise UserError(f"{_file(spec, 'denoiser.scheduler')}: prediction_type = {kind!r}; known are {', '.join(_EPS)}")
+        raise UserError(
+            f"{_file(spec, 'denoiser.scheduler')}: prediction_type = {kind!r} must be one of {', '.join(_EPS)}"
+        )
     abar = schedule(spec)
     network = build(lambda: UNet2DModel.from_config(config), _weights(spec, device), device, convert=_of_today).to(
         dtype

@@ -390,7 +390,7 @@ def _from_s3(uri: str, start: int, etag: str | None) -> Iterator[_Answer]:
 def _bucket_and_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or not key:
-        raise UserError(f"{uri}: a bucket and a key are needed: s3://BUCKET/KEY")
+        raise UserError(f"{uri}: write s3://BUCKET/KEY, both a bucket and a key")
     return bucket, key
 
 

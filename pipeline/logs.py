@@ -51,8 +51,8 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
             break
         if len(fields) != len(columns):
             raise UserError(
-                f"{path}, line {number}: {len(fields)} fields, {_shown(line)}; expected {len(columns)}, separated by "
-                f"tabs: {' '.join(columns)}"
+                f"{path}, line {number}: {len(fields)} fields, {_shown(line)}; there must be {len(columns)}, separated "
+                f"by tabs: {' '.join(columns)}"
             )
         row = _parsed(f"{path}, line {number}", dict(zip(columns, fields, strict=True)))
         if row.sample in rows:
@@ -106,9 +106,9 @@ def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the log: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read the log: {error.strerror}; give a file that can be read") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a log: its bytes are no text; a run is named by its folder") from error
+        raise UserError(f"{path}: not a log: its bytes are no text; name a run by its folder") from error
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
@@ -118,7 +118,7 @@ def _columns(path: str | os.PathLike[str], lines: list[tuple[int, str]]) -> list
     columns = [name.strip() for name in header.split("\t")]
     if not any(tuple(columns[: len(layout)]) == layout for layout in (CERTIFY, PREDICT)):
         raise UserError(
-            f"{path}, line {number}: not a log's header: {_shown(header)}; expected, separated by tabs: "
+            f"{path}, line {number}: not a log's header: {_shown(header)}; it must be, separated by tabs: "
             f"{' '.join(CERTIFY)} (PREDICT's logs without radius)"
         )
     return columns

@@ -307,7 +307,7 @@ def load_spec(path_or_dict: str | os.PathLike[str] | Mapping[str, Any], override
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: not valid TOML: {error}") from error
+            raise UserError(f"{where}: not valid TOML: {error}; mend it") from error
         except OSError as error:
             raise UserError(f"{where}: cannot read the spec: {error.strerror}; give the path of a TOML file") from error
     _anchor(raw, folder)

@@ -168,7 +168,7 @@ class S3Store:
         self.uri = uri.rstrip("/")
         bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix:
-            raise UserError(f"{uri}: a run needs a bucket and a prefix: s3://BUCKET/PREFIX")
+            raise UserError(f"{uri}: a run needs a bucket and a prefix: write s3://BUCKET/PREFIX")
         self._bucket, self._prefix = bucket, f"{prefix}/"
         self.failures = 0  # calls that were lost, throttled or refused for a moment, and tried again
         self._client = s3_client()
@@ -374,7 +374,7 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     if text.startswith("s3://"):
         return S3Store(text)
     if "://" in text:
-        raise UserError(f"{text}: a run lives in a folder or under s3://BUCKET/PREFIX")
+        raise UserError(f"{text}: name a folder or s3://BUCKET/PREFIX for the run")
     return FolderStore(text)
 
 

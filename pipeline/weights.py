@@ -148,7 +148,9 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
     state = dict(next(iter(networks.values())))
     prefix = f"{name}." if name else _prefix(state, wanted)
     if name and not any(key.startswith(prefix) for key in state):
-        raise UserError(f"checkpoint {location}: the file has no keys that begin with '{prefix}'")
+        raise UserError(
+            f"checkpoint {location}: the file has no keys that begin with '{prefix}': correct the name behind '#'"
+        )
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -208,7 +210,7 @@ def load_into(
     """
 
     def refuse(what: str) -> UserError:
-        told = explain(state) or "another architecture or other hyper-parameters?"
+        told = explain(state) or "give a file of this architecture and its hyper-parameters"
         return UserError(f"checkpoint {location}: {what}: {told}")
 
     expected, computed = network.state_dict(), dict(network.named_buffers())

@@ -354,7 +354,7 @@ def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
         open_dataset(Data(name="cifar10"))
     with pytest.raises(UserError, match=r"neither cifar-10-batches-py nor cifar-10-python\.tar\.gz stands there"):
         open_dataset(Data(name="cifar10", path=str(tmp_path)))
-    with pytest.raises(UserError, match="cifar10 has the splits test and train"):
+    with pytest.raises(UserError, match="cifar10 has test and train"):
         open_dataset(Data(name="cifar10", split="val"))
     with pytest.raises(UserError, match="all 32 x 32"):
         open_dataset(Data(name="cifar10", resize=64))

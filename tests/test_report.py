@@ -182,7 +182,7 @@ def test_without_a_spec_no_pictures_and_why(home, spec, raw_spec, write, tmp_pat
         write(home, specs=[load_spec(raw_spec, ["smoothing.seed=1"])])
     log = tmp_path / "log"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n")
-    with pytest.raises(UserError, match="take it to curve"):
+    with pytest.raises(UserError, match="give the log to curve"):
         write(str(log))
     with pytest.raises(UserError, match="cannot write"):
         report([home], output=str(tmp_path / "none" / "report.html"))

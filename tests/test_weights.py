@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_named(tmp_path, trained):
     cases = {
         "shape": (
             {**state, "3.weight": torch.zeros(5, 16)},
-            r"3\.weight has shape \(5, 16\).* expects \(3, 16\): another",
+            r"3\.weight has shape \(5, 16\).* expects \(3, 16\): give a file of this",
         ),
         "missing": ({key: state[key] for key in state if key != "1.bias"}, r"1\.bias \(4,\) is missing"),
         "superfluous": ({**state, "4.weight": torch.zeros(2)}, r"4\.weight \(2,\) has no place"),

@@ -1,0 +1,102 @@
+"""The catalogue of errors: each that a user can meet names what is wrong and what to do about it."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.spec import UserError, _known_keys, load_spec
+
+ROOT = Path(__file__).parent.parent
+
+# what a user is told to do; a limit that is said with "must" tells it too, and so does what a missing key needs
+VERBS = (
+    r"(add|certify|change|check|choose|convert|copy|correct|cast|define|delete|export|free|get|give|install|leave|load|"
+    r"look|make|mend|move|name|pass|pip|put|remove|restore|run|set|sort|start|store|submit|take|try|use|write)\b"
+)
+REMEDY = re.compile(
+    rf"\bmust\b|is missing.*\bneeds?\b|[:;,.(]\s+(say,?\s+|or,?\s+)*{VERBS}|\bor {VERBS}|--yes|{{remedy}}|{{_TOKEN}}",
+    re.I | re.S,
+)
+
+
+def template(node: ast.expr) -> str:
+    """A message, with {expression} where a value is put in."""
+    match node:
+        case ast.Constant():
+            return str(node.value)
+        case ast.JoinedStr():
+            return "".join(map(template, node.values))
+        case ast.BinOp():
+            return template(node.left) + template(node.right)
+    return f"{{{ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)}}}"
+
+
+def errors():
+    for folder in ("pipeline", "cluster", "jobs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "RunError"):
+                    yield pytest.param(template(node.args[0]), id=f"{path.stem}-{node.lineno}")
+
+
+CATALOGUE = list(errors())
+# made of other lines of the catalogue, or of pydantic's findings, which are tested below
+PASSED_ON = ("checkpoint {error}", "{where}: {_one_line(error)}", "checkpoint {location}: {what}: {told}")
+NAMELESS = (
+    "several specs of one name would share a run: give each a name of its own",
+    "the base classifier's scores are not finite on a grey image: NaN or overflow in its networks; check weights, "
+    "normalisation and precision",
+)
+
+
+def test_the_catalogue_is_all_of_them():
+    texts = sum(len(re.findall(r"\b(?:UserError|RunError)\(\s*f?\"", path.read_text()))
+                for folder in ("pipeline", "cluster", "jobs") for path in (ROOT / folder).rglob("*.py"))  # fmt: skip
+    assert len(CATALOGUE) >= texts >= 140
+
+
+@pytest.mark.parametrize("message", CATALOGUE)
+def test_every_error_says_what_to_do(message):
+    if message in PASSED_ON:
+        return
+    assert REMEDY.search(message), message
+
+
+@pytest.mark.parametrize("message", CATALOGUE)
+def test_every_error_names_the_value(message):
+    assert re.search(r"\{.+\}|--[a-z]|[a-z]+\.[a-z_]+", message) or message in NAMELESS, message
+
+
+RAW: dict[str, Any] = {
+    "name": "a",
+    "data": {"name": "mnist"},
+    "denoiser": {"arch": "unet", "unet": {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1}},
+    "classifier": {"arch": "mnist_cnn", "normalize": {"mean": [0.5], "std": [0.5]}},
+    "smoothing": {"sigma": 0.5},
+}
+
+
+@pytest.mark.parametrize("key", _known_keys())
+def test_a_wrong_value_of_every_key_is_named(key):
+    *sections, last = key.split(".")
+    wrong: Any = {last: ["such thing"]}
+    for section in reversed(sections):
+        wrong = {section: wrong}
+
+    def merged(into: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+        joined = {**into}
+        for name, value in changed.items():
+            old = joined.get(name)
+            joined[name] = merged(old, value) if isinstance(old, dict) and name in sections else value
+        return joined
+
+    raw = merged(RAW, wrong)
+    with pytest.raises(UserError) as caught:
+        load_spec(raw)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert last in line, line
+    assert "such thing" in line, line
