@@ -133,7 +133,7 @@ def certify_all(
             if run.missing:
                 with _Watch(run, quiet) as watch:
                     outcome = cluster.cast(
-                        Setup(run.spec, run.store.uri, run.votes_id, batch_size),
+                        Setup(run.spec, run.store.location, run.votes_id, batch_size),
                         run.missing,
                         sampler=run.sampler,
                         on_progress=watch,

@@ -38,7 +38,8 @@ class FolderStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._root = Path(uri)
+        self._root = Path(uri).absolute()
+        self.location = str(self._root)  # where a process in another working folder finds it
 
     def prepare(self) -> None:
         """Make the folder and probe it: an object that exists must not be put twice.
@@ -166,6 +167,7 @@ class S3Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
+        self.location = self.uri
         bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix:
             raise UserError(f"{uri}: a run needs a bucket and a prefix: write s3://BUCKET/PREFIX")

@@ -60,6 +60,13 @@ def test_half_space_gets_its_exact_radius(raw_spec, tmp_path):
     assert result["acr"] == pytest.approx(rows["radius"].mean())
 
 
+def test_a_relative_home_is_the_drivers(raw_spec, tmp_path, monkeypatch):
+    """Actors of a Ray that was started in another folder write there too."""
+    monkeypatch.chdir(tmp_path)
+    assert certify(load_spec(raw_spec), "here/run")["complete"]
+    assert len(list((tmp_path / "here" / "run" / "votes" / "estimation").iterdir())) == 16
+
+
 def test_the_cut_changes_nothing_and_again_does_nothing(raw_spec, tmp_path):
     spec = load_spec(raw_spec)
     result = certify(spec, tmp_path / "a", actors=1, batch_size=7)
