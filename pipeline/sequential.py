@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
-from scipy.signal import fftconvolve
 from scipy.special import betainc, ndtr
-from scipy.stats import binom
 
 GROWTH = 1.5  # from one look to the next
 FUTILITY = 0.05  # stop where the chance of certifying one more radius is at most this
@@ -48,6 +46,9 @@ def spending(looks: Sequence[int], alpha: float) -> list[float]:
 @cache
 def boundaries(p0: float, looks: tuple[int, ...], alpha: float) -> tuple[int, ...]:
     """The least count at each look that certifies p_A > p0; look + 1 where no count does."""
+    from scipy.signal import fftconvolve  # a second to import, which every other command would wait for too
+    from scipy.stats import binom
+
     found: list[int] = []
     spent, before = 0.0, 0
     law, first = np.ones(1), 0  # P(count = first + index, no boundary reached so far)
