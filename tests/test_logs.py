@@ -100,7 +100,10 @@ def test_header_alone_is_no_sample(log):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HEADER + "0\t3\t3\n" + ROWS, ["line 2", "3 fields", r"'0\t3\t3'", "there must be 6", "idx label predict radius"]),
+        (
+            HEADER + "0\t3\t3\n" + ROWS,
+            ["line 2", "3 fields", r"'0\t3\t3'", "there must be 6", "idx label predict radius"],
+        ),
         (HEADER + ROWS + "20\t7\t7\t0.1\t1\t1.0\n", ["lines 3 and 5", "idx 20"]),
         (HEADER + "0\t3\t3\tnan\t1\t1.0\n", ["line 2", "radius = 'nan'", "finite number, 0 or more"]),
         (HEADER + "0\t3\t3\tinf\t1\t1.0\n", ["radius = 'inf'"]),
