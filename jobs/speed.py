@@ -2,9 +2,9 @@
 published algorithm.
 
 Three sides take turns in one process, each at the batch size that it likes best: `bare`, f's networks alone on data
-that lie on the device; `pipeline`, `cast_votes`; `literal`, the published algorithm (`jobs.literal`), in float32.
-Ratios are medians over the rounds of two rates of the same round. On one CPU thread the clock is the process's CPU
-time, which no other load on the machine stretches and which the noise threads are part of.
+that lie on the device, never compiled; `pipeline`, `cast_votes`; `literal`, the published algorithm (`jobs.literal`),
+in float32. Ratios are medians over the rounds of two rates of the same round. On one CPU thread the clock is the
+process's CPU time, which no other load on the machine stretches and which the noise threads are part of.
 
 Shapes: B batch, C channels, H W image, K classes, M local copies.
 """
@@ -61,6 +61,7 @@ class _Side(NamedTuple):
     name: str
     precision: str
     run: Callable[[int, int], object]  # works through that many batches of that many draws
+    warm_up: dict[int, float]  # seconds on the wall of the first batch of each size, compiling where that is asked for
 
     def rate(self, batch_size: int, batches: int, clock: Clock) -> float:
         """Draws per second."""
@@ -75,6 +76,9 @@ class _Side(NamedTuple):
         rates: dict[int, float] = {}
         for batch_size in sorted(batch_sizes):
             try:
+                start = time.perf_counter()
+                self.rate(batch_size, 1, clock)
+                self.warm_up[batch_size] = time.perf_counter() - start
                 first = self.rate(batch_size, 1, clock)
                 batches = math.ceil(seconds * first / batch_size)
                 rates[batch_size] = self.rate(batch_size, batches, clock)
@@ -95,10 +99,12 @@ class _Pipeline:
         self.sample, (image_CHW, _, _) = next(iter(samples.items()))
         self.image_CHW = torch.from_numpy(image_CHW).to(device)
         self.f = base_classifier(spec, device, image_CHW.shape, num_classes)
+        if spec.compute.compile:
+            self.f.compile()
 
     def sides(self) -> list[_Side]:
         precision = self.spec.smoothing.precision
-        return [_Side("bare", precision, self._networks), _Side("pipeline", precision, self._cast_votes)]
+        return [_Side("bare", precision, self._networks, {}), _Side("pipeline", precision, self._cast_votes, {})]
 
     @torch.inference_mode()
     def _networks(self, batch_size: int, batches: int) -> None:
@@ -215,6 +221,7 @@ def bench_speed(
         "rounds": rounds,
         "pipeline_over_bare": ratio("pipeline", "bare"),
         "pipeline_over_literal": ratio("pipeline", "literal"),
+        "warm_up_seconds": {side.name: side.warm_up[best[side.name]] for side in sides},
         "share_of_time": shares,
         "gflop_per_draw": None if flops is None else {name: value / 1e9 for name, value in flops.items()},
         "gflop_per_second": None if done is None else done / 1e9,
@@ -334,7 +341,7 @@ def _literal_side(literal: Literal, ours: _Pipeline) -> _Side:
     def run(batch_size: int, batches: int) -> object:
         return literal.count(ours.image_CHW, batch_size * batches, batch_size)
 
-    return _Side("literal", "fp32", run)
+    return _Side("literal", "fp32", run, {})
 
 
 def _agreement(
@@ -376,6 +383,7 @@ def print_speed(figures: Mapping[str, Any], console: Console) -> None:
     lines = [f"pipeline over bare networks: {figures['pipeline_over_bare']:.3f}"]
     if figures["pipeline_over_literal"] is not None:
         lines.append(f"pipeline over the published algorithm: {figures['pipeline_over_literal']:.3f}")
+    lines.append(f"warm-up of the pipeline: {figures['warm_up_seconds']['pipeline']:.1f} s on the wall")
     lines.append("time: " + ", ".join(f"{part} {share:.1%}" for part, share in figures["share_of_time"].items()))
     if figures["share_of_peak"] is not None:
         lines.append(
