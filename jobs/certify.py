@@ -417,7 +417,7 @@ def _result(
 
 
 class _Watch:
-    """Shows a run under way: a bar on a terminal, plain lines elsewhere; progress.json beside the votes."""
+    """Shows a run under way: a bar on a terminal or in a notebook, else plain lines; progress.json beside the votes."""
 
     def __init__(self, run: _Run, quiet: bool) -> None:
         self._run = run
@@ -429,7 +429,7 @@ class _Watch:
         self._bar: Progress | None = None
         self._quiet = quiet
         self._spoken = time.monotonic()
-        if self._console.is_terminal and not quiet:
+        if (self._console.is_terminal or self._console.is_jupyter) and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
