@@ -68,7 +68,7 @@ def render_report(runs: Sequence[RunReport]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html").render(
-        title=", ".join(curve.name for curve in curves),
+        title=", ".join(curve.name for curve in curves) if len(curves) <= 3 else f"{len(curves)} runs",
         runs=[
             {
                 "report": run,
@@ -247,7 +247,7 @@ def _figure(title: str, x: str, y: str) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a9098", "activecolor": COLOURS[0]},
-        legend={"orientation": "h", "y": -0.2},
+        legend={"orientation": "h", "y": -0.22},
         font={"family": "system-ui, sans-serif"},
     )
     for axis, label in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
