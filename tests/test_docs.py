@@ -73,6 +73,12 @@ def test_every_command_parses(block):
             assert words[0] in ("diffsmooth", "printf"), words
 
 
+def test_python_that_cannot_run_compiles():
+    for block in BLOCKS:
+        if block.kind == "python":
+            compile(block.text, f"{block.page}, line {block.line}", "exec")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):

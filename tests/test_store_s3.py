@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
+import duckdb
 import pandas as pd
 import pyarrow.dataset
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from cluster.worker import Setup, Worker
 from pipeline.sampling import blocks_of, order_of
@@ -170,7 +172,7 @@ def test_missing_bucket_wrong_rights_and_no_server(store, endpoint, monkeypatch,
 
 
 def test_votes_are_read_as_they_stand(store):
-    """By us, by pandas and by pyarrow, straight from the bucket."""
+    """By us, by pandas, by pyarrow and by DuckDB, straight from the bucket."""
     claim_run(store, RUN)
     put(store, FIRST, [0, 15, 5])
     put(store, Block(4, "selection", 0, 10), [10, 0, 0])
@@ -182,6 +184,10 @@ def test_votes_are_read_as_they_stand(store):
     )
     table = pyarrow.dataset.dataset(store.uri.removeprefix("s3://") + "/votes", filesystem=files).to_table()
     assert totals(table.to_pandas()) == totals(votes) == totals(pd.read_parquet(f"{store.uri}/votes"))
+    with duckdb.connect() as connection:
+        connection.register_filesystem(ArrowFSWrapper(files))  # its own client for S3 would be downloaded
+        rows = connection.sql(f"SELECT * FROM read_parquet('{store.uri}/votes/*/*.parquet')").df()
+    assert totals(rows) == totals(votes)
 
 
 def test_what_stands_is_asked_with_few_requests(store, endpoint, monkeypatch):
