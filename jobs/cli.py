@@ -384,7 +384,7 @@ def curve(
 @click.argument("sources", nargs=-1, required=True, metavar="RUN...")
 @click.option("--order", help="Which order of each run. [default: the first]")
 @click.option("--spec", "specs", multiple=True, metavar="SPEC", help="Of a run, for its pictures. [default: a shipped]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of every SPEC.")
+@_SET
 @click.option(
     "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Pictures of so many of each kind."
 )
@@ -581,10 +581,9 @@ def submit(
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
     files = [(name, find_spec(name)) for name in specs]
-    certification.warn_of_cost([(load_spec(file, overrides), None) for _, file in files], _ask_unless(yes))
     named = [(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
     order = submission.Order(named, out, shared, overrides, options, env)
-    cluster, submitted = submission.submit(address, order)
+    cluster, submitted = submission.submit(address, order, confirm=_ask_unless(yes))
     for line in submission.how_to(cluster, submitted.submission_id):
         click.echo(line, err=as_json)
     status = 0

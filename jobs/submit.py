@@ -27,6 +27,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from jobs.certify import warn_of_cost
 from pipeline.spec import RunError, RunSpec, UserError, load_spec
 
 logger = logging.getLogger(__name__)
@@ -133,14 +134,19 @@ class Cluster:
             ) from error
 
 
-def submit(address: str | None, order: Order) -> tuple[Cluster, Submitted]:
+def submit(
+    address: str | None, order: Order, confirm: Callable[[str], None] = logger.warning
+) -> tuple[Cluster, Submitted]:
     """Check everything that can be checked from here, then hand the job to the cluster.
+
+    `confirm` is told of an order of many GPU-hours, as `certify_all`'s is.
 
     Raises: UserError, RunError.
     """
     specs = [load_spec(file, order.overrides) for _, file, _ in order.specs]
     if len({spec.name for spec in specs}) < len(specs):
         raise UserError("several specs of one name would share a run: give each a name of its own")
+    warn_of_cost([(spec, None) for spec in specs], confirm)
     env_vars = _environment_of(order.env)
     cluster = Cluster(address)
     here = cluster.is_here()
