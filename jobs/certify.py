@@ -1,6 +1,5 @@
 """The main job: specs in, votes cast on the cluster, certificates and curves out; and what else reads a run."""
 
-import hashlib
 import io
 import json
 import logging
@@ -59,6 +58,7 @@ from pipeline.votes import (
     read_blocks,
     read_run,
     run_of,
+    run_sha256,
     to_table,
     write_table,
 )
@@ -188,8 +188,8 @@ def _prepare(spec: RunSpec, home: str, certificate: Certificate, costly: str | N
     secret = smoothing.seed == "random"
     spec, run = _claim(spec, store, weights, data.num_classes)
     if secret and not quiet:
-        commitment = hashlib.sha256(store.read(RUN_KEY)).hexdigest()
-        Console(stderr=True).print(f"sha256 of {store.uri}/{RUN_KEY}: {commitment} (publish it)", soft_wrap=True)
+        said = f"sha256 of {store.uri}/{RUN_KEY}: {run_sha256(store)} (publish it)"
+        Console(stderr=True).print(said, soft_wrap=True)
     order_name = place_order(store, order)
     standing = list_blocks(store, smoothing.block)
     sampler = sampler_of(store, run, order_name, order, standing, plans=True)
@@ -222,8 +222,7 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
         seeded, drawn = spec, False
         if spec.smoothing.seed == "random":
             drawn = RUN_KEY not in store.standing([RUN_KEY])
-            fresh = {"spec": {"smoothing": {"seed": secrets.randbits(128)}}}
-            seeded = with_seed_of(fresh if drawn else read_run(store), spec)
+            seeded = _seeded(spec, secrets.randbits(128)) if drawn else with_seed_of(read_run(store), spec)
         described = run_of(seeded, weights, num_classes)
         try:
             claim_run(store, described)
@@ -236,9 +235,10 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
 
 def with_seed_of(run: Mapping[str, Any], spec: RunSpec) -> RunSpec:
     """The spec, a random seed in it replaced by the number that the run drew."""
-    if spec.smoothing.seed != "random":
-        return spec
-    seed = int(run["spec"]["smoothing"]["seed"])
+    return spec if spec.smoothing.seed != "random" else _seeded(spec, int(run["spec"]["smoothing"]["seed"]))
+
+
+def _seeded(spec: RunSpec, seed: int) -> RunSpec:
     return spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"seed": seed})})
 
 
@@ -632,6 +632,7 @@ class StoredOrder(NamedTuple):
     name: str
     order: Order
     stored: list[StoredBlock]
+    votes: pd.DataFrame  # of these blocks
     certificates: pd.DataFrame
     curve: Curve
 
@@ -654,11 +655,12 @@ def read_order(run_uri: str, order_name: str | None) -> StoredOrder:
     if name not in with_radii:
         raise UserError(f"{run_uri}: order {name} holds predictions, which have no radius; certify it, or take another")
     stored = read_blocks(store)
-    certificates = certificates_of(to_table(stored), run, orders, read_plans(store), name)
+    votes = to_table(stored)
+    certificates = certificates_of(votes, run, orders, read_plans(store), name)
     curve = _curve(run, orders[name], certificates)
     if not curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
-    return StoredOrder(store, run, name, orders[name], stored, certificates, curve)
+    return StoredOrder(store, run, name, orders[name], stored, votes, certificates, curve)
 
 
 def run_status(run_uri: str) -> dict[str, Any]:

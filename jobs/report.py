@@ -1,6 +1,5 @@
 """The verb `report`: one HTML file of several runs, with pictures where a spec tells of their data and weights."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from jobs.certify import StoredOrder, read_order, with_seed_of, writing
 from jobs.curve import is_log, parse_source, with_distinct_names
 from pipeline.report import Exhibit, RunReport, render_report
 from pipeline.spec import RunError, RunSpec, UserError, votes_id
-from pipeline.votes import RUN_KEY, StoredBlock, to_table
+from pipeline.votes import StoredBlock, run_sha256
 
 
 def report(
@@ -95,7 +94,7 @@ def _gallery(spec: RunSpec, stored: StoredOrder, each: int) -> list[Exhibit]:
     from jobs.gallery import gallery
 
     device = torch.device("cuda" if torch.cuda.is_available() and spec.compute.device != "cpu" else "cpu")
-    return gallery(with_seed_of(stored.run, spec), device, stored.certificates, to_table(stored.stored), each)
+    return gallery(with_seed_of(stored.run, spec), device, stored.certificates, stored.votes, each)
 
 
 def _facts(stored: StoredOrder) -> dict[str, str]:
@@ -108,7 +107,7 @@ def _facts(stored: StoredOrder) -> dict[str, str]:
         "order": f"{stored.name}: {stored.order.certificate}, {stored.order.mode}, n0 = {stored.order.n0:,}, "
         f"n = {stored.order.n:,}, alpha = {stored.order.total_alpha:g}",
         "votes_id": stored.run["votes_id"],
-        "sha256 of run.json": hashlib.sha256(stored.store.read(RUN_KEY)).hexdigest(),
+        "sha256 of run.json": run_sha256(stored.store),
         "sigma, m, local_sigma": ", ".join(f"{smoothing[key]:g}" for key in ("sigma", "m", "local_sigma")),
         "seed of the noise, of the local copies": f"{smoothing['seed']}, {smoothing['local_seed']}",
         "precision": smoothing["precision"],

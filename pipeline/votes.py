@@ -7,6 +7,7 @@
 Columns: sample | label | stage | draw_start | draw_stop | class | votes, a row for each class that got votes.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -101,6 +102,11 @@ def read_run(store: Store) -> dict[str, Any]:
         raise UserError(f"{store.uri}: no run there (no {RUN_KEY}); give the folder that certify wrote") from None
     except ValueError as error:
         raise RunError(f"{store.uri}/{RUN_KEY} is damaged ({error}); restore it from a copy") from error
+
+
+def run_sha256(store: Store) -> str:
+    """The hash of run.json as it is stored: published before the first draw, it commits to everything in it."""
+    return hashlib.sha256(store.read(RUN_KEY)).hexdigest()
 
 
 def block_lengths(run: Mapping[str, Any]) -> BlockLengths:
