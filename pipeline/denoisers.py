@@ -163,7 +163,7 @@ def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape)
     abar, unet = schedule(spec), load_unet(spec, device, shape)
     at = timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps)
     unet.fold(at)
-    return DiffusionDenoiser(unet.to(dtype).to(memory_format=torch.channels_last), abar, at)
+    return DiffusionDenoiser(unet.to(dtype).lay_out(compiled=spec.compute.compile), abar, at)
 
 
 def _weights(spec: RunSpec, device: torch.device) -> str:

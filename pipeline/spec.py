@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 # Raised by hand whenever a change to f's code can change a vote.
-F_VERSION = 2
+F_VERSION = 3
 
 # What cannot change a vote, as (section, key); a key of None stands for the whole section.
 _OUTSIDE_VOTES_ID: tuple[tuple[str, str | None], ...] = (

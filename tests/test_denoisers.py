@@ -365,6 +365,46 @@ def test_what_is_folded_and_merged_is_the_network_as_it_was_trained(settings):
         assert torch.allclose(unet(x, torch.full((3,), 17)), trained, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="torch was built without NNPACK")
+@pytest.mark.parametrize("updown", [False, True])
+def test_winograds_convolutions_are_the_network_as_it_was_trained(updown, monkeypatch):
+    """Sides of 28 and 14 are its own, and of 7 are not; 28 is no multiple of its tiles of 6."""
+    called: list[tuple[int, int]] = []
+    convolve = torch._nnpack_spatial_convolution
+
+    def spy(x, *args, **kwargs):
+        called.append((len(x), x.shape[-1]))
+        return convolve(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", spy)
+    wide = {"model_channels": 128, "channel_mult": [1, 1, 1], "patch": 1, "num_groups": 32, "resblock_updown": updown}
+    unet, generator = UNet(SMALL.model_copy(update=wide), 1), torch.Generator().manual_seed(7)
+    for parameter in unet.parameters():
+        fan_in = parameter[0].numel()
+        torch.nn.init.normal_(parameter, std=fan_in**-0.5 if parameter.ndim > 1 else 0.2, generator=generator)
+    x = torch.randn(2, 1, 28, 28, generator=generator)
+    with torch.no_grad():
+        trained = unet.double()(x.double(), torch.full((2,), 17)).float()
+        unet.float().fold([17])
+        plain = unet(x, 17)
+        assert not called
+        fast = unet.lay_out(compiled=False)(x, 17)
+        assert {side for _, side in called} == {28, 14}
+        assert torch.allclose(fast, plain, atol=1e-4)
+        assert torch.allclose(fast, trained, atol=1e-4)
+        assert torch.allclose(unet(x[:1], 17), fast[:1], atol=1e-4)  # one image takes another path in NNPACK
+        assert called[-1][0] == 1
+
+
+def test_winograd_is_left_to_a_cpus_float32_of_wide_networks():
+    wide = UNet(SMALL.model_copy(update={"model_channels": 128, "num_groups": 32}), 1)
+    wide.fold([17])
+    assert not wide.lay_out(compiled=True).winograd
+    assert not UNet(SMALL, 1).lay_out(compiled=False).winograd
+    assert not wide.to(torch.bfloat16).lay_out(compiled=False).winograd
+    assert not wide.to("meta", torch.float32).lay_out(compiled=False).winograd
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(16, 8), (12, 2), (8, 8)])
 def test_group_norm_is_the_same_in_every_layout(channels, groups):
     norm, generator = GroupNorm(groups, channels), torch.Generator().manual_seed(6)
