@@ -80,7 +80,7 @@ class _Side(NamedTuple):
                 self.rate(batch_size, 1, clock)
                 self.warm_up[batch_size] = time.perf_counter() - start
                 first = self.rate(batch_size, 1, clock)
-                batches = math.ceil(seconds * first / batch_size)
+                batches = math.ceil(seconds / 2 * first / batch_size)
                 # the better of two: what else runs on the machine only ever slows a side down
                 rates[batch_size] = max(self.rate(batch_size, batches, clock) for _ in range(2))
             except torch.OutOfMemoryError:
@@ -188,7 +188,7 @@ def bench_speed(
     literal = _literal(ours, num_classes)
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
     sizes = batch_sizes or _BATCH_SIZES[device.type]
-    tuned = {side.name: side.tune(sizes, clock, effort.seconds / 2) for side in sides}
+    tuned = {side.name: side.tune(sizes, clock, effort.seconds) for side in sides}
     best = {name: max(rates, key=lambda size: rates[size]) for name, rates in tuned.items()}
     rounds, memory = _alternate(sides, tuned, best, clock, effort)
     precision = spec.smoothing.precision
@@ -200,7 +200,7 @@ def bench_speed(
             changed = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"precision": other})})
             theirs = _Pipeline(changed, device, samples, num_classes)
             for side in theirs.sides():
-                sweep += [_row(side, *one) for one in side.tune(sizes, clock, effort.seconds / 2).items()]
+                sweep += [_row(side, *one) for one in side.tune(sizes, clock, effort.seconds).items()]
             agreements[other] = _agreement(ours, theirs.f, best["pipeline"], effort)
     rates = {side.name: statistics.median(one[side.name] for one in rounds) for side in sides}
     flops = flops_per_draw(spec, tuple(ours.image_CHW.shape), num_classes)

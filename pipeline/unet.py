@@ -304,12 +304,10 @@ class UNet(nn.Module):
             and not compiled
             and torch.backends.nnpack.is_available()
         )
-        if not self.winograd:
-            return self.to(memory_format=torch.channels_last)
         for module in self.modules():
             if isinstance(module, Conv3x3):
-                module.winograd = True
-        return self
+                module.winograd = self.winograd
+        return self.to(memory_format=torch.contiguous_format if self.winograd else torch.channels_last)
 
     def _laid_out(self, h_BCHW: Tensor) -> Tensor:
         if not self.winograd:
