@@ -21,8 +21,9 @@ from ray.util.metrics import Counter, Histogram
 
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
+from pipeline.block import Block
+from pipeline.errors import RunError, UserError
 from pipeline.sampling import Sampler
-from pipeline.spec import Block, RunError, UserError
 from pipeline.votes import Votes
 
 logger = logging.getLogger(__name__)

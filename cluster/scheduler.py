@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.spec import Block
+from pipeline.block import Block
 
 TARGET_SECONDS = 60.0
 MAX_ATTEMPTS = 4

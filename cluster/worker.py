@@ -15,10 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import noise
-from pipeline.data import UNLABELLED, Sample, open_dataset, sample_indices
+from pipeline.block import Block
+from pipeline.data import open_dataset, sample_indices
+from pipeline.errors import UserError
+from pipeline.images import UNLABELLED, Sample
 from pipeline.smoothing import BlockVotes, build_base_classifier, cast_votes, weights_ids
-from pipeline.spec import Block, RunSpec, UserError, votes_id
-from pipeline.store import open_store
+from pipeline.spec import RunSpec, votes_id
+from pipeline.storage.store import open_store
 from pipeline.votes import Votes, block_key, block_votes, encode_block, read_blocks
 
 logger = logging.getLogger(__name__)

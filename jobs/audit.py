@@ -16,9 +16,11 @@ import pandas as pd
 
 from jobs.certify import certificates_of, sampler_of, with_seed_of
 from pipeline import noise
+from pipeline.block import Block
+from pipeline.errors import RunError, UserError
 from pipeline.sampling import read_orders, read_plans
-from pipeline.spec import Block, RunError, RunSpec, UserError
-from pipeline.store import Store, open_store
+from pipeline.spec import RunSpec
+from pipeline.storage.store import Store, open_store
 from pipeline.votes import (
     BLOCK_COLUMNS,
     TABLE_KEY,

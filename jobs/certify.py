@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.special import bdtrc
 
 from pipeline import curve as curves
+from pipeline.block import STAGES, Block
 from pipeline.certify import (
     Certificate,
     certified_radius,
@@ -29,7 +30,9 @@ from pipeline.certify import (
     top_class,
 )
 from pipeline.curve import Curve, curve_of
-from pipeline.data import UNLABELLED, open_dataset, sample_indices
+from pipeline.data import open_dataset, sample_indices
+from pipeline.errors import UserError
+from pipeline.images import UNLABELLED
 from pipeline.logs import write_log
 from pipeline.sampling import (
     Order,
@@ -44,8 +47,8 @@ from pipeline.sampling import (
     read_plans,
     store_plan,
 )
-from pipeline.spec import STAGES, Block, RunSpec, UserError, check_alpha, check_multiple
-from pipeline.store import Store, open_store
+from pipeline.spec import RunSpec, check_alpha, check_multiple
+from pipeline.storage.store import Store, open_store
 from pipeline.tables import render
 from pipeline.votes import (
     RUN_KEY,

@@ -21,7 +21,8 @@ from click.shell_completion import CompletionItem, get_completion_class
 from jobs import certify as certification
 from jobs.curve import compare
 from pipeline.certify import CERTIFICATES, Certificate
-from pipeline.spec import RunError, UserError, load_spec
+from pipeline.errors import RunError, UserError
+from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
 
 SPECS = Path(__file__).parent / "specs"
@@ -81,7 +82,7 @@ def main() -> None:
     diffsmooth report runs/mnist         all of it in one HTML file
     """
     logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
-    for told in ("pipeline.fetch", "pipeline.data"):  # downloads under way, and the order of the classes
+    for told in ("pipeline.storage.fetch", "pipeline.data"):  # downloads under way, and the order of the classes
         logging.getLogger(told).setLevel(logging.INFO)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
@@ -505,7 +506,7 @@ def bench(
     if spec is not None:
         from rich.console import Console
 
-        from jobs.speed import Effort, bench_speed, print_speed
+        from jobs.bench.speed import Effort, bench_speed, print_speed
 
         overrides += ("compute.device=cpu",) if cpu else ()
         figures = bench_speed(
@@ -520,23 +521,27 @@ def bench(
         else:
             print_speed(figures, Console())
         return
-    from jobs import bench as benches
-
     rows: Any
     if sampling:
-        from jobs.savings import describe_modes, simulate_modes
+        from jobs.bench.modes import describe_modes, simulate_modes
 
         rows = [row for n in (10_000, 100_000) for row in simulate_modes(n)]
         text = describe_modes(rows)
     elif simulate:
-        rows = benches.bench_simulation()
-        text = benches.describe_simulation(rows)
+        from jobs.bench.fleet import bench_simulation, describe_simulation
+
+        rows = bench_simulation()
+        text = describe_simulation(rows)
     elif storage:
-        rows = benches.bench_storage(storage, blocks)
-        text = benches.describe_storage(rows)
+        from jobs.bench.storage import bench_storage, describe_storage
+
+        rows = bench_storage(storage, blocks)
+        text = describe_storage(rows)
     else:
-        rows = benches.bench_driver(tasks)
-        text = benches.describe_driver(rows)
+        from jobs.bench.driver import bench_driver, describe_driver
+
+        rows = bench_driver(tasks)
+        text = describe_driver(rows)
     click.echo(json.dumps(rows, indent=2) if as_json else text)
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from jobs.certify import read_order, writing
 from pipeline.curve import Curve, curve_of, plot
+from pipeline.errors import UserError
 from pipeline.logs import read_log
-from pipeline.spec import UserError
 from pipeline.tables import ENVELOPE, render
 
 _ENDINGS = (".png", ".pdf", ".svg")

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import noise
+from pipeline.block import Stage
 from pipeline.data import open_dataset
 from pipeline.report import Exhibit, Picture
 from pipeline.smoothing import BaseClassifier, build_base_classifier
-from pipeline.spec import RunSpec, Stage
+from pipeline.spec import RunSpec
 
 _CLASSES = 5  # of the vote bars
 _SMALL = 64  # pixels: the longest side of images that are kept without loss

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.block import STAGES
 from pipeline.certify import certified_radius, looks_at
 from pipeline.data import known_facts, open_dataset, sample_indices
+from pipeline.errors import UserError
 from pipeline.smoothing import base_classifier, check_base_classifier
-from pipeline.spec import STAGES, RunSpec, UserError
+from pipeline.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 

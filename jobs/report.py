@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jobs.certify import StoredOrder, read_order, with_seed_of, writing
 from jobs.curve import is_log, parse_source, with_distinct_names
+from pipeline.errors import RunError, UserError
 from pipeline.report import Exhibit, RunReport, render_report
-from pipeline.spec import RunError, RunSpec, UserError, votes_id
+from pipeline.spec import RunSpec, votes_id
 from pipeline.votes import StoredBlock, run_sha256
 
 

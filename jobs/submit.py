@@ -28,7 +28,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.certify import warn_of_cost
-from pipeline.spec import RunError, RunSpec, UserError, load_spec
+from pipeline.errors import RunError, UserError
+from pipeline.spec import RunSpec, load_spec
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.classifiers import MnistCNN
-from pipeline.denoisers import alphas_cumprod
+from pipeline.models.classifiers import MnistCNN
+from pipeline.models.denoisers import alphas_cumprod
+from pipeline.models.unet import UNet
 from pipeline.spec import UNetSettings, load_spec
-from pipeline.unet import UNet
 
 logger = logging.getLogger(__name__)
 

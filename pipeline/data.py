@@ -3,14 +3,11 @@
 A sample's sha256 covers its stored bytes and its label, so that a block says of which image it holds votes.
 """
 
-import functools
 import hashlib
-import io
 import json
 import logging
 import os
 import re
-import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,24 +20,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.fetch import S3File, cache_folder, fetch, is_remote, list_s3, node_lock
-from pipeline.spec import Data, RunError, UserError, check_set
+from pipeline.errors import RunError, UserError
+from pipeline.images import UNLABELLED, EncodedImages, Sample
+from pipeline.locations import is_remote, require_set
+from pipeline.spec import Data
+from pipeline.storage.fetch import cache_folder, fetch, node_lock
+from pipeline.storage.remote import S3File, list_s3
 
 logger = logging.getLogger(__name__)
-
-UNLABELLED = -1
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 # sha256 of the 1000 sorted class names of ILSVRC-2012, a newline between them; sorted order is the order of the classes
 _IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
-
-
-class Sample(NamedTuple):
-    image_CHW: NDArray[np.float32]
-    label: int  # UNLABELLED where the data set has none
-    sha256: str
 
 
 class Facts(NamedTuple):
@@ -57,122 +49,6 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
-
-
-class Source(Protocol):
-    """Encoded images and their labels, by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]: ...
-
-    def place(self, index: int) -> str:
-        """The file that a sample stands in."""
-        ...
-
-
-class EncodedImages:
-    """Images decoded when asked for, resized and cropped as torchvision's Resize and CenterCrop do.
-
-    All are of one shape and mode: grey where sample 0 is grey and nothing else is asked for, else RGB.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        num_classes: int,
-        *,
-        resize: int | None = None,
-        crop: int | None = None,
-        always_rgb: bool = False,
-    ) -> None:
-        self.num_classes = num_classes
-        self._source, self._resize, self._crop = source, resize, crop
-        self._always_rgb = always_rgb or resize is not None or crop is not None
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        stored, label = self._source[index]
-        image_CHW = self._decode(index, stored)
-        if not UNLABELLED <= label < self.num_classes:
-            raise UserError(
-                f"{self._source.place(index)}: sample {index} has label {label}, beyond the {self.num_classes} "
-                "classes; set data.num_classes, or correct the label"
-            )
-        if index and self._crop is None and image_CHW.shape != self._shape_CHW:
-            (_, height, width), (_, height_0, width_0) = image_CHW.shape, self._shape_CHW
-            raise UserError(
-                f"{self._source.place(index)}: sample {index} is {width} x {height} pixels, but sample 0 "
-                f"({self._source.place(0)}) is {width_0} x {height_0}, and all must be equal: set data.resize and "
-                "data.crop"
-            )
-        return Sample(image_CHW, label, hashlib.sha256(stored + str(label).encode()).hexdigest())
-
-    @functools.cached_property
-    def _mode(self) -> str:
-        if self._always_rgb:
-            return "RGB"
-        try:
-            return "L" if Image.open(io.BytesIO(self._source[0][0])).mode == "L" else "RGB"
-        except _UNDECODABLE as error:
-            raise self._damaged(0, error) from error
-
-    @functools.cached_property
-    def _shape_CHW(self) -> tuple[int, ...]:
-        return self._decode(0, self._source[0][0]).shape
-
-    def _decode(self, index: int, stored: bytes) -> NDArray[np.float32]:
-        try:
-            image: Image.Image = Image.open(io.BytesIO(stored))
-            self._check_mode(index, image.mode)
-            image = self._fit(index, image if image.mode == self._mode else image.convert(self._mode))
-            pixels = np.asarray(image, dtype=np.float32)
-        except UserError:
-            raise
-        except _UNDECODABLE as error:
-            raise self._damaged(index, error) from error
-        return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)) / np.float32(255)
-
-    def _check_mode(self, index: int, mode: str) -> None:
-        if mode.startswith(("I", "F")):
-            raise UserError(
-                f"{self._source.place(index)}: the image of sample {index} has more than 8 bits a pixel (mode {mode}): "
-                "convert the images to 8 bits"
-            )
-        if self._mode == "L" and mode != "L":
-            raise UserError(
-                f"{self._source.place(index)}: the image of sample {index} is of mode {mode}, but sample 0 is grey, "
-                "and all must be equal: convert the images to one mode"
-            )
-
-    def _fit(self, index: int, image: Image.Image) -> Image.Image:
-        if self._resize is None and self._crop is None:
-            return image
-        from torchvision.transforms import CenterCrop, Resize
-
-        if self._resize is not None:
-            image = Resize(self._resize)(image)
-        if self._crop is not None:
-            if min(image.size) < self._crop:  # torchvision would pad it with black
-                raise UserError(
-                    f"{self._source.place(index)}: sample {index} is {image.width} x {image.height} pixels, smaller "
-                    f"than data.crop = {self._crop}: set data.resize, or a smaller data.crop"
-                )
-            image = CenterCrop(self._crop)(image)
-        return image
-
-    def _damaged(self, index: int, error: Exception) -> UserError:
-        return UserError(
-            f"{self._source.place(index)}: the image of sample {index} is damaged ({error}); mend or leave out"
-        )
-
-
-# what Pillow raises at one damaged file or another
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class RawImages:
@@ -547,7 +423,7 @@ def open_dataset(data: Data) -> Dataset:
     if data.name not in DATASETS:
         raise UserError(f"data.name = {data.name!r} is unknown: choose one of {', '.join(DATASETS)}")
     if data.path is not None:
-        check_set("data.path", data.path)
+        require_set("data.path", data.path)
     return DATASETS[data.name](data)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from pipeline.certify import ABSTAINED, NO_PREDICTION
-from pipeline.spec import UserError
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.spec import RunError, Stage
+from pipeline.block import Stage
+from pipeline.errors import RunError
 
 STREAMS: dict[Stage, int] = {"selection": 0, "estimation": 1}
 

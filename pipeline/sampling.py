@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import betaincinv
 
+from pipeline.block import STAGES, Block
 from pipeline.certify import Certificate, certified_radius, prefix_counts, top_class
+from pipeline.errors import RunError, UserError
 from pipeline.sequential import Grid, looks_of
-from pipeline.spec import STAGES, Alpha, Block, BlockLengths, RunError, RunSpec, Section, UserError, WholeKeys
-from pipeline.store import Store
+from pipeline.spec import Alpha, BlockLengths, RunSpec, Section, WholeKeys
+from pipeline.storage.store import Store
 from pipeline.votes import Votes
 
 _QUANTILES = 15  # of a pilot's posterior

@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.classifiers import build_classifier, check_classifier, classifier_ids
-from pipeline.data import Sample, open_dataset, sample_indices
-from pipeline.denoisers import Denoiser, build_denoiser, check_denoiser, denoiser_ids
-from pipeline.spec import Block, RunSpec, UserError
+from pipeline.block import Block
+from pipeline.data import open_dataset, sample_indices
+from pipeline.errors import UserError
+from pipeline.images import Sample
+from pipeline.models.classifiers import build_classifier, check_classifier, classifier_ids
+from pipeline.models.denoisers import Denoiser, build_denoiser, check_denoiser, denoiser_ids
+from pipeline.spec import RunSpec
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

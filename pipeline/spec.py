@@ -8,14 +8,17 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.block import Stage
+from pipeline.errors import UserError
+from pipeline.locations import resolve
 
 # Raised by hand whenever a change to f's code can change a vote.
 F_VERSION = 3
@@ -36,35 +39,11 @@ _OUTSIDE_VOTES_ID: tuple[tuple[str, str | None], ...] = (
     ("compute", None),
 )
 
+# The keys that hold locations, as (section, key).
+LOCATIONS = (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint"))
+
 # Draws of the selection in planned mode, unless n0 is given.
 PILOT = 1000
-
-Stage = Literal["selection", "estimation"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-class UserError(ValueError):
-    """A user's mistake: one line that names the value, the limit and the remedy; exit status 2, no traceback."""
-
-
-class RunError(RuntimeError):
-    """What the user's surroundings did (a full disk, a damaged file): one line, exit status 1, no traceback."""
-
-
-class Block(NamedTuple):
-    """The votes of one sample, one stage, draws [draw_start, draw_stop): the unit that is computed and stored."""
-
-    sample: int
-    stage: Stage
-    draw_start: int
-    draw_stop: int
-
-    @property
-    def draws(self) -> int:
-        return self.draw_stop - self.draw_start
-
-    def __str__(self) -> str:
-        return f"{self.stage} draws {self.draw_start} to {self.draw_stop - 1} of sample {self.sample}"
 
 
 class Section(BaseModel):
@@ -346,30 +325,11 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _anchor(raw: dict[str, Any], folder: Path) -> None:
-    """Put environment variables, ${NAME}, into the locations in `raw` and make relative ones absolute.
-
-    `embedded:` names and URIs stay; so do variables that are not set, until somebody needs the location."""
-    for section, key in (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint")):
+    """Resolve the locations in `raw`; relative paths count from `folder`."""
+    for section, key in LOCATIONS:
         table = raw.get(section)
-        if not isinstance(table, dict) or not isinstance(table.get(key), str):
-            continue
-        location = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), table[key])
-        table[key] = location = os.path.expanduser(location)
-        if "://" not in location and not location.startswith(("embedded:", "${")):
-            table[key] = str(folder / location)
-
-
-def check_set(name: str, location: str) -> str:
-    """The location, unless an environment variable in it, written ${NAME}, was not set when the spec was read.
-
-    Raises: UserError.
-    """
-    unset = re.search(r"\$\{(\w+)\}", location)
-    if unset:
-        raise UserError(
-            f"{name} = {location!r}: {unset[1]} is not set; set it in the environment, or --set {name}=PATH"
-        )
-    return location
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = resolve(table[key], folder)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

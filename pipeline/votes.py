@@ -23,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.spec import STAGES, Block, BlockLengths, RunError, RunSpec, Stage, UserError, identity, votes_id
-from pipeline.store import Entry, Store, open_store
+from pipeline.block import STAGES, Block, Stage
+from pipeline.errors import RunError, UserError
+from pipeline.spec import BlockLengths, RunSpec, identity, votes_id
+from pipeline.storage.store import Entry, Store, open_store
 
 SCHEMA = pa.schema(
     {

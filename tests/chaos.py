@@ -37,7 +37,7 @@ from ray.cluster_utils import Cluster
 from cluster.worker import Setup, Worker
 from pipeline.sampling import blocks_of, order_of
 from pipeline.spec import RunSpec, load_spec
-from pipeline.store import FolderStore, open_store
+from pipeline.storage.store import FolderStore, open_store
 from pipeline.votes import claim_run, list_blocks, read_run, read_votes
 from tests.models import png, to_toml
 from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server

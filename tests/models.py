@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.sampling import blocks_of, order_of, place_order
 from pipeline.spec import RunSpec
-from pipeline.store import Store, open_store
+from pipeline.storage.store import Store, open_store
 from pipeline.votes import claim_run, run_of
 
 Model = Callable[[Tensor], Tensor]

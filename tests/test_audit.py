@@ -8,7 +8,9 @@ import pytest
 
 from jobs.audit import audit, blocks_for, report
 from jobs.certify import analyze
-from pipeline.spec import Block, UserError, load_spec
+from pipeline.block import Block
+from pipeline.errors import UserError
+from pipeline.spec import load_spec
 from pipeline.votes import block_key, encode_block, read_blocks
 from tests.models import make_run
 

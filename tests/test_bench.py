@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from jobs.bench.literal import Literal
+from jobs.bench.modes import simulate_modes
+from jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
 from jobs.cli import SPECS, main
-from jobs.literal import Literal
-from jobs.savings import simulate_modes
-from jobs.speed import PARTS, Effort, bench_speed, print_speed
 from pipeline.data import open_dataset
 from pipeline.smoothing import build_base_classifier
 from pipeline.spec import load_spec

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest, norm
 
+from pipeline.block import Block
 from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound, prediction_p_value
 from pipeline.sequential import Grid
-from pipeline.spec import Block
 from pipeline.votes import StoredBlock, to_table
 
 # k, n, alpha, lower bound, 1 - lower bound, radius / sigma (None: abstain), from 60-digit binomial tail sums

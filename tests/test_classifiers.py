@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, resnet18
 
-from pipeline.classifiers import (
+from pipeline.errors import UserError
+from pipeline.models.classifiers import (
     CifarResNet,
     Input,
     Prepared,
@@ -22,7 +23,7 @@ from pipeline.classifiers import (
     classifier_ids,
     fold_batch_norms,
 )
-from pipeline.spec import Normalize, UserError, load_spec
+from pipeline.spec import Normalize, load_spec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -88,7 +89,7 @@ class Echo(nn.Module):
     ],
 )
 def test_normalisations(raw_spec, tmp_path, normalize, expected, monkeypatch):
-    from pipeline import classifiers
+    from pipeline.models import classifiers
 
     monkeypatch.setitem(classifiers.CLASSIFIERS, "echo", classifiers.Architecture(lambda num_classes: Echo()))
     torch.save(Echo().state_dict(), tmp_path / "a.pt")

@@ -138,7 +138,7 @@ def stored(tmp_path) -> Path:
     from pipeline.data import open_dataset
     from pipeline.sampling import blocks_of, order_of, place_order
     from pipeline.smoothing import weights_ids
-    from pipeline.store import open_store
+    from pipeline.storage.store import open_store
     from pipeline.votes import claim_run, run_of
 
     changes = ["data.samples=0:3", "compute.device=cpu", "smoothing.block.estimation=100", "smoothing.n=200"]

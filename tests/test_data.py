@@ -20,9 +20,11 @@ import pytest
 from PIL import Image
 
 from pipeline import data as data_module
-from pipeline.data import Facts, Sample, known_facts, open_dataset, sample_indices
-from pipeline.fetch import S3File
-from pipeline.spec import Data, UserError, load_spec, votes_id
+from pipeline.data import Facts, known_facts, open_dataset, sample_indices
+from pipeline.errors import UserError
+from pipeline.images import Sample
+from pipeline.spec import Data, load_spec, votes_id
+from pipeline.storage.remote import S3File
 from tests.models import png
 from tests.s3_servers import moto_server
 from tests.test_store_s3 import credentials

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from pipeline.denoisers import (
+from pipeline.errors import UserError
+from pipeline.models.denoisers import (
     PRESETS,
     DiffusionDenoiser,
     alphas_cumprod,
@@ -19,8 +20,8 @@ from pipeline.denoisers import (
     timestep,
     timesteps,
 )
-from pipeline.spec import UNetSettings, UserError, load_spec
-from pipeline.unet import Attention, GroupNorm, ResBlock, UNet, doubling, settings_in
+from pipeline.models.unet import Attention, GroupNorm, ResBlock, UNet, doubling, settings_in
+from pipeline.spec import UNetSettings, load_spec
 
 CIFAR, IMAGENET = PRESETS["openai-cifar10"], PRESETS["openai-imagenet256"]
 SMALL = UNetSettings(

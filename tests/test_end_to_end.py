@@ -16,9 +16,11 @@ import pytest
 import requests
 
 from jobs.certify import analyze, certify_all, read_order, run_status
+from pipeline.block import Block
 from pipeline.certify import certified_radius
-from pipeline.spec import Block, RunError, UserError, load_spec
-from pipeline.store import open_store
+from pipeline.errors import RunError, UserError
+from pipeline.spec import load_spec
+from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import png, to_toml
 
@@ -272,7 +274,7 @@ def test_stop_signals_end_gracefully_and_say_so(slow, number, status):
 
 
 def test_bench_counts_every_task():
-    from jobs.bench import bench_driver
+    from jobs.bench.driver import bench_driver
 
     figures = bench_driver(20)
     assert figures["draws"] == 210  # one block of selection, twenty of estimation; a straggler's copy counts once

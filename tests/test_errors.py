@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.spec import UserError, _known_keys, load_spec
+from pipeline.errors import UserError
+from pipeline.spec import _known_keys, load_spec
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,9 +18,10 @@ import boto3
 import numpy as np
 import pytest
 
-from pipeline import fetch as fetching
-from pipeline.fetch import S3File, fetch, fetch_first, file_sha256, list_s3
-from pipeline.spec import RunError, UserError
+from pipeline.errors import RunError, UserError
+from pipeline.storage import fetch as fetching
+from pipeline.storage.fetch import fetch, fetch_first, file_sha256
+from pipeline.storage.remote import S3File, list_s3
 from tests.s3_servers import moto_server
 from tests.test_store_s3 import credentials
 
@@ -205,7 +206,7 @@ def test_without_a_length(server):
     assert fetch(f"{server.url}/net.pt").read_bytes() == CONTENT
 
 
-KILLED = "import sys; from pipeline.fetch import fetch; fetch(sys.argv[1])"
+KILLED = "import sys; from pipeline.storage.fetch import fetch; fetch(sys.argv[1])"
 
 
 def test_killed_half_way_and_resumed(server, uri, cache):
@@ -366,7 +367,7 @@ def test_the_first_that_exists(server, tmp_path):
 
 def test_progress_is_logged_without_secrets(server, monkeypatch, caplog):
     monkeypatch.setattr(fetching, "_PROGRESS_EVERY", 0.0)
-    caplog.set_level(logging.INFO, "pipeline.fetch")
+    caplog.set_level(logging.INFO, "pipeline.storage.fetch")
     server.cuts = [MB]
     fetch(f"{server.url}/net.pt?token=secret")
     lines = [record.getMessage() for record in caplog.records]

@@ -8,9 +8,10 @@ import pytest
 
 from jobs.certify import analyze, run_status
 from pipeline.certify import certify as certify_votes
+from pipeline.errors import UserError
 from pipeline.noise import draw_noise
-from pipeline.spec import UserError, load_spec
-from pipeline.store import open_store
+from pipeline.spec import load_spec
+from pipeline.storage.store import open_store
 from pipeline.votes import RUN_KEY, read_run
 from tests.test_end_to_end import certify, table
 

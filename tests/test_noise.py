@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline import noise
-from pipeline.spec import RunError
+from pipeline.errors import RunError
 
 
 def drawn(draws, *, sample=0, stage="estimation", seed=0, size=1000, sigma=1.0):

@@ -7,9 +7,10 @@ from click.testing import CliRunner
 
 from jobs.cli import SPECS, main
 from jobs.plan import GPUS, parse_gpus, plan
-from pipeline.classifiers import check_classifier
-from pipeline.denoisers import check_denoiser
-from pipeline.spec import UserError, load_spec
+from pipeline.errors import UserError
+from pipeline.models.classifiers import check_classifier
+from pipeline.models.denoisers import check_denoiser
+from pipeline.spec import load_spec
 
 PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
 

@@ -19,8 +19,9 @@ from jobs.gallery import choose
 from jobs.report import report
 from pipeline import noise
 from pipeline.data import open_dataset
+from pipeline.errors import UserError
 from pipeline.report import class_table
-from pipeline.spec import UserError, load_spec
+from pipeline.spec import load_spec
 from pipeline.votes import read_votes
 from tests.models import make_run
 

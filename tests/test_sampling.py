@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from pipeline.block import Block
 from pipeline.certify import certified_radius
+from pipeline.errors import UserError
 from pipeline.sampling import (
     Order,
     Sampler,
@@ -18,8 +20,8 @@ from pipeline.sampling import (
     read_orders,
     read_plans,
 )
-from pipeline.spec import Block, BlockLengths, UserError, load_spec
-from pipeline.store import FolderStore
+from pipeline.spec import BlockLengths, load_spec
+from pipeline.storage.store import FolderStore
 
 LENGTHS = BlockLengths(selection=10, estimation=100)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from pipeline import noise
+from pipeline.block import Block
 from pipeline.data import open_dataset
+from pipeline.errors import UserError
 from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
-from pipeline.spec import Block, UserError, load_spec
+from pipeline.spec import load_spec
 
 MNIST = "jobs/specs/mnist.toml"
 

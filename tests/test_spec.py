@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from pipeline.spec import UserError, load_spec, votes_id
+from pipeline.errors import UserError
+from pipeline.spec import load_spec, votes_id
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.spec import RunError, UserError
-from pipeline.store import FolderStore, open_store
+from pipeline.errors import RunError, UserError
+from pipeline.storage.store import FolderStore, open_store
 
 
 def test_exactly_one_of_many_writers_wins(tmp_path):

@@ -19,9 +19,11 @@ import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from cluster.worker import Setup, Worker
+from pipeline.block import Block
+from pipeline.errors import RunError, UserError
 from pipeline.sampling import blocks_of, order_of
-from pipeline.spec import Block, RunError, UserError, load_spec
-from pipeline.store import FolderStore, S3Store
+from pipeline.spec import load_spec
+from pipeline.storage.store import FolderStore, S3Store
 from pipeline.votes import claim_run, read_run, read_votes
 from tests.models import to_toml
 from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server
@@ -239,7 +241,7 @@ def test_without_arrow_boto3_lists_and_reads(store, monkeypatch):
     def fail(**_):
         raise OSError("no such region")
 
-    monkeypatch.setattr("pipeline.store.fs.S3FileSystem", fail)
+    monkeypatch.setattr("pipeline.storage.store.fs.S3FileSystem", fail)
     assert [entry._replace(modified=0) for entry in store.list("votes")] == [("votes/a", 1, 0)]
     assert abs(next(store.list("votes")).modified - by_arrow[0].modified) < 1
     assert store.reader()("votes/a") == b"x"

@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 from cluster.aws.spot_watcher import find_node_id
 from jobs.cli import main
-from pipeline.spec import UserError, load_spec
-from pipeline.store import open_store
+from pipeline.errors import UserError
+from pipeline.spec import load_spec
+from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks
 from tests.models import to_toml
 from tests.s3_servers import free_ports
@@ -295,7 +296,7 @@ def test_a_job_that_never_ran_says_why():
     from ray.job_submission import JobStatus
 
     from jobs.submit import _exit_status
-    from pipeline.spec import RunError
+    from pipeline.errors import RunError
 
     with pytest.raises(RunError, match="no such package"):
         _exit_status(SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=None, message="no such package"))

@@ -9,8 +9,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.spec import Block, BlockLengths, RunError, UserError
-from pipeline.store import FolderStore
+from pipeline.block import Block
+from pipeline.errors import RunError, UserError
+from pipeline.spec import BlockLengths
+from pipeline.storage.store import FolderStore
 from pipeline.votes import (
     block_key,
     claim_run,

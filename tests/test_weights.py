@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.errors import UserError
+from pipeline.models.weights import build, load_weights
 from pipeline.smoothing import build_base_classifier, weights_ids
-from pipeline.spec import UserError, load_spec
-from pipeline.weights import build, load_weights
+from pipeline.spec import load_spec
 
 CPU = torch.device("cpu")
 MNIST = "jobs/specs/mnist.toml"

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from cluster.worker import Setup, Worker
+from pipeline.block import Block
+from pipeline.errors import RunError, UserError
 from pipeline.smoothing import weights_ids
-from pipeline.spec import Block, RunError, UserError, load_spec
-from pipeline.store import FolderStore, open_store
+from pipeline.spec import load_spec
+from pipeline.storage.store import FolderStore, open_store
 from pipeline.votes import claim_run, read_blocks, run_of
 
 BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in (0, 1) for start in (0, 100)]

@@ -21,7 +21,8 @@ import botocore.config
 import botocore.exceptions
 from pyarrow import fs
 
-from pipeline.spec import RunError, UserError
+from pipeline.errors import RunError, UserError
+from pipeline.storage.remote import s3_client
 
 
 class Entry(NamedTuple):
@@ -142,13 +143,6 @@ class FolderStore:
             errno.ENOTSUP: "the file system lacks hard links: use another one",
         }.get(error.errno or 0, "make the folder writable, or choose another with --out")
         return RunError(f"{self.uri}: cannot write {key}: {error.strerror or error}; {remedy}")
-
-
-def s3_client() -> Any:
-    """A client of S3, or of the store that AWS_ENDPOINT_URL names."""
-    # standard mode retries throttling, server errors and lost connections, with jittered backoff
-    retries = {"mode": "standard", "total_max_attempts": 8}
-    return boto3.client("s3", config=botocore.config.Config(retries=retries, max_pool_connections=32))
 
 
 class S3Store:

@@ -14,7 +14,6 @@ import json
 import pickle
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.fetch import fetch, file_sha256
-from pipeline.spec import UserError
+from pipeline.errors import UserError
+from pipeline.locations import EMBEDDED, embedded_path
+from pipeline.storage.fetch import fetch, file_sha256
 
 State = dict[str, Tensor]
 
@@ -48,8 +48,8 @@ def _split(location: str) -> tuple[Path, str]:
     Raises: UserError where there is no such file.
     """
     name, _, network = location.partition("#")
-    if name.startswith("embedded:"):
-        return Path(str(resources.files("pipeline.embedded") / name.removeprefix("embedded:"))), network
+    if name.startswith(EMBEDDED):
+        return embedded_path(name), network
     try:
         return fetch(name), network
     except UserError as error:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from pipeline.fetch import fetch_first
-from pipeline.spec import Normalize, RunSpec, UserError, check_set
-from pipeline.weights import as_folder, build, function_id, library, load_json, own_function, weights_id
+from pipeline.errors import UserError
+from pipeline.locations import require_set
+from pipeline.models.weights import as_folder, build, function_id, library, load_json, own_function, weights_id
+from pipeline.spec import Normalize, RunSpec
+from pipeline.storage.fetch import fetch_first
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +161,7 @@ def _timm(name: str) -> Architecture:
 
 def _transformers(spec: RunSpec) -> Architecture:
     """An image classifier in transformers' layout: config.json, preprocessor_config.json and weights in one folder."""
-    folder = check_set("classifier.checkpoint", spec.classifier.checkpoint or "").rstrip("/")
+    folder = require_set("classifier.checkpoint", spec.classifier.checkpoint or "").rstrip("/")
     if not folder:
         raise UserError("classifier.checkpoint is missing: arch = 'transformers' needs the folder of a model")
     auto = library("transformers", "AutoModelForImageClassification")
@@ -362,7 +364,7 @@ def _weights(spec: RunSpec, architecture: Architecture | None) -> str:
     location = given or (architecture.weights() if architecture else None)
     if location is None:
         raise UserError(f"classifier.checkpoint is missing: arch = {spec.classifier.arch!r} needs a file of weights")
-    return check_set("classifier.checkpoint", location)
+    return require_set("classifier.checkpoint", location)
 
 
 def check_classifier(spec: RunSpec) -> None:

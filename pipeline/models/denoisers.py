@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.fetch import fetch_first
-from pipeline.spec import RunSpec, UNetSettings, UserError, check_set
-from pipeline.unet import UNet, settings_in
-from pipeline.weights import State, build, function_id, library, load_json, own_function, weights_id
+from pipeline.errors import UserError
+from pipeline.locations import require_set
+from pipeline.models.unet import UNet, settings_in
+from pipeline.models.weights import State, build, function_id, library, load_json, own_function, weights_id
+from pipeline.spec import RunSpec, UNetSettings
+from pipeline.storage.fetch import fetch_first
 
 # The public checkpoints' hyper-parameters (improved-diffusion's CIFAR-10, guided-diffusion's ImageNet 256).
 PRESETS = {
@@ -275,7 +277,7 @@ def _file(spec: RunSpec, name: str) -> str:
     arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
     if checkpoint is None:
         raise UserError(f"denoiser.checkpoint is missing: arch = {arch!r} needs a file of weights")
-    check_set("denoiser.checkpoint", checkpoint)
+    require_set("denoiser.checkpoint", checkpoint)
     if arch != "diffusers":
         return checkpoint
     folder, (names, inner) = checkpoint.rstrip("/"), _DIFFUSERS_FILES[name]

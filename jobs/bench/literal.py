@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import noise
-from pipeline.classifiers import load_classifier
-from pipeline.denoisers import load_unet, schedule, timestep
+from pipeline.models.classifiers import load_classifier
+from pipeline.models.denoisers import load_unet, schedule, timestep
+from pipeline.models.unet import Attention, ResBlock, UNet
 from pipeline.spec import RunSpec, UNetSettings
-from pipeline.unet import Attention, ResBlock, UNet
 
 
 class Literal:

@@ -2,7 +2,7 @@
 published algorithm.
 
 Three sides take turns in one process, each at the batch size that it likes best: `bare`, f's networks alone on data
-that lie on the device, never compiled; `pipeline`, `cast_votes`; `literal`, the published algorithm (`jobs.literal`),
+that lie on the device, never compiled; `pipeline`, `cast_votes`; `literal`, the published algorithm,
 in float32. Ratios are medians over the rounds of two rates of the same round. On one CPU thread the clock is the
 process's CPU time, which no other load on the machine stretches and which the noise threads are part of.
 
@@ -28,15 +28,18 @@ from rich.table import Table
 from torch import Tensor
 
 from cluster.worker import device_of
-from jobs.literal import Literal
+from jobs.bench.literal import Literal
 from jobs.plan import flops_per_draw
 from pipeline import noise
-from pipeline.data import UNLABELLED, Sample, known_facts, open_dataset, sample_indices
-from pipeline.denoisers import PRESETS, DiffusionDenoiser
-from pipeline.fetch import at_hand
+from pipeline.block import Block
+from pipeline.data import known_facts, open_dataset, sample_indices
+from pipeline.errors import UserError
+from pipeline.images import UNLABELLED, Sample
+from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
+from pipeline.models.weights import RANDOM
 from pipeline.smoothing import DTYPES, base_classifier, cast_votes, check_base_classifier
-from pipeline.spec import Block, RunSpec, UserError
-from pipeline.weights import RANDOM
+from pipeline.spec import RunSpec
+from pipeline.storage.fetch import at_hand
 
 logger = logging.getLogger(__name__)
 

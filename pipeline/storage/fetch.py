@@ -13,7 +13,6 @@ A cached file is not compared with its source again: sha256 says whether it is t
 import errno
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -21,18 +20,18 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import botocore.exceptions
 import requests
 from filelock import FileLock, Timeout
 
-from pipeline.spec import RunError, UserError
-from pipeline.store import s3_client
+from pipeline.errors import RunError, UserError
+from pipeline.locations import is_remote, shown
+from pipeline.storage.remote import Absent, Broken, Refused, bucket_and_key, check_status, named, s3_client
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +40,6 @@ _TRIES = 5  # in a row that bring no new byte
 _FIRST_PAUSE = 0.5  # seconds, doubled at each try
 _TIMEOUTS = (15, 60)  # seconds: to connect, and between two reads
 _PROGRESS_EVERY = 5.0  # seconds
-
-
-class _Absent(UserError):
-    """The server answers and has no such file."""
-
-
-class _Refused(UserError):
-    """The server does not let us read it; S3 says so of missing objects too, to those who may not list."""
-
-
-class _Broken(Exception):
-    """The transfer failed and may be tried again; `restart` where what stands cannot be built upon."""
-
-    def __init__(self, reason: str, *, restart: bool = False) -> None:
-        super().__init__(reason)
-        self.restart = restart
 
 
 class _Answer(NamedTuple):
@@ -73,10 +56,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffsmooth"
 
 
-def is_remote(uri: str) -> bool:
-    return "://" in uri
-
-
 def fetch(uri: str, sha256: str | None = None) -> Path:
     """The local file of a path, s3:// or https:// URI; downloaded into the cache folder if this node lacks it.
 
@@ -86,7 +65,7 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
     if not is_remote(uri):
         path = Path(uri).expanduser()
         if not path.is_file():
-            raise _Absent(f"{uri}: no such file; give the path of an existing one, s3://BUCKET/KEY or https://...")
+            raise Absent(f"{uri}: no such file; give the path of an existing one, s3://BUCKET/KEY or https://...")
         return _checked(path, uri, sha256, "get the right file")
     if not uri.startswith(("s3://", "https://", "http://")):
         raise UserError(f"{shown(uri)}: cannot be read: give a path, s3://BUCKET/KEY or https://...")
@@ -109,13 +88,13 @@ def fetch_first(candidates: Sequence[str]) -> Path:
 
     Raises: UserError naming all where none exists, and as `fetch` does.
     """
-    refused: _Refused | None = None
+    refused: Refused | None = None
     for uri in candidates:
         try:
             return fetch(uri)
-        except _Absent:
+        except Absent:
             continue
-        except _Refused as error:
+        except Refused as error:
             refused = refused or error
     if refused is not None:
         raise refused
@@ -127,16 +106,6 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     status = path.stat()
     return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-def shown(uri: str) -> str:
-    """A URI as messages may say it: without user, password, and a query that may be a signature."""
-    if not is_remote(uri) or uri.startswith("s3://"):
-        return uri
-    scheme, _, rest = uri.partition("://")
-    place, query, _ = rest.partition("?")
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if query else ''}"
 
 
 def _full_disk(folder: Path, needed: int | None) -> RunError:
@@ -244,7 +213,7 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
         try:
             _transfer(uri, part, state)
             break
-        except _Broken as error:
+        except Broken as error:
             size = part.stat().st_size if part.exists() else 0
             tries = 1 if size > furthest else tries + 1
             furthest = max(furthest, size)
@@ -282,7 +251,7 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
 def _transfer(uri: str, part: Path, state: Path) -> None:
     """One connection's worth of a download; returns when `part` is complete.
 
-    Raises: _Broken, UserError, OSError of the disk.
+    Raises: Broken, UserError, OSError of the disk.
     """
     before = _read_json(state)
     etag, total = before.get("etag"), before.get("total")
@@ -303,7 +272,7 @@ def _transfer(uri: str, part: Path, state: Path) -> None:
             os.fsync(file.fileno())
     size = part.stat().st_size
     if answer.total is not None and size != answer.total:
-        raise _Broken(f"the connection ended after {size} of {answer.total} bytes", restart=size > answer.total)
+        raise Broken(f"the connection ended after {size} of {answer.total} bytes", restart=size > answer.total)
 
 
 def _with_progress(uri: str, answer: _Answer) -> Iterator[bytes]:
@@ -333,13 +302,13 @@ def _from_http(uri: str, start: int, etag: str | None) -> Iterator[_Answer]:
         headers |= {"Range": f"bytes={start}-", "If-Range": etag}
     try:
         with requests.get(uri, headers=headers, stream=True, timeout=_TIMEOUTS) as response:
-            _check_status(uri, response.status_code)
+            check_status(uri, response.status_code)
             length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")
             begin = start if response.status_code == 206 else 0
             if begin and not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
-                raise _Broken("the server sent another range than asked for", restart=True)
+                raise Broken("the server sent another range than asked for", restart=True)
             if begin and tag not in (None, etag):  # sent by a server that does not know If-Range
-                raise _Broken("the file has changed since the download began", restart=True)
+                raise Broken("the file has changed since the download began", restart=True)
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 length = tag = None  # both are of the packed bytes
             total = begin + int(length) if length is not None else None
@@ -353,20 +322,7 @@ def _from_http(uri: str, start: int, etag: str | None) -> Iterator[_Answer]:
         reason = _root(error)
         if isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN:
             raise UserError(f"{shown(uri)}: unknown host; correct the location, or check the network") from None
-        raise _Broken(getattr(reason, "strerror", None) or type(reason).__name__) from None
-
-
-def _check_status(uri: str, status: int) -> None:
-    if status in (404, 410):
-        raise _Absent(f"{shown(uri)}: there is no such file ({status}); correct the location")
-    if status in (401, 403):
-        raise _Refused(f"{shown(uri)}: the server refuses to send it ({status}); check the link and your rights to it")
-    if status in (412, 416):
-        raise _Broken("the file has changed since the download began", restart=True)
-    if status == 429 or status >= 500:
-        raise _Broken(f"the server answers {status}")
-    if status not in (200, 206):
-        raise UserError(f"{shown(uri)}: the server answers {status} instead of a file; correct the location")
+        raise Broken(getattr(reason, "strerror", None) or type(reason).__name__) from None
 
 
 def _root(error: BaseException) -> BaseException:
@@ -378,112 +334,10 @@ def _root(error: BaseException) -> BaseException:
 
 @contextmanager
 def _from_s3(uri: str, start: int, etag: str | None) -> Iterator[_Answer]:
-    bucket, key = _bucket_and_key(uri)
+    bucket, key = bucket_and_key(uri)
     only = {"Range": f"bytes={start}-", "IfMatch": etag} if start else {}
-    with _named(uri):
+    with named(uri):
         answer = s3_client().get_object(Bucket=bucket, Key=key, **only)
         begin = start if "ContentRange" in answer else 0
         with closing(answer["Body"]) as body:
             yield _Answer(begin, begin + answer["ContentLength"], answer.get("ETag"), body.iter_chunks(_CHUNK))
-
-
-def _bucket_and_key(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket or not key:
-        raise UserError(f"{uri}: write s3://BUCKET/KEY, both a bucket and a key")
-    return bucket, key
-
-
-@contextmanager
-def _named(uri: str) -> Iterator[None]:
-    """Turn the S3 client's errors into ours."""
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] == "NoSuchBucket":
-            raise UserError(f"{uri}: there is no bucket {_bucket_and_key(uri)[0]}; correct the location") from error
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
-        if status == 429 or status >= 500:  # the client has tried often enough
-            raise RunError(f"{uri}: the store answers {status}; run the same command again") from error
-        _check_status(uri, status)
-        raise
-    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
-        raise UserError(
-            f"{uri}: no complete AWS credentials found: set AWS_PROFILE, or give the node an instance profile"
-        ) from error
-    except (botocore.exceptions.EndpointConnectionError, botocore.exceptions.ConnectTimeoutError) as error:
-        raise RunError(f"{uri}: {error}; check AWS_ENDPOINT_URL and the network") from error
-    except botocore.exceptions.FlexibleChecksumError as error:
-        raise _Broken("the bytes that came do not have the object's checksum", restart=True) from error
-    except (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError) as error:
-        raise _Broken(f"{type(error).__name__}; is AWS_ENDPOINT_URL right?") from error
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:  # a bucket's name, a profile, an endpoint
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}; correct the location or the AWS settings") from error
-
-
-class S3File(io.RawIOBase):
-    """One version of an S3 object, read at any position without fetching the rest.
-
-    Raises: as `fetch` does; RunError where the object changes while it is being read.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._bucket, self._key = _bucket_and_key(uri)
-        self._client = s3_client()
-        self._position = 0
-        head = self._retried(lambda: self._client.head_object(Bucket=self._bucket, Key=self._key))
-        self._size, self._etag = int(head["ContentLength"]), head["ETag"]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._position)
-        if wanted <= 0:
-            return 0
-        span = f"bytes={self._position}-{self._position + wanted - 1}"
-        found = self._retried(
-            lambda: self._client.get_object(Bucket=self._bucket, Key=self._key, Range=span, IfMatch=self._etag)[
-                "Body"
-            ].read()
-        )
-        buffer[:wanted] = found
-        self._position += wanted
-        return wanted
-
-    def _retried(self, call: Callable[[], Any]) -> Any:
-        for attempt in range(_TRIES):
-            try:
-                with _named(self._uri):
-                    return call()
-            except _Broken as error:
-                reason = error
-                if error.restart:  # another object now stands there
-                    break
-                time.sleep(_FIRST_PAUSE * 2**attempt)
-        raise RunError(f"{self._uri}: cannot be read: {reason}; run the same command again")
-
-
-def list_s3(folder: str) -> list[str]:
-    """The s3:// URIs of the objects directly below a prefix, sorted.
-
-    Raises: UserError for a missing bucket or rights.
-    """
-    bucket, _, prefix = folder.removeprefix("s3://").rstrip("/").partition("/")
-    prefix = f"{prefix}/" if prefix else ""
-    with _named(folder):
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-        return sorted(f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", ()))

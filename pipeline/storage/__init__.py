@@ -1,0 +1,1 @@
+"""Where files and runs live: folders, object stores, HTTPS, and this node's cache."""
