@@ -22,7 +22,7 @@ $(VENV)/demo: EXTRAS :=
 $(VENV)/dev: EXTRAS := [dev]
 $(VENV)/demo $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.$(EXTRAS)'
+	$(BIN)/pip install --quiet --no-compile --editable '.$(EXTRAS)'
 	touch $@
 
 clean:
