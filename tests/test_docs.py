@@ -23,6 +23,7 @@ from pipeline.spec import load_spec
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 120
+PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "tests")
 KINDS = {"bash", "python", "toml", "text"}
 
 
@@ -115,6 +116,13 @@ def test_the_readme_is_short_and_links_every_page():
 
 def test_the_readme_shows_make_demo_first():
     assert blocks_of("bash")[0].text == "make demo\n"
+
+
+def test_the_layout_in_contributing_is_complete():
+    named = {Path(name).name for name in re.findall(r"[\w/]+\.py\b", (ROOT / "docs" / "contributing.md").read_text())}
+    exist = {path.name for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    assert named <= exist
+    assert {path.name for folder in ("pipeline", "cluster") for path in (ROOT / folder).rglob("*.py")} <= named
 
 
 @pytest.fixture(scope="module")
