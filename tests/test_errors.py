@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.spec import _known_keys, load_spec
+from pipeline.spec import known_keys, load_spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +80,7 @@ RAW: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", _known_keys())
+@pytest.mark.parametrize("key", known_keys())
 def test_a_wrong_value_of_every_key_is_named(key):
     *sections, last = key.split(".")
     wrong: Any = {last: ["such thing"]}

@@ -104,7 +104,7 @@ class FolderStore:
         for key, _ in self._walk(prefix):
             yield key
 
-    def standing(self, keys: Iterable[str]) -> set[str]:
+    def existing(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys under which an object stands."""
         return {key for key in keys if self.exists(key)}
 
@@ -296,7 +296,7 @@ class S3Store:
         for entry in self.list(prefix):
             yield entry.key
 
-    def standing(self, keys: Iterable[str]) -> set[str]:
+    def existing(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys under which an object stands.
 
         Keys that are alike up to their last hyphen (the blocks of a sample and stage) share one listing.
