@@ -1,13 +1,11 @@
 """One device with f loaded once: casts the votes of a task's blocks and commits each block as it finishes. No Ray."""
 
-import contextlib
 import functools
 import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +17,15 @@ from pipeline.block import Block
 from pipeline.data import open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED, Sample
-from pipeline.smoothing import BlockVotes, build_base_classifier, cast_votes, weights_ids
+from pipeline.models.device import device_facts, device_of
+from pipeline.noise import Noise
+from pipeline.smoothing import CastBlock, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.storage.store import open_store
 from pipeline.votes import Votes, block_key, block_votes, encode_block, read_blocks
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
-_MODEL_PACKAGES = ("timm", "diffusers")
 _CPU_BATCH = 64
 _LARGEST_BATCH = 2048  # of a GPU; larger ones are no faster, and pad a task's last batch the more
 _CLEAN_SAMPLES = 64
@@ -81,7 +79,7 @@ class Worker:
             torch.set_num_threads(setup.threads)
         self._data = open_dataset(spec.data)
         self._sample = functools.lru_cache(maxsize=64)(self._load)
-        self._f = build_base_classifier(spec, self._device)
+        self._f = build_base_classifier(spec, self._device, self._data)
         if spec.compute.compile:
             self._f.compile()
         self._batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
@@ -130,21 +128,13 @@ class Worker:
         failed = self._store.failures - failures
         return Receipt(stored, own, duplicates, seconds, draws, self._facts["device"], failed)
 
-    def _cast(self, blocks: Sequence[Block], samples: Mapping[int, Sample]) -> Iterator[BlockVotes]:
+    def _cast(self, blocks: Sequence[Block], samples: Mapping[int, Sample]) -> Iterator[CastBlock]:
         """The blocks' votes. Where memory runs out, smaller batches go on with the blocks that are not done."""
         smoothing, done = self._setup.spec.smoothing, 0
         while blocks:
             try:
-                for votes in cast_votes(
-                    self._f,
-                    blocks[done:],
-                    samples,
-                    sigma=smoothing.sigma,
-                    seed=int(smoothing.seed),  # the driver has put a number in the place of "random"
-                    batch_size=self._batch_size,
-                    threads=self._setup.threads,
-                    noise_grid=smoothing.noise_grid,
-                ):
+                options = CastOptions(self._batch_size, self._setup.threads)
+                for votes in cast_votes(self._f, blocks[done:], samples, Noise.of(smoothing), options):
                     done += 1
                     yield votes
                 return
@@ -193,45 +183,12 @@ class Worker:
         return self._data[index]
 
 
-def device_of(spec: RunSpec) -> torch.device:
-    """The device that the spec asks for; a missing GPU is an error, not a reason to be slow."""
-    wanted = spec.compute.device
-    if wanted != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if wanted == "cuda":
-        raise UserError(
-            f"compute.device = 'cuda', but torch {torch.__version__} sees no GPU on {platform.node()}: run on a GPU "
-            "node, or choose the CPU with --cpu"
-        )
-    return torch.device("cpu")
-
-
-def facts_of(device: torch.device) -> dict[str, Any]:
-    """What of the surroundings can change a vote."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": f"{device.type} {name}",
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
 def _facts(device: torch.device, setup: Setup) -> dict[str, Any]:
     """What is recorded with every block besides its own figures."""
     return {
-        **facts_of(device),
+        **device_facts(device).model_dump(),
         "votes_id": setup.votes_id,
         "threads": setup.threads,
         "precision": setup.spec.smoothing.precision,
         "compiled": setup.spec.compute.compile,
     }
-
-
-def _versions() -> dict[str, str]:
-    """The packages that can change a vote; those that only some models need, where they are installed."""
-    versions = {name: version(name) for name in _PACKAGES}
-    for name in _MODEL_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

@@ -149,9 +149,7 @@ def _moments(run: Mapping[str, Any], stored: Sequence[StoredBlock], findings: li
     draws = max(1, _MOMENT_VALUES // values)
     first = stored[0].block if stored else Block(0, "estimation", 0, 1)
     out = np.empty((draws, values), np.float32)
-    noise.draw_noise(
-        out, seed=smoothing["seed"], stage=first.stage, sample=first.sample, draws=range(draws), sigma=sigma, grid=grid
-    )
+    noise.Noise(smoothing["seed"], sigma, grid).fill(out, first.stage, first.sample, range(draws))
     z = out.astype(np.float64).ravel() / (grid or 1)
     z /= math.sqrt(sigma**2 + (1 / (12 * grid**2) if grid else 0.0))  # rounding adds a uniform step's variance
     deviations = {
@@ -171,9 +169,10 @@ def _redraw(
     """Cast the chosen blocks again as their metadata say they were cast."""
     import torch
 
-    from cluster.worker import device_of, facts_of
     from pipeline.data import open_dataset
-    from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
+    from pipeline.models.device import device_facts, device_of
+    from pipeline.noise import Noise
+    from pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, weights_ids
     from pipeline.spec import votes_id
 
     spec = with_seed_of(run, spec)
@@ -187,7 +186,7 @@ def _redraw(
     if findings and weights != run["spec"]["weights"]:
         return redrawn
     data, device = open_dataset(spec.data), device_of(spec)
-    f, here = build_base_classifier(spec, device), facts_of(device)
+    f, here = build_base_classifier(spec, device, data), device_facts(device).model_dump()
     agreements = []
     for one in chosen:
         sample, key = data[one.block.sample], block_key(one.block)
@@ -201,10 +200,8 @@ def _redraw(
             f,
             [one.block],
             {one.block.sample: sample},
-            sigma=spec.smoothing.sigma,
-            seed=int(spec.smoothing.seed),
-            batch_size=one.metadata["batch_size"],
-            noise_grid=spec.smoothing.noise_grid,
+            Noise.of(spec.smoothing),
+            CastOptions(one.metadata["batch_size"]),
         )
         claimed = np.zeros_like(cast.counts_K)
         claimed[one.classes] = one.votes

@@ -78,19 +78,53 @@ class Data(Section):
 class UNetSettings(Section):
     """Hyper-parameters of an OpenAI-style UNet and its noise schedule (arXiv 2102.09672, 2105.05233)."""
 
-    model_channels: int = Field(ge=2)
-    channel_mult: list[int] = Field(min_length=1)
-    num_res_blocks: int = Field(ge=1)
-    attention_factors: list[int] = []  # downsampling factors (image size // resolution) at which attention runs
+    model_channels: int = Field(ge=2, le=4096)
+    channel_mult: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1, max_length=10)
+    num_res_blocks: int = Field(ge=1, le=32)
+    # downsampling factors (image size // resolution) at which attention runs
+    attention_factors: list[Annotated[int, Field(ge=1, le=512)]] = []
     num_heads: int = Field(default=1, ge=1)
-    num_head_channels: int | None = Field(default=None, ge=1)  # head width; when given, it takes num_heads' place
+    num_head_channels: int | None = Field(default=None, ge=1)  # channels per head; overrides num_heads
     num_groups: int = Field(default=32, ge=1)
     resblock_updown: bool = False
     learn_sigma: bool = False
-    patch: int = Field(default=1, ge=1)  # side of the pixel patch that is folded into channels first
+    patch: int = Field(default=1, ge=1, le=64)  # side of the pixel patch that is folded into channels first
     schedule: Literal["linear", "cosine"] = "linear"
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=100_000)
     rescale_timesteps: bool = False
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> Self:
+        """Groups and heads must divide the widths of the layers that use them; betas must stay below 1."""
+        if self.schedule == "linear" and self.steps <= 20:
+            raise ValueError(f"steps = {self.steps} is too few for a linear schedule; use at least 21")
+        widths = [self.model_channels * mult for mult in self.channel_mult]
+        for width in widths:
+            if width > 16_384:
+                raise ValueError(f"model_channels * channel_mult = {width} exceeds 16384; use smaller values")
+            if width % self.num_groups:
+                raise ValueError(
+                    f"num_groups = {self.num_groups} does not divide the width {width} = model_channels * "
+                    "channel_mult; use a divisor of every level's width"
+                )
+        attended = [width for level, width in enumerate(widths) if 2**level in self.attention_factors]
+        key = "num_heads" if self.num_head_channels is None else "num_head_channels"
+        for width in (*attended, widths[-1]):  # the middle block always has attention
+            if width % (self.num_head_channels or self.num_heads):
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} does not divide the width {width} of an attention layer; use a "
+                    "divisor of it"
+                )
+        return self
+
+    def heads(self, width: int) -> int:
+        """Return the number of heads of an attention layer."""
+        return width // self.num_head_channels if self.num_head_channels else self.num_heads
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide both sides of an image, in pixels."""
+        return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
 
 class Denoiser(Section):

@@ -9,7 +9,7 @@ import pytest
 from jobs.certify import analyze, run_status
 from pipeline.certify import certify as certify_votes
 from pipeline.errors import UserError
-from pipeline.noise import draw_noise
+from pipeline.noise import Noise
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import RUN_KEY, read_run
@@ -148,9 +148,9 @@ def test_a_random_seed_is_drawn_once_in_a_run(raw_spec, tmp_path):
 def test_noise_on_the_grid_adds_up_without_rounding(raw_spec, tmp_path):
     """Whole steps of normal noise's law, and an image off the grid is refused."""
     steps = np.empty((200, 3, 8, 8), np.float32)
-    draw_noise(steps, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25, grid=255)
+    Noise(0, 0.25, 255).fill(steps, "estimation", 0, range(200))
     plain = np.empty_like(steps)
-    draw_noise(plain, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25)
+    Noise(0, 0.25).fill(plain, "estimation", 0, range(200))
     assert (steps == np.rint(steps)).all()
     assert np.abs(steps / 255 - plain).max() <= 0.5 / 255 + 1e-6
     result = certify(spec_of(raw_spec, {}, noise_grid=255), tmp_path / "run")
