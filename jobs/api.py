@@ -104,7 +104,7 @@ def certify(
     """
     if isinstance(model, str | RunSpec):
         if images is not None or labels is not None or sigma is not None or denoiser is not None:
-            raise UserError("a spec has its own data and settings; change them with overrides=[\"section.key=value\"]")
+            raise UserError('a spec has its own data and settings; change them with overrides=["section.key=value"]')
         spec = load_spec(model, overrides) if isinstance(model, str) else model
         home = home_of(spec, out, several=False)
         options = Options(address=address, actors=actors, batch_size=batch_size, quiet=not progress)

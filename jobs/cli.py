@@ -364,7 +364,7 @@ def plan(
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
     plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
     if as_json:
-        click.echo(json.dumps(plans, indent=2))
+        click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:
         planning.print_plans(plans, Console())
 
@@ -431,7 +431,7 @@ def bench(
             effort=Effort(rounds=rounds, agreement_draws=draws),
         )
         if as_json:
-            click.echo(json.dumps(figures, indent=2))
+            click.echo(json.dumps(figures.to_json(), indent=2))
         else:
             print_speed(figures, Console())
         return

@@ -34,6 +34,7 @@ from pipeline.storage.store import MemoryStore, open_store
 _BATCHES_PER_TASK = 20  # a stop loses at most so much work, and the progress bar moves this often
 _IN_MEMORY = "python"  # stands for the data set and the architectures, which have no name
 
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """f in memory: the classifier, and how it is smoothed."""

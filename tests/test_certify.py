@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest, norm
 
-from pipeline.block import Block
 from pipeline import certify as certification
+from pipeline.block import Block
 from pipeline.certify import certified_radius, least_certifying_n, lower_confidence_bound, prediction_p_value
 from pipeline.orders import Order
 from pipeline.spec import BlockLengths

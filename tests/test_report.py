@@ -17,9 +17,9 @@ from PIL import Image
 from jobs.certify import analyze, read_order
 from jobs.gallery import choose
 from jobs.report import report
-from pipeline import noise
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
+from pipeline.noise import Noise
 from pipeline.report import class_table
 from pipeline.spec import load_spec
 from pipeline.votes import read_votes
@@ -129,10 +129,10 @@ def test_pictures_are_the_draw_that_voted(home, spec, write):
         image_CHW = data[sample].image_CHW
         assert np.array_equal(original[1], np.rint(image_CHW[0] * 255))
         noise_1CHW = np.empty((1, *image_CHW.shape), np.float32)
-        noise.draw_noise(noise_1CHW, seed=0, stage="estimation", sample=sample, draws=[0], sigma=0.25)
+        Noise(0, 0.25).fill(noise_1CHW, "estimation", sample, [0])
         x_HW = (image_CHW + noise_1CHW)[0, 0]
         assert np.array_equal(noisy[1], np.rint(x_HW.clip(0, 1) * 255))
-        assert noisy[0].endswith(f"f says {int(x_HW.mean() > 0.5)}")
+        assert noisy[0].endswith(f"f returns class {int(x_HW.mean() > 0.5)}")
         of_sample = votes[(votes["sample"] == sample) & (votes.stage == "estimation")].groupby("class").votes.sum()
         assert f"{of_sample.max()}" in Page(text).text
 

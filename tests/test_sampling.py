@@ -12,7 +12,6 @@ from pipeline.errors import UserError
 from pipeline.orders import (
     Order,
     OrderKeys,
-    make_order,
     order_of,
     place_order,
     post_hoc_samples,

@@ -1,4 +1,4 @@
-"""Checkpoints in every layout that the field has; what is no checkpoint is refused, and code in one is never run."""
+"""Checkpoints in all common layouts; other files are refused, and code in a checkpoint is never run."""
 
 import argparse
 import os
@@ -72,7 +72,7 @@ def test_safetensors(tmp_path, trained):
 def test_several_networks_in_one_file_need_a_name(tmp_path, trained):
     other = {key: torch.zeros_like(value) for key, value in trained.state_dict().items()}
     torch.save({"model": other, "model_ema": prefixed(trained, "module.")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"holds model, model_ema; choose one, say '#model'"):
+    with pytest.raises(UserError, match=r"holds model, model_ema; choose one, for example '#model'"):
         build(make, f"{tmp_path}/a.pt", CPU)
     assert same(trained, f"{tmp_path}/a.pt#model_ema")
     save_file(
@@ -93,7 +93,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
             _use_new_zipfile_serialization=zipped,
         )
         with pytest.raises(
-            UserError, match=r"holds Python objects besides tensors, which are never run .*mkdir"
+            UserError, match=r"holds Python objects besides tensors, which are never executed .*mkdir"
         ) as error:
             load_weights(f"{tmp_path}/{name}")
         assert "weights_only" not in str(error.value)
@@ -104,27 +104,27 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_is_named(tmp_path, trained):
+def test_tensors_that_do_not_fit_are_named(tmp_path, trained):
     state = trained.state_dict()
     cases = {
         "shape": (
             {**state, "3.weight": torch.zeros(5, 16)},
-            r"3\.weight has shape \(5, 16\).* expects \(3, 16\): give a file of this",
+            r"3\.weight has shape \(5, 16\).* expects \(3, 16\); use a file of this",
         ),
         "missing": ({key: state[key] for key in state if key != "1.bias"}, r"1\.bias \(4,\) is missing"),
-        "superfluous": ({**state, "4.weight": torch.zeros(2)}, r"4\.weight \(2,\) has no place"),
+        "superfluous": ({**state, "4.weight": torch.zeros(2)}, r"4\.weight \(2,\) is not part of the architecture"),
     }
     for name, (changed, message) in cases.items():
         torch.save(changed, tmp_path / f"{name}.pt")
         with pytest.raises(UserError, match=message):
             build(make, f"{tmp_path}/{name}.pt", CPU)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no state dict in it"):
+    with pytest.raises(UserError, match="holds no state dict"):
         build(make, f"{tmp_path}/list.pt", CPU)
 
 
-def test_buffers_that_are_computed_may_stand_in_the_file(tmp_path):
-    """Early timm files hold BEiT's relative_position_index, which timm computes anew today."""
+def test_a_file_may_contain_computed_buffers(tmp_path):
+    """Early timm files contain BEiT's relative_position_index, which timm now computes."""
     beit = pytest.importorskip("timm").models.beit.Beit
 
     def tiny():
@@ -145,7 +145,7 @@ def test_buffers_that_are_computed_may_stand_in_the_file(tmp_path):
         assert torch.allclose(loaded(x), network(x), rtol=1e-5)
 
 
-def test_no_initial_weights_are_drawn(tmp_path, trained):
+def test_initial_weights_are_never_generated(tmp_path, trained):
     torch.save(trained.state_dict(), tmp_path / "a.pt")
     before = torch.get_rng_state()
     build(make, f"{tmp_path}/a.pt", CPU)
@@ -164,11 +164,11 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
         f"{tmp_path}/cut.safetensors": "damaged",
         f"{tmp_path}/cut.pt": "damaged",
         f"{tmp_path}/page.pt": "not a file of weights",
-        "embedded:mnist.safetensors#denoiser": r"missing: the architecture is mnist_cnn for the data set's 10 classes",
+        "embedded:mnist.safetensors#denoiser": r"missing; the architecture is mnist_cnn with the data set's 10 classes",
         "embedded:mnist.safetensors#nothing": r"no keys that begin with 'nothing\.'",
     }
     for location, message in cases.items():
         with pytest.raises(UserError, match=message):
             build_base_classifier(load_spec(MNIST, [f"classifier.checkpoint='{location}'"]), "cpu")
-    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, the spec expects 0{64}"):
+    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, but the spec expects 0{64}"):
         weights_ids(load_spec(MNIST, [f"classifier.sha256='{'0' * 64}'"]))
