@@ -58,7 +58,7 @@ def test_every_shipped_spec_loads_and_has_its_file_name():
     [
         ("smoothing.sgima=1", ["smoothing.sgima", "nearest valid key is smoothing.sigma"]),
         ("smoothing.sigma='x'", ["smoothing.sigma = 'x'", "valid number"]),
-        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "at most"]),
+        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use a lower sigma"]),
         ("denoiser.checkpoint='none.pt'", ["none.pt", "no such file"]),
         ("classifier.arch='resnet'", ["classifier.arch = 'resnet'", "mnist_cnn", "package.module:function"]),
         ("classifier.arch='nowhere:f'", ["nowhere:f", "import"]),
@@ -356,4 +356,4 @@ def test_swapped_sigmas_cause_a_warning(tmp_path, caplog):
     refused(2, "certify", "mnist", "--out", tmp_path / "a", "--set=smoothing.sigma=0.1", "--set=smoothing.n0=7")
     with pytest.raises(AssertionError, match="a cluster was started"):
         raise run("certify", "mnist", "--out", tmp_path / "b", "--set=smoothing.sigma=0.1").exception
-    assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1: check that they are not swapped" in caplog.text
+    assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1; check that they are not swapped" in caplog.text
