@@ -145,7 +145,7 @@ def test_a_wrong_program_stops_with_the_first_cause(raw_spec, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         certify(load_spec(raw_spec), tmp_path / "nan")
     raw_spec["classifier"] = {"arch": "tests.models:three_classes"}
-    with pytest.raises(UserError, match="3 classes, the data set 2"):
+    with pytest.raises(UserError, match="the classifier has 3 classes, but the data set has 2"):
         certify(load_spec(raw_spec), tmp_path / "three")
     assert not list((tmp_path / "nan" / "votes" / "estimation").glob("1-*"))
 
