@@ -337,21 +337,25 @@ def report(
 @main.command()
 @_SPECS
 @click.option(
-    "--gpu", "gpus", multiple=True, metavar="NAME[=PRICE]", help="A GPU, with its dollars an hour. [default: all known]"
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME[=PRICE]",
+    help="GPU type and its price in dollars per hour. [default: all known types]",
 )
 @click.option(
     "--utilization",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.4,
     show_default=True,
-    help="Share of the GPU's peak that is reached.",
+    help="Fraction of the GPU's peak that the networks reach.",
 )
 @_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
     specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Draws, FLOPs, GPU-hours and dollars of SPEC, before anything is launched; needs no weights.
+    """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
 
     \b
     diffsmooth plan imagenet-diffsmooth-0.50 --gpu H100=2.50 --gpu A100=1.60
@@ -371,23 +375,41 @@ def plan(
 
 @main.command()
 @click.argument("spec", required=False)
-@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of SPEC.")
-@click.option("--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="To try; repeat it for more.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
+@_SET
 @click.option(
-    "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="To try too."
+    "--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="Batch size to try. Can be repeated."
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a CPU.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that each side takes.")
-@click.option("--draws", type=click.IntRange(min=1), default=200, show_default=True, help="To compare votes on.")
 @click.option(
-    "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="Without SPEC: how many to schedule."
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Further precision to measure. Can be repeated.",
 )
-@click.option("--simulate", is_flag=True, help="Instead: ImageNet on 8 to 1,024 simulated spot GPUs; no Ray.")
-@click.option("--sampling", is_flag=True, help="Instead: draws that the sampling modes save, on simulated samples.")
-@click.option("--storage", metavar="URI", help="Instead: write blocks below URI and time listing, resume and table.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of a CPU.")
 @click.option(
-    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many, with --storage."
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Rounds; each side is measured once per round.",
+)
+@click.option(
+    "--draws", type=click.IntRange(min=1), default=200, show_default=True, help="Draws on which votes are compared."
+)
+@click.option(
+    "--tasks",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Without SPEC: number of tasks to schedule.",
+)
+@click.option("--simulate", is_flag=True, help="Simulate ImageNet on 8 to 1,024 spot GPUs, without Ray.")
+@click.option("--sampling", is_flag=True, help="Simulate how many draws the sampling modes save.")
+@click.option("--storage", metavar="URI", help="Write blocks below URI, and time listing, resuming and reading.")
+@click.option(
+    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def bench(
@@ -406,9 +428,9 @@ def bench(
     blocks: int,
     as_json: bool,
 ) -> None:
-    """SPEC's votes against its bare networks and against the published algorithm: speed, and whether votes agree.
+    """Measure the speed of SPEC against its bare networks and the published algorithm, and compare their votes.
 
-    Without SPEC: the driver's own time per task, with a base classifier that does nothing, on a local Ray.
+    Without SPEC, measure the driver's own time per task on a local Ray, with a base classifier that does nothing.
 
     \b
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
@@ -416,7 +438,7 @@ def bench(
     """
     asked = {spec: spec, "--simulate": simulate, "--sampling": sampling, "--storage": storage}
     if len(chosen := [str(name) for name, given in asked.items() if given]) > 1:
-        raise UserError(f"{' and '.join(chosen)} are benchmarks apart: choose one")
+        raise UserError(f"{' and '.join(chosen)} are separate benchmarks; choose one")
     if spec is not None:
         from rich.console import Console
 
@@ -461,18 +483,18 @@ def bench(
 
 @main.command()
 @_SPECS
-@click.option("--address", help="The cluster's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
-@click.option("--out", help="Home of the run, s3://BUCKET/PREFIX; with several specs, of their runs.")
-@click.option("--shared", is_flag=True, help="--out is a folder that every node of the cluster sees.")
-@click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every device]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch.")
-@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
+@click.option("--address", help="Dashboard of the cluster, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
+@click.option("--out", help="s3://BUCKET/PREFIX of the run; with several specs, of all their runs.")
+@click.option("--shared", is_flag=True, help="--out is a folder that all nodes of the cluster share.")
+@click.option("--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every device]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Draws per batch.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
 @_SET
 @_YES
-@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Give the job this variable. [default: none]")
-@click.option("--wait", is_flag=True, help="Wait for the job's end, and end with its exit status.")
-@click.option("--follow", is_flag=True, help="The same, with the driver's log.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout; a followed log goes to stderr.")
+@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Environment variable of the job. [default: none]")
+@click.option("--wait", is_flag=True, help="Wait for the job to finish, and exit with its status.")
+@click.option("--follow", is_flag=True, help="Like --wait, and show the driver's log.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout; the log goes to stderr.")
 def submit(
     specs: tuple[str, ...],
     address: str | None,
@@ -488,7 +510,7 @@ def submit(
     follow: bool,
     as_json: bool,
 ) -> None:
-    """Certify as a Ray job, whose driver runs on the cluster. Submit it again to resume or to grow a run.
+    """Certify as a Ray job with its driver on the cluster. Submit it again to resume or to grow a run.
 
     \b
     diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
@@ -512,7 +534,7 @@ def submit(
         if follow or wait:
             submitted, status = submission.wait(cluster, submitted.submission_id)
     except KeyboardInterrupt:
-        click.echo("diffsmooth: no longer waiting; the job goes on", err=True)
+        click.echo("diffsmooth: stopped waiting; the job continues", err=True)
         status = 130
     if as_json:
         click.echo(json.dumps(submitted._asdict()))
@@ -522,7 +544,7 @@ def submit(
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print a script that lets SHELL complete verbs, options and shipped specs.
+    """Print a script that lets SHELL complete commands, options and shipped specs.
 
     \b
     diffsmooth completion bash >> ~/.bashrc
