@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # what a user is told to do; a limit that is said with "must" tells it too, and so does what a missing key needs
 VERBS = (
     r"(add|certify|change|check|choose|convert|copy|correct|cast|define|delete|export|free|get|give|install|leave|load|"
-    r"look|make|mend|move|name|pass|pip|put|remove|restore|run|set|sort|start|store|submit|take|try|use|write)\b"
+    r"look|make|mend|move|name|pass|pip|put|remove|replace|restore|run|set|sort|start|store|submit|take|try|use|write)\b"
 )
 REMEDY = re.compile(
     rf"\bmust\b|is missing.*\bneeds?\b|[:;,.(]\s+(say,?\s+|or,?\s+)*{VERBS}|\bor {VERBS}|--yes|{{remedy}}|{{_TOKEN}}",
