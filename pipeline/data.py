@@ -241,7 +241,7 @@ def _parquet_files(path: str, split: str) -> list[str]:
         raise UserError(f"data.path = {path!r}: contains no *.parquet; give a Parquet file, or a folder of them")
     of_split = [one for one in files if names[one].startswith(split)]
     others = sorted({match[1] for one in files if (match := re.match(r"(.+)-\d{5}-of-\d{5}", names[one]))})
-    if not of_split and others:  # nobody would notice if another split were used instead
+    if not of_split and others:  # using another split instead would go unnoticed
         raise UserError(f"data.split = {split!r}: {path} contains {', '.join(others)}; set data.split to one of them")
     return of_split or files
 
