@@ -209,6 +209,37 @@ def test_transformers_folder(raw_spec, vit_folder):
         resolve_classifier(spec)
 
 
+PROCESSORS = [
+    ([], "holds a JSON list, not an object; get the file again"),
+    ({}, r"image_mean = \[\] and image_std = \[\] are no normalisation; correct the file"),
+    ({"image_mean": [0.5], "image_std": [0.0]}, r"image_std = \[0\.0\] are no normalisation"),
+    ({"image_mean": "0.5", "image_std": [0.5]}, "image_mean: Input should be a valid list"),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": "224"}, r"size\..*; correct the file or get it again"),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": {"height": -1}}, r"size\..*; correct the file or get it again"),
+    ({"image_mean": [0.5], "image_std": [0.5], "resample": "cubic"}, "resample: Input should be a valid integer"),
+    ({"image_mean": [0.5], "image_std": [0.5], "resample": 0}, "'resample = 0', but only bicubic and bilinear"),
+    ({"image_mean": [0.5], "image_std": [0.5], "do_normalize": "no"}, "do_normalize: Input should be a valid boolean"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), PROCESSORS)
+def test_hostile_preprocessor_configurations_give_one_line(raw_spec, vit_folder, content, message):
+    (vit_folder[0] / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        resolve_classifier(classifier_spec(raw_spec, arch="transformers", checkpoint=str(vit_folder[0])))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"model_type": "nothing"}, {"model_type": "vit", "hidden_size": "x"}, [1]])
+def test_hostile_transformers_configurations_give_one_line(raw_spec, vit_folder, content):
+    (vit_folder[0] / "config.json").write_text(json.dumps(content))
+    spec = classifier_spec(raw_spec, arch="transformers", checkpoint=str(vit_folder[0]))
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=r"(vit|config\.json): .*; ") as error:
+            resolve_classifier(spec).build(torch.device(device), FP32, 3, 2)
+        assert "\n" not in str(error.value)
+
+
 DDS = {"normalize": "half", "interpolation": "bicubic"}
 
 

@@ -424,3 +424,82 @@ def test_fast_group_norm_is_the_same_in_every_layout(channels, groups):
     assert fast(last).is_contiguous(memory_format=torch.channels_last)
     affine = (torch.randn(channels, generator=generator), torch.randn(channels, generator=generator))
     assert torch.allclose(fast(last, affine), F.group_norm(x, groups, *affine), atol=1e-5)
+
+
+IMPOSSIBLE = [
+    ({"channel_mult": [1, 0]}, r"channel_mult\.1 = 0: input should be greater than or equal to 1"),
+    ({"channel_mult": [-1]}, r"channel_mult\.0 = -1: input should be greater"),
+    ({"channel_mult": [10**9]}, r"channel_mult\.0 = 1000000000: input should be less than or equal to 64"),
+    ({"channel_mult": [1] * 50}, r"channel_mult = .*at most 10 items"),
+    ({"channel_mult": []}, r"channel_mult = .*at least 1 item"),
+    ({"model_channels": 10**9}, r"model_channels = 1000000000: input should be less than or equal to 4096"),
+    ({"model_channels": 4096, "channel_mult": [64]}, r"model_channels \* channel_mult = 262144 exceeds 16384; use"),
+    ({"num_res_blocks": 10**6}, r"num_res_blocks = 1000000: input should be less than or equal to 32"),
+    ({"num_groups": 3}, r"num_groups = 3 does not divide the width 8 .*; use a divisor"),
+    ({"num_groups": 16}, r"num_groups = 16 does not divide the width 8"),
+    ({"num_heads": 3}, r"num_heads = 3 does not divide the width 16 of an attention layer; use a divisor"),
+    ({"num_head_channels": 5}, r"num_head_channels = 5 does not divide the width 16"),
+    ({"num_heads": 16, "attention_factors": [1]}, r"num_heads = 16 does not divide the width 8"),
+    ({"attention_factors": [0]}, r"attention_factors\.0 = 0: input should be greater"),
+    ({"attention_factors": [-2]}, r"attention_factors\.0 = -2: input should be greater"),
+    ({"patch": 10**6}, r"patch = 1000000: input should be less than or equal to 64"),
+    ({"steps": 10**9}, r"steps = 1000000000: input should be less than or equal to 100000"),
+    ({"steps": 5}, r"steps = 5 is too few for a linear schedule; use at least 21"),
+    ({"schedule": "square"}, r"schedule = 'square'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
+def test_hyper_parameters_that_cannot_be_built_are_refused(raw_spec, changes, message):
+    section = {"arch": "unet", "unet": {**SMALL.model_dump(), **changes}}
+    with pytest.raises(UserError, match=message) as error:
+        load_spec({**raw_spec, "denoiser": section})
+    assert "\n" not in str(error.value)
+    assert "denoiser.unet" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [CIFAR, IMAGENET, SMALL, UPDOWN])
+def test_hyper_parameters_that_pass_the_checks_can_be_built(settings):
+    assert UNetSettings.model_validate(settings.model_dump()) == settings
+    with torch.device("meta"):
+        unet = UNet(settings, 3)
+        side = settings.side_multiple
+        assert unet(torch.zeros(1, 3, side, side), torch.zeros(1)).shape == (1, 3, side, side)
+
+
+CONFIGS = [
+    ("unet/config.json", [], r"config\.json: holds a JSON list, not an object; get the file again"),
+    ("unet/config.json", {}, r"config\.json: in_channels: Field required; correct the file"),
+    ("unet/config.json", {"in_channels": "3"}, r"config\.json: in_channels: Input should be a valid integer"),
+    ("unet/config.json", {"in_channels": 3, "_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, which cannot"),
+    ("unet/config.json", {"in_channels": 3, "block_out_channels": "wide"}, r"config\.json: cannot be used \("),
+    ("unet/config.json", {"in_channels": 3, "block_out_channels": [7]}, r"config\.json: cannot be used \("),
+    ("scheduler/scheduler_config.json", 5, "holds a JSON int, not an object"),
+    (
+        "scheduler/scheduler_config.json",
+        {"prediction_type": "flow"},
+        "prediction_type: Input should be 'epsilon', 'v_p",
+    ),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps: Input should be less"),
+    ("scheduler/scheduler_config.json", {"beta_end": "x"}, r"scheduler_config\.json: cannot be used \("),
+    ("scheduler/scheduler_config.json", {"beta_end": 7.0}, "its betas must lie between 0 and 1"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "none"}, r"scheduler_config\.json: cannot be used \("),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), CONFIGS)
+def test_hostile_diffusers_configurations_give_one_line(pipeline_folder, raw_spec, file, content, message):
+    (pipeline_folder / file).write_text(json.dumps(content))
+    spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}})
+    with pytest.raises(UserError, match=message) as error:
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_name_that_is_too_long_gives_one_line(raw_spec):
+    spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": "/" + "n" * 300}})
+    with pytest.raises(
+        UserError, match=r"^checkpoint /n+: cannot be read \(File name too long\); give the path"
+    ) as error:
+        resolve_denoiser(spec)
+    assert len(str(error.value)) < 300

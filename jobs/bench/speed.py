@@ -127,6 +127,14 @@ class SpeedFigures:
         return dataclasses.asdict(self)
 
 
+class _Meter(NamedTuple):
+    """How every side is measured."""
+
+    clock: Clock
+    batch_sizes: Sequence[int]
+    effort: Effort
+
+
 @dataclass
 class _Side:
     """One of the programs that are compared; `tune` fills in what it measures."""
@@ -153,9 +161,10 @@ class _Side:
         self.run(batch_size, batches)
         return batch_size * batches / (clock() - start)
 
-    def tune(self, batch_sizes: Sequence[int], clock: Clock, seconds: float) -> None:
+    def tune(self, meter: "_Meter") -> None:
         """Measure ascending batch sizes until the rate falls or memory is exhausted."""
-        for batch_size in sorted(batch_sizes):
+        clock, seconds = meter.clock, meter.effort.seconds
+        for batch_size in sorted(meter.batch_sizes):
             try:
                 start = time.perf_counter()
                 self.rate(batch_size, 1, clock)
@@ -170,7 +179,7 @@ class _Side:
                 break
         if not self.rates:
             raise UserError(
-                f"a batch of {min(batch_sizes)} draws exceeds the memory of the device; use a smaller --batch-size"
+                f"a batch of {min(meter.batch_sizes)} draws exceeds the device's memory; use a smaller --batch-size"
             )
 
     def sweep(self) -> list[Rate]:
@@ -277,15 +286,15 @@ def bench_speed(
     if device.type == "cpu":
         torch.set_num_threads(threads)
     clock, kind = _clock(device, threads)
+    meter = _Meter(clock, batch_sizes or _BATCH_SIZES[device.type], effort)
     spec, random_weights = _with_weights(spec)
     samples, num_classes, random_images = _samples(spec)
     ours = _Pipeline(spec, device, samples, num_classes)
     literal = _literal(ours, num_classes)
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
-    sizes, precision = batch_sizes or _BATCH_SIZES[device.type], spec.smoothing.precision
     for side in sides:
-        side.tune(sizes, clock, effort.seconds)
-    rounds, memory = _alternate(sides, clock, effort)
+        side.tune(meter)
+    rounds, memory = _alternate(sides, meter)
     best = {side.name: side.best_size for side in sides}
     shares = ours.shares(best["pipeline"], sides[1].batches(effort.seconds), clock)
     sweep = [rate for side in sides for rate in side.sweep()]
@@ -293,22 +302,19 @@ def bench_speed(
     if literal is not None:
         agreements["literal"] = ours.agreement(literal.scores, best["pipeline"], effort.agreement_draws)
     for other in dict.fromkeys(precisions):
-        if other != precision:
-            changed = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"precision": other})})
-            theirs = _Pipeline(changed, device, samples, num_classes)
-            for side in theirs.sides():
-                side.tune(sizes, clock, effort.seconds)
-                sweep += side.sweep()
-            agreements[other] = ours.agreement(theirs.f, best["pipeline"], effort.agreement_draws)
+        if other != spec.smoothing.precision:
+            agreements[other], measured = _other_precision(ours, other, best["pipeline"], meter)
+            sweep += measured
     rates = {side.name: statistics.median(one[side.name] for one in rounds) for side in sides}
     flops = flops_per_draw(spec, tuple(ours.image_CHW.shape), num_classes)
-    peak, achieved = _peak(device, precision, clock), None if flops is None else rates["pipeline"] * flops.total
+    peak = _peak(device, spec.smoothing.precision, clock)
+    achieved = None if flops is None else rates["pipeline"] * flops.total
     return SpeedFigures(
         name=spec.name,
         device=_name(device),
         clock=kind,
         threads=threads if device.type == "cpu" else None,
-        precision=precision,
+        precision=spec.smoothing.precision,
         random_weights=random_weights,
         random_images=random_images,
         batch_size=best,
@@ -328,20 +334,33 @@ def bench_speed(
     )
 
 
+def _other_precision(ours: _Pipeline, precision: str, batch_size: int, meter: _Meter) -> tuple[Agreement, list[Rate]]:
+    """Compare the pipeline with itself in another precision, and measure that one's speed."""
+    smoothing = ours.spec.smoothing.model_copy(update={"precision": precision})
+    other = _Pipeline(
+        ours.spec.model_copy(update={"smoothing": smoothing}), ours.device, ours.samples, ours.f.num_classes
+    )
+    sides = other.sides()
+    for side in sides:
+        side.tune(meter)
+    agreement = ours.agreement(other.f, batch_size, meter.effort.agreement_draws)
+    return agreement, [rate for side in sides for rate in side.sweep()]
+
+
 def _ratio(rounds: Sequence[Mapping[str, float]], other: str) -> float:
     return statistics.median(one["pipeline"] / one[other] for one in rounds)
 
 
-def _alternate(sides: Sequence[_Side], clock: Clock, effort: Effort) -> tuple[list[dict[str, float]], dict[str, int]]:
+def _alternate(sides: Sequence[_Side], meter: _Meter) -> tuple[list[dict[str, float]], dict[str, int]]:
     """Return the rates of the sides in each round, measured in alternating order, and the peak memory of each side."""
     rounds: list[dict[str, float]] = []
     memory: dict[str, int] = {}
-    for index in range(effort.rounds):
+    for index in range(meter.effort.rounds):
         rates = {}
         for side in sides if index % 2 == 0 else reversed(sides):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            rates[side.name] = side.rate(side.best_size, side.batches(effort.seconds), clock)
+            rates[side.name] = side.rate(side.best_size, side.batches(meter.effort.seconds), meter.clock)
             memory[side.name] = _peak_memory()
         rounds.append(rates)
     return rounds, memory

@@ -22,6 +22,7 @@ from pipeline.locations import require_set
 from pipeline.models.files import (
     Config,
     as_folder,
+    first_file,
     library,
     library_errors,
     load_json,
@@ -33,7 +34,6 @@ from pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
 from pipeline.models.weights import State, build
 from pipeline.spec import Classifier as Section
 from pipeline.spec import Normalize, RunSpec
-from pipeline.storage.fetch import fetch_first
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ def _transformers(section: Section) -> Architecture:
             "classifier.checkpoint is missing, but arch = 'transformers' needs the folder of a model; set it"
         )
     auto = library("transformers", "AutoModelForImageClassification")
-    files = {name: str(fetch_first([f"{folder}/{name}.json"])) for name in ("config", "preprocessor_config")}
+    files = {name: first_file([f"{folder}/{name}.json"]) for name in ("config", "preprocessor_config")}
     config, processor = files["config"], files["preprocessor_config"]
     content = load_json(config)
     expected = parse_config(_Preprocessor, load_json(processor), processor).input()
@@ -252,7 +252,7 @@ def _transformers(section: Section) -> Architecture:
         return _OnlyLogits(network).to(device).eval().requires_grad_(False)
 
     def weights() -> str:
-        return str(fetch_first([f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"]))
+        return first_file([f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"])
 
     configs = tuple((f"classifier.{name}", path) for name, path in files.items())
     return Architecture(make, expected, weights, configs, load)

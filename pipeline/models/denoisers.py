@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.locations import require_set
-from pipeline.models.files import Config, library, library_errors, load_json, parse_config, weights_id
+from pipeline.models.files import Config, first_file, library, library_errors, load_json, parse_config, weights_id
 from pipeline.models.fused import FusedUNet
 from pipeline.models.own import OwnNetwork, is_own
 from pipeline.models.unet import UNet, settings_in
 from pipeline.models.weights import State, build
 from pipeline.spec import RunSpec, UNetSettings
-from pipeline.storage.fetch import fetch_first
 
 # The hyper-parameters of the public checkpoints: improved-diffusion's CIFAR-10 and guided-diffusion's ImageNet 256.
 PRESETS = {
@@ -268,7 +267,7 @@ class DiffusersUNet:
 
     def _file(self, name: str) -> str:
         names, inner = self._FILES[name]
-        return str(fetch_first([f"{self._folder}/{folder}{file}" for file in names for folder in ("", inner)]))
+        return first_file([f"{self._folder}/{folder}{file}" for file in names for folder in ("", inner)])
 
     def ids(self) -> dict[str, str]:
         expected = {"denoiser": self._sha256}

@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.locations import EMBEDDED, embedded_path
-from pipeline.storage.fetch import fetch, file_sha256
+from pipeline.storage.fetch import fetch, fetch_first, file_sha256
 
 _SHOWN = 200  # characters of a location or a reason in a message
 
@@ -49,6 +49,17 @@ def local_file(location: str) -> tuple[Path, str]:
 def unreadable(location: str, error: OSError) -> UserError:
     reason = error.strerror or type(error).__name__
     return UserError(f"checkpoint {location[:_SHOWN]}: cannot be read ({reason}); give the path of a readable file")
+
+
+def first_file(candidates: Sequence[str]) -> str:
+    """Return the local path of the first of several locations that exists.
+
+    Raises: UserError if none exists.
+    """
+    try:
+        return str(fetch_first(candidates))
+    except OSError as error:
+        raise unreadable(candidates[0], error) from error
 
 
 def weights_id(location: str, expected_sha256: str | None = None) -> str:
