@@ -95,7 +95,7 @@ class Worker:
         start = last = time.perf_counter()
         failures = self._store.failures
         # at each attempt, the first as well: another driver may have cast them since ours listed the run
-        standing = self._store.standing(map(block_key, blocks))
+        standing = self._store.existing(map(block_key, blocks))
         found = [block for block in blocks if block_key(block) in standing]
         blocks = [block for block in blocks if block_key(block) not in standing]
         samples = {block.sample: self._sample(block.sample) for block in blocks}

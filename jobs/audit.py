@@ -103,7 +103,7 @@ def _compare_table(store: Store, votes: pd.DataFrame, findings: list[str]) -> No
     changed = both[(both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])]
     for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
         key = block_key(Block(*block))
-        gone = key not in store.standing([key])
+        gone = key not in store.existing([key])
         findings.append(
             f"{store.uri}/{key} {'was deleted' if gone else 'was changed'} since {TABLE_KEY} was made of it: "
             f"{'run certify again to cast its draws' if gone else 'delete it and run certify again'}"

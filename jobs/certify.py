@@ -224,7 +224,7 @@ def _claim(spec: RunSpec, store: Store, weights: Mapping[str, str], num_classes:
     while True:
         seeded, drawn = spec, False
         if spec.smoothing.seed == "random":
-            drawn = RUN_KEY not in store.standing([RUN_KEY])
+            drawn = RUN_KEY not in store.existing([RUN_KEY])
             seeded = _seeded(spec, secrets.randbits(128)) if drawn else with_seed_of(read_run(store), spec)
         described = run_of(seeded, weights, num_classes)
         try:
