@@ -2,25 +2,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak check clean
+.PHONY: demo test check soak clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/diffsmooth certify mnist
 
-test: $(VENV)/installed
+test: $(VENV)/dev
 	$(BIN)/pytest
 
-soak: $(VENV)/installed
-	for seed in 1 2 3 4 5; do $(BIN)/python -m tests.chaos --seed $$seed || exit 1; done
-
-check: $(VENV)/installed
+check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml
+soak: $(VENV)/dev
+	for seed in 1 2 3 4 5; do $(BIN)/python -m tests.chaos --seed $$seed || exit 1; done
+
+$(VENV)/demo: EXTRAS :=
+$(VENV)/dev: EXTRAS := [dev]
+$(VENV)/demo $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.$(EXTRAS)'
 	touch $@
 
 clean:

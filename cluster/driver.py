@@ -1,9 +1,9 @@
-"""The loop on Ray: one actor per device, one task in flight per ready actor, lost tasks requeued.
+"""The loop on Ray: one actor per device, one task in flight per ready actor, failed tasks requeued.
 
-Only block lists and small receipts travel through Ray; votes go from the actor straight to storage, weights from a
-file to the actor. Actors that wait for a device are left waiting, so that an autoscaling cluster brings nodes up for
-them; each is used as soon as it has loaded its models. An actor on a node that is being drained gets no new task, and
-moves to another node once the one in flight has ended.
+Only lists of blocks and small receipts travel through Ray; votes go from the actor straight to storage, and weights
+from a file to the actor. All actors are created at once: those that wait for a device make an autoscaling cluster add
+nodes, and each is used as soon as it has loaded its models. An actor on a node that is being drained gets no new task,
+and moves to another node after the task in flight.
 """
 
 import logging
@@ -19,31 +19,32 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
+from cluster.ray_private import draining_nodes, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
 from pipeline.block import Block
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, Stopped, UserError
 from pipeline.sampling import Sampler
 from pipeline.votes import Votes
 
 logger = logging.getLogger(__name__)
 
-_START_ATTEMPTS = 5  # starts in a row, per actor, that may die before the run is given up
+_START_ATTEMPTS = 5  # failed starts in a row, per actor, after which the run is given up
 _KNOCK_SECONDS = 10.0
-_TICK = 1.0  # seconds between looks at deadlines and stop requests
-_DRAIN_LOOK = 3.0  # seconds between looks for nodes that are being drained
+_TICK = 1.0  # seconds between checks of deadlines and stop requests
+_DRAIN_CHECK = 3.0  # seconds between checks for nodes that are being drained
 
 
-class _Shell:
-    """The shell round Worker that Ray sees."""
+class _RemoteWorker:
+    """What Ray runs in an actor's process: a Worker that can be replaced by that of the next run."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
 
     def load(self, setup: Setup) -> str:
         """Returns the id of the node that the actor is on."""
-        self._worker = None  # frees the models of an earlier run first
-        self._worker = Worker(setup)
+        self._worker = None  # free the models of an earlier run first
+        self._worker = Worker.load(setup)
         return ray.get_runtime_context().get_node_id()
 
     def check(self) -> CleanAccuracy:
@@ -55,25 +56,34 @@ class _Shell:
         return self._worker.run(blocks, attempt)
 
 
-_Actor = ray.remote(max_restarts=-1, max_task_retries=0)(_Shell)
+_REMOTE = ray.remote(max_restarts=-1, max_task_retries=0)(_RemoteWorker)
 
 
-class Progress(NamedTuple):
-    """What the driver tells of a run under way."""
+@dataclass(eq=False)
+class _Actor:
+    """One actor of ours on the cluster."""
 
-    draws: int  # of the blocks below, whoever cast them
-    draws_wanted: int  # of all blocks given out so far
+    name: str  # as the scheduler knows it
+    handle: Any
+    node: str = ""  # where it loaded its models
+
+
+class Update(NamedTuple):
+    """What the driver reports while it casts."""
+
+    draws: int  # of the finished blocks, whoever cast them
+    draws_wanted: int  # of all blocks handed out so far
     cast: int  # draws cast and stored by this call
-    seconds: float  # since the first task began
-    actors: int  # that wait for tasks or run one
+    seconds: float  # since the first task started
+    actors: int  # that are ready or busy
     actors_wanted: int
-    new: list[Votes]  # of the tasks that ended since the last word
-    clean: CleanAccuracy | None  # of the first actor that loaded the models, once it has looked
+    new: list[Votes]  # of the tasks that finished since the last update
+    clean: CleanAccuracy | None  # of the first actor that loaded the models, once it is measured
 
 
 @dataclass
 class Outcome:
-    """How a call of `cast` ended."""
+    """What a call of `cast` did."""
 
     draws: int = 0  # cast and stored
     duplicates: int = 0
@@ -81,158 +91,138 @@ class Outcome:
     lost: int = 0
     seconds: float = 0.0
     driver_seconds: float = 0.0  # the driver's own work: all time not spent waiting for Ray
-    stopped: bool = False
     set_aside: list[SetAside] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What to cast."""
+
+    setup: Setup
+    blocks: Iterable[Block]  # to begin with
+    sampler: Sampler | None = None  # says which blocks their votes make needed
+    last: bool = True  # release actors as soon as nothing is left for them
+    grace_seconds: float = 20.0  # for the blocks in flight, once a stop is requested
 
 
 class Cluster:
     """A Ray cluster and our actors on it; a context manager. Several runs, one after another, share the actors."""
 
     def __init__(self, *, address: str | None, device: str, actors: int | None, verbose: bool = False) -> None:
-        """Attach to `address`, or start a local Ray where none is given and RAY_ADDRESS is not set.
+        """Attach to `address`, else to RAY_ADDRESS, else start a local Ray.
 
-        With `verbose` all that Ray and its actors print is let through.
+        With `verbose`, everything that Ray and its actors print is shown.
 
-        Raises: UserError where the cluster cannot be reached or has too little for the actors wanted.
+        Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
         address = address or os.environ.get("RAY_ADDRESS") or "local"
-        local: dict[str, Any] = (
-            {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
-        )
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            if not verbose:
-                _hush_ray()
-            level = logging.INFO if verbose else logging.ERROR
-            try:
-                _knock(address)
-                ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise UserError(
-                    f"--address {address}: no Ray cluster answers there ({reason}); start one, or leave --address away "
-                    "for a local Ray"
-                ) from error
+            _connect(address, actors, verbose)
         resources = ray.cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         if device == "cuda" and address == "local" and not gpus:
-            raise UserError(
-                "compute.device = 'cuda', but this machine has no GPU that Ray can see: pass --cpu for the CPU"
-            )
+            raise UserError("compute.device = 'cuda', but Ray sees no GPU on this machine; use --cpu to run on the CPU")
         if device == "cuda" and not gpus:
-            asked = "" if actors else "; pass --actors K to ask for K GPUs, not one"
-            logger.warning("the cluster at %s has no GPU now: waiting for nodes that have one%s", address, asked)
+            hint = "" if actors else "; use --actors K to request K GPUs instead of one"
+            logger.warning("the cluster at %s has no GPU yet; waiting for nodes with GPUs%s", address, hint)
         on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
-        self.options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
-        self.actors: list[Any] = []
-        self.stopping = False
+        self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
+        self.actors: dict[str, _Actor] = {}
+        self._created = 0
+        self.stop_signal: int | None = None
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release(list(self.actors))
+        self.release(list(self.actors.values()))
         if self._owns_ray:
             ray.shutdown()
 
-    def stop(self) -> None:
-        """Ask `cast` to begin no more tasks and to return when those in flight have ended or the grace is over."""
-        self.stopping = True
+    def stop(self, signal: int) -> None:
+        """Make `cast` start no more tasks, wait for those in flight within the grace period, and raise Stopped."""
+        self.stop_signal = signal
 
-    def release(self, actors: Iterable[Any]) -> None:
-        """Let actors and their devices go."""
+    def add_actor(self) -> _Actor:
+        self._created += 1
+        actor = _Actor(f"actor-{self._created}", _REMOTE.options(**self._options).remote())
+        self.actors[actor.name] = actor
+        return actor
+
+    def release(self, actors: Iterable[_Actor]) -> None:
+        """Stop actors and free their devices."""
         for actor in actors:
-            self.actors.remove(actor)
-            ray.kill(actor)
+            del self.actors[actor.name]
+            ray.kill(actor.handle)
 
     def cast(
         self,
-        setup: Setup,
-        blocks: Iterable[Block],
+        work: Work,
         *,
         scheduler: Scheduler | None = None,
-        sampler: Sampler | None = None,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-        grace_seconds: float = 20.0,
-        last: bool = True,
+        on_update: Callable[[Update], None] = lambda update: None,
     ) -> Outcome:
-        """Cast and store the votes of `blocks` and of those that a sampler makes of their votes.
+        """Cast and store the votes of all blocks of `work`.
 
-        With `last`, actors are let go as soon as nothing is left for them.
-
-        Raises: UserError or RunError, the first cause, where the program or its input is wrong: nothing is retried.
+        Raises: Stopped after `stop`; UserError or RunError, the first cause, if the program or its input is wrong:
+        nothing is retried then.
         """
-        return _Cast(self, setup, blocks, scheduler or Scheduler(), sampler, on_progress, last).run(grace_seconds)
+        return _Cast(self, work, scheduler or Scheduler(), on_update).run()
+
+
+_Handler = Callable[[_Actor, Any], list[Votes]]  # takes in the result of a future
 
 
 class _Cast:
-    """One call of `Cluster.cast`: which future belongs to which actor, and what has come of it."""
+    """One call of `Cluster.cast`."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        setup: Setup,
-        blocks: Iterable[Block],
-        scheduler: Scheduler,
-        sampler: Sampler | None,
-        on_progress: Callable[[Progress], None],
-        last: bool,
-    ) -> None:
-        self._cluster, self._scheduler, self._sampler, self._last = cluster, scheduler, sampler, last
-        self._setup = setup._replace(threads=cluster.threads)
-        self._on_progress = on_progress
+    def __init__(self, cluster: Cluster, work: Work, scheduler: Scheduler, on_update: Callable[[Update], None]) -> None:
+        self._cluster, self._work, self._scheduler, self._on_update = cluster, work, scheduler, on_update
+        self._setup = work.setup._replace(threads=cluster.threads)
         self._outcome = Outcome(set_aside=scheduler.set_aside)
-        self._idle: deque[Any] = deque()
-        self._waking: dict[Any, Any] = {}  # future -> actor
-        self._loading: dict[Any, Any] = {}
-        self._checking: dict[Any, Any] = {}
-        self._running: dict[Any, Any] = {}
-        self._looked = False  # an actor has been asked for the clean accuracy; nobody is asked twice
+        self._idle: deque[_Actor] = deque()
+        self._pending: dict[Any, tuple[_Actor, _Handler]] = {}  # future -> its actor, and what handles its result
+        self._checking = 0  # actors that measure the clean accuracy
+        self._checked = False  # only the first actor is asked for the clean accuracy
         self._clean: CleanAccuracy | None = None
-        self._nodes: dict[Any, str] = {}  # actor -> the node that it loaded its models on
         self._draining: set[str] = set()
-        self._looked_for_drains = 0.0
-        self._metrics = _Metrics(setup.spec.name)
+        self._drains_checked = 0.0
+        self._metrics = _Metrics(work.setup.spec.name)
         self._failed_starts = 0
         self._first_task: float | None = None
         self._draws = self._draws_wanted = 0
-        self._add(blocks)
+        self._add(work.blocks)
 
-    def run(self, grace_seconds: float) -> Outcome:
-        start = time.monotonic()
-        waited, give_up = 0.0, float("inf")
+    def run(self) -> Outcome:
+        start, waited = time.monotonic(), 0.0
         while len(self._cluster.actors) < self._cluster.wanted:
-            self._cluster.actors.append(_Actor.options(**self._cluster.options).remote())
-        for actor in self._cluster.actors:
-            self._wake(actor)
-        self._tell([])
+            self._cluster.add_actor()
+        for actor in self._cluster.actors.values():
+            self._await_ready(actor)
+        self._report([])
+        give_up = float("inf")
         while not self._scheduler.done:
             now = time.monotonic()
-            if self._cluster.stopping:
-                give_up = min(give_up, now + grace_seconds)
-                if not self._running or now > give_up:
-                    self._outcome.stopped = True
-                    break
+            if self._cluster.stop_signal is not None:
+                give_up = min(give_up, now + self._work.grace_seconds)
+                if not self._scheduler.running or now > give_up:
+                    raise Stopped(self._cluster.stop_signal)
             else:
                 self._leave_draining_nodes(now)
                 self._dispatch(now)
-            pending = [*self._running, *self._checking, *self._loading, *self._waking]
             waiting = time.monotonic()
-            done, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=_TICK)
             if done:
-                done, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+                done, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
             waited += time.monotonic() - waiting
-            new = [stored for future in done for stored in self._collect(future)]
-            if self._sampler and new:
-                self._add(self._sampler.take(new))
-            if overdue := self._scheduler.overdue(time.monotonic()):
-                busy = {_name(actor): actor for actor in self._running.values()}
-                for name in overdue:
-                    logger.warning("a task is past its deadline, or done elsewhere: its actor is restarted")
-                    ray.kill(busy[name], no_restart=False)
-            self._tell(new)
+            new = [votes for future in done for votes in self._collect(future)]
+            if self._work.sampler and new:
+                self._add(self._work.sampler.take(new))
+            self._restart_overdue()
+            self._report(new)
         self._outcome.seconds = time.monotonic() - start
         self._outcome.driver_seconds = self._outcome.seconds - waited
         return self._outcome
@@ -243,136 +233,134 @@ class _Cast:
         self._scheduler.add(blocks)
 
     def _dispatch(self, now: float) -> None:
-        ready = len(self._idle) + len(self._running)
-        while self._idle and (task := self._scheduler.next_task(_name(self._idle[0]), ready, now)):
+        ready = len(self._idle) + len(self._scheduler.running)
+        while self._idle and (task := self._scheduler.next_task(self._idle[0].name, ready, now)):
             self._first_task = self._first_task or now
             actor, attempt = self._idle.popleft(), f"{os.urandom(8).hex()}-{task.attempts}"
-            self._running[actor.run.remote(task.blocks, attempt)] = actor
-        more = self._sampler is not None and self._sampler.open
-        if self._last and not more:
+            self._pending[actor.handle.run.remote(task.blocks, attempt)] = (actor, self._task_done)
+        more = self._work.sampler is not None and self._work.sampler.open
+        if self._work.last and not more:
             self._cluster.release([self._idle.popleft() for _ in range(self._scheduler.spare(len(self._idle)))])
 
     def _leave_draining_nodes(self, now: float) -> None:
-        """Restart idle actors whose node is to go; Ray places them on another, or they wait for one."""
-        if now - self._looked_for_drains > _DRAIN_LOOK:
-            self._looked_for_drains = now
-            self._draining = set(ray._private.state.state.get_draining_nodes())
+        """Restart idle actors whose node is being drained; Ray places them on another node, or they wait for one."""
+        if now - self._drains_checked > _DRAIN_CHECK:
+            self._drains_checked = now
+            self._draining = draining_nodes()
         if not self._draining:
             return
-        for actor in [actor for actor in self._idle if self._nodes.get(actor) in self._draining]:
-            logger.warning("node %s is being drained: its actor moves on", self._nodes.pop(actor)[:8])
+        for actor in [actor for actor in self._idle if actor.node in self._draining]:
+            logger.warning("node %s is being drained; moving its actor to another node", actor.node[:8])
+            actor.node = ""
             self._idle.remove(actor)
-            ray.kill(actor, no_restart=False)
-            self._wake(actor)
+            ray.kill(actor.handle, no_restart=False)
+            self._await_ready(actor)
+
+    def _restart_overdue(self) -> None:
+        for name in self._scheduler.overdue(time.monotonic()):
+            logger.warning("restarting %s: its task timed out or was finished elsewhere", name)
+            ray.kill(self._cluster.actors[name].handle, no_restart=False)
 
     def _collect(self, future: Any) -> list[Votes]:
-        """Take in what became of a future: an actor that lives, has loaded or has checked, a receipt; or a failure."""
-        if future in self._waking:
-            self._collect_awake(future, self._waking.pop(future))
-            return []
-        if future in self._loading:
-            self._collect_loaded(future, self._loading.pop(future))
-            return []
-        if future in self._checking:
-            self._collect_checked(future, self._checking.pop(future))
-            return []
-        return self._collect_receipt(future, self._running.pop(future))
+        """Handle a future that is done; returns the votes that it brought."""
+        actor, handle = self._pending.pop(future)
+        return handle(actor, future)
 
-    def _collect_awake(self, future: Any, actor: Any) -> None:
+    def _await_ready(self, actor: _Actor) -> None:
+        """Wait until the actor's process runs on a device: at the start, and after each death."""
+        self._pending[actor.handle.__ray_ready__.remote()] = (actor, self._started)
+
+    def _started(self, actor: _Actor, future: Any) -> list[Votes]:
         try:
             ray.get(future)
-        except ActorDiedError as error:
+        except ActorDiedError as error:  # for good: put a new actor in its place
             self._count_failed_start(error)
-            self._replace(actor)
+            del self._cluster.actors[actor.name]
+            self._await_ready(self._cluster.add_actor())
         except RayActorError:
-            self._wake(actor)  # no device for it yet, or its node is gone: it goes on waiting
+            self._await_ready(actor)  # it has no device yet, or its node is gone
         else:
-            self._loading[actor.load.remote(self._setup)] = actor
+            self._pending[actor.handle.load.remote(self._setup)] = (actor, self._loaded)
+        return []
 
-    def _collect_loaded(self, future: Any, actor: Any) -> None:
+    def _loaded(self, actor: _Actor, future: Any) -> list[Votes]:
         try:
-            self._nodes[actor] = ray.get(future)
+            actor.node = ray.get(future)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
             self._count_failed_start(error)
-            self._wake(actor)
-        else:
-            self._failed_starts = 0
-            if not self._looked:  # the others begin their tasks meanwhile
-                self._looked = True
-                self._checking[actor.check.remote()] = actor
-            else:
-                self._idle.append(actor)
+            self._await_ready(actor)
+            return []
+        self._failed_starts = 0
+        if self._checked:
+            self._idle.append(actor)
+        else:  # the other actors start their tasks meanwhile
+            self._checked = True
+            self._checking += 1
+            self._pending[actor.handle.check.remote()] = (actor, self._accuracy_measured)
+        return []
 
-    def _collect_checked(self, future: Any, actor: Any) -> None:
+    def _accuracy_measured(self, actor: _Actor, future: Any) -> list[Votes]:
+        self._checking -= 1
         try:
             self._clean = ray.get(future)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
-            logger.warning("the clean accuracy is not known: its actor died (%s)", _line(error))
-            self._wake(actor)
+            logger.warning("the clean accuracy is unknown; its actor died (%s)", _line(error))
+            self._await_ready(actor)
         else:
             self._idle.append(actor)
+        return []
 
-    def _collect_receipt(self, future: Any, actor: Any) -> list[Votes]:
+    def _task_done(self, actor: _Actor, future: Any) -> list[Votes]:
         try:
             receipt: Receipt = ray.get(future)
         except RayTaskError as error:
             if isinstance(error.cause, UserError | RunError):
                 raise _cause(error) from None
-            self._lose(actor, error)
+            self._task_failed(actor, error)
             self._idle.append(actor)
             return []
         except RayActorError as error:
-            self._lose(actor, error)
-            self._wake(actor)
+            self._task_failed(actor, error)
+            self._await_ready(actor)
             return []
-        first = self._scheduler.finished(_name(actor), receipt.draws, receipt.seconds)
+        first = self._scheduler.finished(actor.name, receipt.draws, receipt.seconds)
         self._idle.append(actor)
         self._outcome.tasks += 1
         self._outcome.draws += receipt.stored
         self._outcome.duplicates += len(receipt.duplicates)
         self._metrics.finished(receipt)
         if not first:
-            return []  # a copy of the task ended before, and told of these blocks
-        self._draws += sum(block.draws for block, _, _ in receipt.votes)
+            return []  # a copy of the task finished earlier and brought these votes
+        self._draws += sum(votes.block.draws for votes in receipt.votes)
         return receipt.votes
 
-    def _lose(self, actor: Any, error: RayTaskError | RayActorError) -> None:
+    def _task_failed(self, actor: _Actor, error: RayTaskError | RayActorError) -> None:
         self._outcome.lost += 1
         self._metrics.lost(error)
-        logger.warning("a task was lost and goes back in line: %s", _line(error))
-        self._scheduler.lost(_name(actor), _line(error), attempted=not getattr(error, "preempted", False))
-
-    def _wake(self, actor: Any) -> None:
-        """Wait until the actor's process lives, on a device: at the start, and after each death."""
-        self._waking[actor.__ray_ready__.remote()] = actor
-
-    def _replace(self, actor: Any) -> None:
-        """Put a new actor in the place of one that is dead for good."""
-        self._cluster.actors.remove(actor)
-        self._cluster.actors.append(_Actor.options(**self._cluster.options).remote())
-        self._wake(self._cluster.actors[-1])
+        logger.warning("task failed; requeued: %s", _line(error))
+        self._scheduler.lost(actor.name, _line(error), attempted=not getattr(error, "preempted", False))
 
     def _count_failed_start(self, error: RayActorError) -> None:
-        """Give the run up where actors do nothing but die; waiting for a device is not dying."""
+        """Give the run up if actors do nothing but die; waiting for a device is not dying."""
         self._failed_starts += 1
         if self._failed_starts >= _START_ATTEMPTS * self._cluster.wanted:
             raise RunError(
                 f"actors died {self._failed_starts} times in a row while they started or loaded the models "
-                f"({_line(error)}): look for missing memory on their nodes"
+                f"({_line(error)}); check that their nodes have enough memory"
             )
 
-    def _tell(self, new: list[Votes]) -> None:
-        self._on_progress(
-            Progress(
+    def _report(self, new: list[Votes]) -> None:
+        self._on_update(
+            Update(
                 draws=self._draws,
                 draws_wanted=self._draws_wanted,
                 cast=self._outcome.draws,
                 seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
-                actors=len(self._idle) + len(self._checking) + len(self._running),
+                actors=len(self._idle) + self._checking + len(self._scheduler.running),
                 actors_wanted=len(self._cluster.actors),
                 new=new,
                 clean=self._clean,
@@ -387,8 +375,8 @@ class _Metrics:
         tags = ("run", "device")
         self._run = run
         self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
-        self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed though they stood already.", tags)
-        self._failures = Counter("diffsmooth_store_failures", "Calls to the store that were tried again.", tags)
+        self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed although already stored.", tags)
+        self._failures = Counter("diffsmooth_store_failures", "Calls to the store that were retried.", tags)
         bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
         self._seconds = Histogram("diffsmooth_task_seconds", "Seconds per task.", bounds, tags)
         self._lost = Counter("diffsmooth_lost_tasks", "Attempts that ended in an error.", ("run", "error"))
@@ -401,32 +389,37 @@ class _Metrics:
             (self._duplicates, len(receipt.duplicates)),
             (self._failures, receipt.store_failures),
         ):
-            if value:  # a counter takes nothing else
+            if value:  # a counter accepts only values above 0
                 counter.inc(value, tags)
 
     def lost(self, error: Exception) -> None:
         self._lost.inc(1, {"run": self._run, "error": _line(error).partition(":")[0]})
 
 
-def _hush_ray() -> None:
-    """Make a line on stderr of what Ray prints to a driver's stdout: a raylet's death comes with its last 20 lines."""
-
-    def say(data: dict[str, Any], ignore_prefix: bool = False) -> None:
-        for text in data["lines"]:
-            logger.warning("Ray says: %s", next(iter(text.strip().splitlines()), "")[:300])
-
-    ray._private.worker.print_to_stdstream = say
+def _connect(address: str, actors: int | None, verbose: bool) -> None:
+    """Attach to a cluster, or start a local one."""
+    local: dict[str, Any] = (
+        {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
+    )
+    if not verbose:
+        redirect_worker_output(lambda line: logger.warning("Ray: %s", line))
+    level = logging.INFO if verbose else logging.ERROR
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({reason}); start one, or omit --address to start a "
+            "local Ray"
+        ) from error
 
 
 def _knock(address: str) -> None:
-    """Raise OSError at once where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    """Raise OSError at once if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-
-
-def _name(actor: Any) -> str:
-    return actor._actor_id.hex()
 
 
 def _cores() -> int:

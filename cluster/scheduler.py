@@ -1,14 +1,12 @@
-"""Which worker computes which blocks next: a pure state machine. No I/O, no clock of its own, no Ray.
+"""Which worker computes which blocks next: a pure state machine without I/O, without Ray, and without a clock.
 
-Blocks wait in order; a task is cut for a worker when it asks, long enough to keep it busy for TARGET_SECONDS at the
-speed it has shown, short enough that the work left is shared out evenly. A lost task goes back to the front of the
-line, for its last two attempts cut into single blocks: a block that kills its worker takes no other with it, and a
-neighbour that merely shared its first attempts survives one more mishap. A block that is lost MAX_ATTEMPTS times is set
-aside with its last error. When nothing waits, an idle worker gets a
-second copy of a task that takes much longer than expected: storage keeps the first result of each block.
+Blocks are queued in order. A worker that asks for work gets a task cut from the queue: long enough to keep it busy for
+TARGET_SECONDS at its measured speed, short enough that the remaining work is shared evenly. A failed task is requeued
+at the front; for its last two attempts it is split into single blocks, so that a block that kills its worker affects no
+other block. A block that fails MAX_ATTEMPTS times is set aside with its last error. When the queue is empty, an idle
+worker gets a copy of a task that takes much longer than expected; storage keeps the first result of each block.
 
-No call looks at all workers or all blocks: a clock's tick with nothing to do costs the same for eight workers and a
-thousand.
+No call loops over all workers or all blocks: a tick with nothing to do costs the same for eight workers and a thousand.
 """
 
 import heapq
@@ -21,10 +19,10 @@ from pipeline.block import Block
 
 TARGET_SECONDS = 60.0
 MAX_ATTEMPTS = 4
-SHARES = 4  # a task takes at most 1 / (SHARES * workers) of the draws that wait
+SHARES = 4  # a task has at most 1 / (SHARES * workers) of the queued draws
 STRAGGLER_FACTOR = 2.0
-DEADLINE_FACTOR, DEADLINE_FLOOR = 10.0, 600.0  # a task is given up after this many times its expected seconds
-FIRST_DRAWS = 2_000  # the size of a worker's first task, before it has shown a speed
+DEADLINE_FACTOR, DEADLINE_FLOOR = 10.0, 600.0  # a task times out after the larger of factor * expected and floor, s
+FIRST_DRAWS = 2_000  # the size of a worker's first task, before its speed is known
 
 
 @dataclass(eq=False)
@@ -32,7 +30,7 @@ class Task:
     blocks: list[Block]
     attempts: int = 0
     done: bool = False
-    workers: list[str] = field(default_factory=list)  # that run it now; two, where a straggler has been copied
+    workers: list[str] = field(default_factory=list)  # that run it now; two if a straggler was copied
 
     @property
     def draws(self) -> int:
@@ -51,7 +49,7 @@ class SetAside(NamedTuple):
 
 
 class _Timer:
-    """Running tasks by the time at which something is due; one that has ended meanwhile is passed over."""
+    """Running tasks by the time at which something is due; tasks that have ended are skipped."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, str, Running]] = []
@@ -62,7 +60,7 @@ class _Timer:
         heapq.heappush(self._heap, (when, self._count, worker, run))
 
     def passed(self, now: float, running: dict[str, Running]) -> list[str]:
-        """Take out and return the workers whose time has passed."""
+        """Remove and return the workers whose time has passed."""
         workers = []
         while self._heap and (self._heap[0][0] < now or running.get(self._heap[0][2]) is not self._heap[0][3]):
             _, _, worker, run = heapq.heappop(self._heap)
@@ -73,41 +71,43 @@ class _Timer:
 
 @dataclass
 class Scheduler:
-    """Workers are named by strings; `now` is in seconds on any clock that does not run backwards."""
+    """Workers are named by strings; `now` is in seconds on any monotonic clock."""
 
     target_seconds: float = TARGET_SECONDS
     max_attempts: int = MAX_ATTEMPTS
     first_draws: int = FIRST_DRAWS
     set_aside: list[SetAside] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
-    _waiting: deque[Block] = field(default_factory=deque)
-    _lost: deque[Task] = field(default_factory=deque)
-    _waiting_draws: int = 0
+    _queue: deque[Block] = field(default_factory=deque)
+    _failed: deque[Task] = field(default_factory=deque)
+    _queued_draws: int = 0
     _rates: dict[str, float] = field(default_factory=dict)  # draws per second
     _rates_sum: float = 0.0
     _lateness: _Timer = field(default_factory=_Timer)
-    _late: dict[str, None] = field(default_factory=dict)  # workers far past the expected time, their task not copied
+    _late: dict[str, None] = field(
+        default_factory=dict
+    )  # workers far past the expected time whose task is not copied yet
     _deadlines: _Timer = field(default_factory=_Timer)
     _overdue: dict[str, None] = field(default_factory=dict)
 
     def add(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
-            self._waiting.append(block)
-            self._waiting_draws += block.draws
+            self._queue.append(block)
+            self._queued_draws += block.draws
 
     @property
     def done(self) -> bool:
-        return not (self._waiting or self._lost or self.running)
+        return not (self._queue or self._failed or self.running)
 
     @property
     def rate(self) -> float:
-        """Draws per second of a typical worker, 0 while unknown."""
+        """Mean draws per second of a worker; 0 while unknown."""
         return self._rates_sum / len(self._rates) if self._rates else 0.0
 
     def next_task(self, worker: str, workers: int, now: float) -> Task | None:
-        """The task that an idle worker begins now, one of `workers`; None where there is nothing for any to do."""
+        """The task that an idle worker, one of `workers`, starts now; None if there is nothing to do."""
         assert worker not in self.running
-        task = self._lost.popleft() if self._lost else self._cut(worker, workers) or self._straggler(now)
+        task = self._failed.popleft() if self._failed else self._cut(worker, workers) or self._straggler(now)
         if task is None:
             return None
         task.attempts += 1
@@ -123,7 +123,7 @@ class Scheduler:
     def finished(self, worker: str, draws: int, seconds: float) -> bool:
         """The worker has stored all blocks of its task, of which it computed `draws` draws.
 
-        False where a copy of the task had ended before.
+        Returns False if a copy of the task had finished earlier.
         """
         task = self._take(worker)
         first, task.done = not task.done, True
@@ -135,33 +135,33 @@ class Scheduler:
         return first
 
     def lost(self, worker: str, error: str, *, attempted: bool = True) -> None:
-        """The worker's attempt failed, or the worker went away; with `attempted` False the task is not to blame."""
+        """The worker's attempt failed, or the worker died; with `attempted` False the attempt does not count."""
         task = self._take(worker)
         if not attempted:
             task.attempts -= 1
         if task.done:
-            return  # another copy has done it
-        if task.workers:  # another copy still may, and can be copied again
+            return  # another copy has finished it
+        if task.workers:  # another copy is still running, and may be copied again
             other = self.running[task.workers[0]]
             self._lateness.set(other.started + STRAGGLER_FACTOR * other.expected, task.workers[0], other)
         elif task.attempts >= self.max_attempts:
             self.set_aside.append(SetAside(task, error))
         elif task.attempts == self.max_attempts - 2:
-            self._lost.extend(Task([block], task.attempts) for block in task.blocks)
+            self._failed.extend(Task([block], task.attempts) for block in task.blocks)
         else:
-            self._lost.append(task)
+            self._failed.append(task)
 
     def overdue(self, now: float) -> list[str]:
-        """Workers whose task is past its deadline, or has been done by another."""
+        """Workers whose task timed out, or was finished by another worker."""
         self._overdue.update(dict.fromkeys(self._deadlines.passed(now, self.running)))
         return list(self._overdue)
 
     def spare(self, idle: int) -> int:
-        """How many of the idle workers can go: nothing waits, and one is kept for each task under way."""
-        return 0 if self._waiting or self._lost else max(0, idle - len(self.running))
+        """How many idle workers can be released: the queue is empty, and one is kept for each running task."""
+        return 0 if self._queue or self._failed else max(0, idle - len(self.running))
 
     def _take(self, worker: str) -> Task:
-        """End a worker's attempt."""
+        """End the attempt of a worker."""
         task = self.running.pop(worker).task
         task.workers.remove(worker)
         self._late.pop(worker, None)
@@ -169,21 +169,21 @@ class Scheduler:
         return task
 
     def _cut(self, worker: str, workers: int) -> Task | None:
-        if not self._waiting:
+        if not self._queue:
             return None
         rate = self._rates.get(worker) or self.rate
-        fair = self._waiting_draws / (SHARES * workers)
+        fair = self._queued_draws / (SHARES * workers)
         wanted = min(self.target_seconds * rate if rate else self.first_draws, fair)
         blocks: list[Block] = []
         draws = 0
-        while self._waiting and (not blocks or draws + self._waiting[0].draws <= wanted):
-            blocks.append(self._waiting.popleft())
+        while self._queue and (not blocks or draws + self._queue[0].draws <= wanted):
+            blocks.append(self._queue.popleft())
             draws += blocks[-1].draws
-        self._waiting_draws -= draws
+        self._queued_draws -= draws
         return Task(blocks)
 
     def _straggler(self, now: float) -> Task | None:
-        """The task that is furthest past its expected time, if any is far past it and not copied yet."""
+        """The task that is furthest past its expected time, if one is far past it and not copied yet."""
         self._late.update(dict.fromkeys(self._lateness.passed(now, self.running)))
         if not self._late:
             return None

@@ -1,62 +1,62 @@
-"""One device with f loaded once: casts the votes of a task's blocks and commits each block as it finishes. No Ray."""
+"""Worker: one device with f loaded once. It casts the votes of a task's blocks, and commits each block as it finishes.
 
-import contextlib
+It does not know Ray.
+"""
+
 import functools
 import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline import noise
 from pipeline.block import Block
-from pipeline.data import open_dataset, sample_indices
+from pipeline.data import Dataset, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED, Sample
-from pipeline.smoothing import BlockVotes, build_base_classifier, cast_votes, weights_ids
+from pipeline.models.device import device_facts, device_of
+from pipeline.noise import Noise, check_known_answers
+from pipeline.run import read_run
+from pipeline.smoothing import BaseClassifier, CastBlock, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
-from pipeline.storage.store import open_store
-from pipeline.votes import Votes, block_key, block_votes, encode_block, read_blocks
+from pipeline.storage.store import Store, open_store
+from pipeline.votes import BlockMetadata, Votes, block_key, encode_block, read_blocks
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
-_MODEL_PACKAGES = ("timm", "diffusers")
 _CPU_BATCH = 64
-_LARGEST_BATCH = 2048  # of a GPU; larger ones are no faster, and pad a task's last batch the more
+_LARGEST_BATCH = 2048  # on a GPU; larger batches are no faster, and waste more on padding a task's last batch
 _CLEAN_SAMPLES = 64
 
 
 class Setup(NamedTuple):
-    """What a worker needs to know of its run."""
+    """What a worker needs to know about its run."""
 
-    spec: RunSpec
+    spec: RunSpec  # its seed is a number
     run_uri: str
     votes_id: str
-    batch_size: int | None = None  # None: a good one for the device
-    threads: int = 1  # of the device's networks on a CPU, of the noise everywhere
+    batch_size: int | None = None  # None: chosen for the device
+    threads: int = 1  # for the networks on a CPU, and for the noise everywhere
 
 
 class Receipt(NamedTuple):
-    """What a task tells the driver: small, whatever the task's size."""
+    """What a task reports to the driver: small, whatever the size of the task."""
 
     votes: list[Votes]  # of each block of the task, as stored
     stored: int  # draws that this attempt computed and stored
-    duplicates: list[Block]  # computed here, though another attempt had stored them: dropped
+    duplicates: list[Block]  # computed here although another attempt had stored them; dropped
     seconds: float
     draws: int
     device: str = ""
-    store_failures: int = 0  # calls to the store that had to be tried again
+    store_failures: int = 0  # calls to the store that were retried
 
 
 class CleanAccuracy(NamedTuple):
-    """How many of some labelled samples the classifier alone gets right, without noise or denoiser."""
+    """How many of some labelled samples the classifier alone gets right, without noise and denoiser."""
 
     right: int
     samples: int
@@ -64,174 +64,150 @@ class CleanAccuracy(NamedTuple):
 
 
 class Worker:
-    """Holds f on one device. Raises UserError at once for what cannot be loaded or is not what the run is made of."""
+    """Casts and commits the votes of f on one device."""
 
-    def __init__(self, setup: Setup) -> None:
-        noise.check_known_answers()
+    def __init__(self, setup: Setup, f: BaseClassifier, data: Dataset, store: Store) -> None:
+        check_known_answers()
+        self._setup, self._f, self._data, self._store = setup, f, data, store
+        self._device = f.device
+        self._sample = functools.lru_cache(maxsize=64)(data.__getitem__)
+        self._noise = Noise.of(setup.spec.smoothing)
+        # reduced when memory runs out
+        self.batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
+        compiled = setup.spec.compute.compile
+        if compiled or (setup.batch_size is None and self._device.type != "cpu"):
+            self._warm_up()
+        self._facts = device_facts(self._device)
+
+    @classmethod
+    def load(cls, setup: Setup) -> "Worker":
+        """A worker with the f, the data and the storage that the spec names.
+
+        Raises: UserError if something cannot be loaded, or is not what the run was made with.
+        """
         spec = setup.spec
         found = votes_id(spec, weights_ids(spec))
         if found != setup.votes_id:
             raise UserError(
                 f"the weights or own functions on {platform.node()} differ from the driver's (votes_id {found}, not "
-                f"{setup.votes_id}): give every node the same files"
+                f"{setup.votes_id}); give every node the same files"
             )
-        self._setup = setup
-        self._device = device_of(spec)
-        if self._device.type == "cpu":
+        device = device_of(spec)
+        if device.type == "cpu":
             torch.set_num_threads(setup.threads)
-        self._data = open_dataset(spec.data)
-        self._sample = functools.lru_cache(maxsize=64)(self._load)
-        self._f = build_base_classifier(spec, self._device)
+        data = open_dataset(spec.data)
+        f = build_base_classifier(spec, device, data)
         if spec.compute.compile:
-            self._f.compile()
-        self._batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
-        if spec.compute.compile or (setup.batch_size is None and self._device.type != "cpu"):
-            self._warm_up()
-        self._store = open_store(setup.run_uri)
-        self._facts = _facts(self._device, setup)
+            f.compile()
+        return cls(setup, f, data, open_store(setup.run_uri))
 
     def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
-        """Cast and commit the votes of the blocks that do not stand yet."""
-        start = last = time.perf_counter()
-        failures = self._store.failures
-        # at each attempt, the first as well: another driver may have cast them since ours listed the run
-        standing = self._store.existing(map(block_key, blocks))
-        found = [block for block in blocks if block_key(block) in standing]
-        blocks = [block for block in blocks if block_key(block) not in standing]
+        """Cast and commit the votes of the blocks that are not committed yet."""
+        start, failures = time.perf_counter(), self._store.failures
+        # checked at every attempt, also the first: another driver may have cast them since ours listed the run
+        existing = self._store.existing(map(block_key, blocks))
+        found = [block for block in blocks if block_key(block) in existing]
+        blocks = [block for block in blocks if block_key(block) not in existing]
+        stored, duplicates = self._cast_and_commit(blocks, attempt)
+        seconds, own = time.perf_counter() - start, sum(votes.block.draws for votes in stored)
+        if others := found + duplicates:  # what is committed counts, whoever cast it
+            run = read_run(self._store)
+            stored = stored + [one.votes() for one in read_blocks(self._store, run, others)]
+        return Receipt(
+            votes=stored,
+            stored=own,
+            duplicates=duplicates,
+            seconds=seconds,
+            draws=sum(block.draws for block in blocks),
+            device=self._facts.device,
+            store_failures=self._store.failures - failures,
+        )
+
+    def _cast_and_commit(self, blocks: Sequence[Block], attempt: str) -> tuple[list[Votes], list[Block]]:
+        """The votes that this attempt stored, and the blocks that another attempt had stored before it."""
+        last = time.perf_counter()
         samples = {block.sample: self._sample(block.sample) for block in blocks}
-        stored, duplicates = [], []
-        # a block is committed while the next one is computed; leaving the pool waits for what has begun
+        # a block is committed while the next one is computed; leaving the pool waits for started commits
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as pool:
-            commits: list[tuple[Block, NDArray[np.int64], Future[bool]]] = []
-            for block, counts_K in self._cast(blocks, samples):
-                sample, now = samples[block.sample], time.perf_counter()
-                metadata = {
-                    **self._facts,
-                    "batch_size": self._batch_size,
-                    "sample_sha256": sample.sha256,
-                    "attempt": attempt,
-                    "seconds": now - last,
-                }
+            commits: list[tuple[CastBlock, Future[bool]]] = []
+            for cast in self._cast(blocks, samples):
+                sample, now = samples[cast.block.sample], time.perf_counter()
+                metadata = self._metadata(sample, attempt, now - last)
                 last = now
                 if commits:
-                    commits[-1][-1].result()  # no more than one at a time, and a store that fails stops the task
-                encoded = encode_block(block, sample.label, counts_K, metadata)
-                commits.append((block, counts_K, pool.submit(self._store.put_if_absent, block_key(block), encoded)))
-        for block, counts_K, commit in commits:
+                    commits[-1][1].result()  # one commit at a time, and a store that fails stops the task
+                encoded = encode_block(cast.block, sample.label, cast.counts_K, metadata)
+                commits.append((cast, pool.submit(self._store.put_if_absent, block_key(cast.block), encoded)))
+        stored, duplicates = [], []
+        for (block, counts_K), commit in commits:
             if commit.result():
-                label = samples[block.sample].label
-                stored.append((block, label, {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}))
+                counts = {int(k): int(counts_K[k]) for k in counts_K.nonzero()[0]}
+                stored.append(Votes(block, samples[block.sample].label, counts))
             else:
                 duplicates.append(block)
-        seconds, draws = time.perf_counter() - start, sum(block.draws for block in blocks)
-        own = sum(block.draws for block, _, _ in stored)
-        if others := found + duplicates:  # what stands counts, whoever cast it
-            stored += [block_votes(one) for one in read_blocks(self._store, others)]
-        failed = self._store.failures - failures
-        return Receipt(stored, own, duplicates, seconds, draws, self._facts["device"], failed)
+        return stored, duplicates
 
-    def _cast(self, blocks: Sequence[Block], samples: Mapping[int, Sample]) -> Iterator[BlockVotes]:
-        """The blocks' votes. Where memory runs out, smaller batches go on with the blocks that are not done."""
-        smoothing, done = self._setup.spec.smoothing, 0
+    def _metadata(self, sample: Sample, attempt: str, seconds: float) -> BlockMetadata:
+        setup = self._setup
+        return BlockMetadata(
+            **self._facts.model_dump(),
+            votes_id=setup.votes_id,
+            threads=setup.threads,
+            precision=setup.spec.smoothing.precision,
+            compiled=setup.spec.compute.compile,
+            batch_size=self.batch_size,
+            sample_sha256=sample.sha256,
+            attempt=attempt,
+            seconds=seconds,
+        )
+
+    def _cast(self, blocks: Sequence[Block], samples: Mapping[int, Sample]) -> Iterator[CastBlock]:
+        """The blocks' votes. If memory runs out, smaller batches continue with the blocks that are not finished."""
+        done = 0
         while blocks:
             try:
-                for votes in cast_votes(
-                    self._f,
-                    blocks[done:],
-                    samples,
-                    sigma=smoothing.sigma,
-                    seed=int(smoothing.seed),  # the driver has put a number in the place of "random"
-                    batch_size=self._batch_size,
-                    threads=self._setup.threads,
-                    noise_grid=smoothing.noise_grid,
-                ):
+                options = CastOptions(self.batch_size, self._setup.threads)
+                for cast in cast_votes(self._f, blocks[done:], samples, self._noise, options):
                     done += 1
-                    yield votes
+                    yield cast
                 return
             except torch.OutOfMemoryError:
-                pass  # its traceback holds tensors, so memory is freed after this clause only
+                pass  # its traceback holds tensors, so memory is freed only after this clause
             self._halve_batch()
 
     def _warm_up(self) -> None:
-        """Find the largest batch that fits, and compile f for it where the spec says so."""
+        """Find the largest batch that fits, and compile f for it if the spec says so."""
         start = time.perf_counter()
         shape = self._f.local_noise_MCHW.shape[1:]
         while True:
             try:
-                self._f(torch.zeros(self._batch_size, *shape, device=self._device)).cpu()
+                self._f(torch.zeros(self.batch_size, *shape, device=self._device)).cpu()
                 break
             except torch.OutOfMemoryError:
                 pass
             self._halve_batch()
-        logger.info("batches of %d draws; warm-up took %.0f s", self._batch_size, time.perf_counter() - start)
+        logger.info("batch size %d; warm-up took %.0f s", self.batch_size, time.perf_counter() - start)
 
     def _halve_batch(self) -> None:
-        if self._batch_size == 1:
+        if self.batch_size == 1:
             raise UserError(
-                f"one draw does not fit the memory of {self._device}: take a device with more, or a lower "
+                f"one draw does not fit in the memory of {self._device}; use a device with more memory, or a lower "
                 "smoothing.precision"
             )
-        self._batch_size //= 2
-        logger.warning("out of memory on %s: batches of %d draws from now on", self._device, self._batch_size)
+        self.batch_size //= 2
+        logger.warning("out of memory on %s; continuing with batch size %d", self._device, self.batch_size)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def clean_accuracy(self) -> CleanAccuracy:
-        """The bare classifier's accuracy on samples spread over the spec's: what a wrong normalisation destroys."""
+        """The bare classifier's accuracy on samples spread over the spec's: a wrong normalisation destroys it."""
         indices = sample_indices(self._setup.spec.data.samples, len(self._data))
         chosen = indices[:: max(1, len(indices) // _CLEAN_SAMPLES)][:_CLEAN_SAMPLES]
-        samples = [sample for sample in map(self._load, chosen) if sample.label != UNLABELLED]
+        samples = [sample for index in chosen if (sample := self._data[index]).label != UNLABELLED]
         right = 0
-        for start in range(0, len(samples), self._batch_size):
-            batch = samples[start : start + self._batch_size]
+        for start in range(0, len(samples), self.batch_size):
+            batch = samples[start : start + self.batch_size]
             x_BCHW = torch.from_numpy(np.stack([sample.image_CHW for sample in batch])).to(self._device)
             predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
             right += sum(k == sample.label for k, sample in zip(predicted_B, batch, strict=True))
         return CleanAccuracy(right, len(samples), self._f.num_classes)
-
-    def _load(self, index: int) -> Sample:
-        return self._data[index]
-
-
-def device_of(spec: RunSpec) -> torch.device:
-    """The device that the spec asks for; a missing GPU is an error, not a reason to be slow."""
-    wanted = spec.compute.device
-    if wanted != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if wanted == "cuda":
-        raise UserError(
-            f"compute.device = 'cuda', but torch {torch.__version__} sees no GPU on {platform.node()}: run on a GPU "
-            "node, or choose the CPU with --cpu"
-        )
-    return torch.device("cpu")
-
-
-def facts_of(device: torch.device) -> dict[str, Any]:
-    """What of the surroundings can change a vote."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": f"{device.type} {name}",
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def _facts(device: torch.device, setup: Setup) -> dict[str, Any]:
-    """What is recorded with every block besides its own figures."""
-    return {
-        **facts_of(device),
-        "votes_id": setup.votes_id,
-        "threads": setup.threads,
-        "precision": setup.spec.smoothing.precision,
-        "compiled": setup.spec.compute.compile,
-    }
-
-
-def _versions() -> dict[str, str]:
-    """The packages that can change a vote; those that only some models need, where they are installed."""
-    versions = {name: version(name) for name in _PACKAGES}
-    for name in _MODEL_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

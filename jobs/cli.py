@@ -1,35 +1,33 @@
 """The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, report, bench, submit.
 
-Exit status: 0 complete; 2 the user's mistake; 1 ours, the surroundings', or incomplete; 130 and 143 stopped by
-Ctrl-C and SIGTERM, resumable.
+It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
+`--help` and the commands without networks start fast.
+
+Exit status: 0 complete; 2 a mistake of the user; 1 our mistake, a failure of the environment, or incomplete; 130 and
+143 stopped by Ctrl-C and SIGTERM, resumable.
 """
 
 import importlib.metadata
 import json
 import logging
 import platform
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from jobs import certify as certification
-from jobs.curve import compare
-from pipeline.certify import CERTIFICATES, Certificate
-from pipeline.errors import RunError, UserError
+from jobs.specs import SPECS, find_spec
+from pipeline.errors import RunError, Stopped, UserError
+from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
 
-SPECS = Path(__file__).parent / "specs"
-
 
 class _Main(click.Group):
-    """Turns a user's mistake into one line and exit status 2, the surroundings' failures into exit status 1."""
+    """Reports a user's mistake and a failure of the environment in one line each, with their exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -43,18 +41,6 @@ class _Main(click.Group):
 def _fail(error: Exception, status: int) -> None:
     click.echo(f"diffsmooth: {' '.join(str(error).split())}", err=True)
     sys.exit(status)
-
-
-def find_spec(name: str) -> Path:
-    """A spec's path: a file, or the name of one that ships with the package."""
-    shipped = SPECS / f"{name}.toml"
-    path = Path(name)
-    if path.is_file() or not shipped.is_file():
-        if not path.exists():
-            names = ", ".join(sorted(path.stem for path in SPECS.glob("*.toml")))
-            raise UserError(f"{name}: no such spec; give the path of a TOML file or a shipped name: {names}")
-        return path
-    return shipped
 
 
 def _show_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -78,50 +64,54 @@ def main() -> None:
     """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray.
 
     \b
-    diffsmooth certify mnist             the demo: no GPU, nothing downloaded
-    diffsmooth report runs/mnist         all of it in one HTML file
+    diffsmooth certify mnist             run the demo: no GPU, no download
+    diffsmooth report runs/mnist         write everything about a run into one HTML file
     """
     logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
-    for told in ("pipeline.storage.fetch", "pipeline.data"):  # downloads under way, and the order of the classes
-        logging.getLogger(told).setLevel(logging.INFO)
+    for module in ("pipeline.storage.fetch", "pipeline.data"):  # downloads in progress, and the order of the classes
+        logging.getLogger(module).setLevel(logging.INFO)
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # own package.module:function are found from the working folder
+        sys.path.append(str(Path.cwd()))  # where own functions package.module:function are found, after all packages
 
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
-    """The shipped specs' names, then files."""
+    """The names of the shipped specs, then files."""
     names = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem.startswith(typed))
     return [*map(CompletionItem, names), *([] if names else [CompletionItem(typed, type="file")])]
 
 
 _SPECS = click.argument("specs", nargs=-1, required=True, metavar="SPEC...", shell_complete=_complete_spec)
 _SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the spec; repeat it for more."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the spec. Can be repeated."
 )
-_YES = click.option(
-    "--yes", is_flag=True, help=f"Do not ask before an order of over {certification.MANY_HOURS} GPU-hours."
+_YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation before an expensive order.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
+_COSTLY = click.option(
+    "--costly",
+    metavar="FILE",
+    help="With --certificate cost: a cost matrix (.csv, a row per label) or lines such as 3 = [5, 7] (.toml).",
 )
 _CAST_OPTIONS = [
     _SPECS,
     click.option(
         "--out",
-        help="Home of the run, a folder or s3://BUCKET/PREFIX; with several specs, of their runs. [default: runs/NAME]",
+        help="Folder or s3://BUCKET/PREFIX of the run; with several specs, of all their runs. [default: runs/NAME]",
     ),
-    click.option("--address", help="Ray cluster to run on. [default: RAY_ADDRESS, else a local Ray]"),
+    click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]"),
     click.option(
-        "--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every GPU, else every core]"
+        "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
     ),
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
-        help="Draws a batch. [default: 64 on a CPU, the fastest that fits on a GPU]",
+        help="Draws per batch. [default: 64 on a CPU, the fastest that fits on a GPU]",
     ),
-    click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu."),
+    click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu."),
     _SET,
     _YES,
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more, with all that Ray and its actors print."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print more, including everything from Ray and its actors."),
+    _JSON,
 ]
 
 
@@ -138,11 +128,11 @@ def _casts_votes(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice([name for name in CERTIFICATES if name != "predict"]),
     default="top",
     show_default=True,
-    help="What to claim: from the top class's votes alone, with the others' too, or that no error is a costly one.",
+    help="What to claim: top bounds the top class only, multiclass also the others, cost excludes costly errors.",
 )
-@click.option("--costly", metavar="FILE", help="With cost: .csv, a cost matrix, a row a label; or .toml, 3 = [5, 7].")
+@_COSTLY
 def certify(certificate: Certificate, costly: str | None, **options: Any) -> None:
-    """Cast votes, bound them, draw the curve. Run it again to resume or to grow a run.
+    """Cast votes, compute bounds and radii, draw the curve. Run it again to resume or to grow a run.
 
     \b
     diffsmooth certify mnist
@@ -154,7 +144,7 @@ def certify(certificate: Certificate, costly: str | None, **options: Any) -> Non
 @main.command()
 @_casts_votes
 def predict(**options: Any) -> None:
-    """Cast votes and predict with abstention (Cohen's PREDICT); stored, resumed and grown as certify does.
+    """Cast votes and predict with abstention (Cohen's PREDICT). Storage, resume and growth work as in certify.
 
     \b
     diffsmooth predict mnist --set smoothing.n=100 --set smoothing.block.estimation=100
@@ -168,276 +158,204 @@ def _cast(
     *,
     specs: tuple[str, ...],
     out: str | None,
-    address: str | None,
-    actors: int | None,
-    batch_size: int | None,
     cpu: bool,
     overrides: tuple[str, ...],
     yes: bool,
     quiet: bool,
     verbose: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
+    from jobs.certify import Options, certify_all
+    from jobs.specs import home_of, load_specs
+
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
-    if cpu:
-        overrides = (*overrides, "compute.device=cpu")
-    loaded = [load_spec(find_spec(name), overrides) for name in specs]
-    if len({spec.name for spec in loaded}) < len(loaded):
-        raise UserError("several specs of one name would share a run: give each a name of its own")
-    homes = [
-        f"runs/{spec.name}" if out is None else f"{out.rstrip('/')}/{spec.name}" if len(loaded) > 1 else out
-        for spec in loaded
-    ]
-    results, signal_number = certification.certify_all(
-        list(zip(loaded, homes, strict=True)),
-        certificate=certificate,
-        costly=costly,
-        address=address,
-        actors=actors,
-        batch_size=batch_size,
-        quiet=as_json or quiet,
-        verbose=verbose,
-        on_stop=_handle_signals,
-        confirm=_ask_unless(yes),
-    )
+    loaded = load_specs(specs, (*overrides, "compute.device=cpu") if cpu else overrides)
+    wanted = [(spec, home_of(spec, out, several=len(loaded) > 1)) for spec in loaded]
+    how = Options(certificate=certificate, costly=costly, quiet=as_json or quiet, verbose=verbose, **options)
+    results, stopped_by = [], None
+    try:
+        for result in certify_all(wanted, how, confirm=_ask_unless(yes)):
+            results.append(result)
+    except Stopped as stopped:
+        stopped_by = stopped.signal
     if as_json:
-        click.echo(json.dumps(results, indent=2))
-    if signal_number is not None:
-        click.echo("diffsmooth: stopped; the same command goes on from here", err=True)
-        sys.exit(128 + signal_number)
-    sys.exit(0 if all(result["complete"] for result in results) else 1)
+        click.echo(json.dumps([result.to_json() for result in results], indent=2))
+    if stopped_by is not None:
+        click.echo("diffsmooth: stopped; run the same command to resume", err=True)
+        sys.exit(128 + stopped_by)
+    sys.exit(0 if all(result.complete for result in results) else 1)
 
 
 def _ask_unless(yes: bool) -> Callable[[str], None]:
-    """What is done with a warning of a dear order: asked about on a terminal, said elsewhere."""
+    """What to do with a warning about an expensive order: ask for confirmation on a terminal, print it elsewhere."""
 
     def confirm(warning: str) -> None:
         if yes:
             return
         if sys.stdin.isatty() and sys.stderr.isatty():
-            if not click.confirm(f"diffsmooth: {warning}. Go on?", err=True):
-                raise UserError("not confirmed, and nothing was begun: --yes begins without asking")
+            if not click.confirm(f"diffsmooth: {warning}. Continue?", err=True):
+                raise UserError("aborted; nothing was started; use --yes to skip this prompt")
         else:
-            click.echo(f"diffsmooth: {warning} (--yes leaves this out)", err=True)
+            click.echo(f"diffsmooth: {warning} (use --yes to suppress this warning)", err=True)
 
     return confirm
 
 
-def _handle_signals(stop: Callable[[int], None]) -> None:
-    """Call `stop` at the first SIGTERM or Ctrl-C; a second one ends the process at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        click.echo("diffsmooth: stopping; blocks in flight are finished first (again to stop at once)", err=True)
-        stop(number)
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-
-
 @main.command()
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+@_JSON
 def status(run: str, as_json: bool) -> None:
-    """What stands and what is missing in RUN, from its files alone.
+    """Show what is committed and what is missing in RUN, from its files alone.
 
     \b
     diffsmooth status s3://BUCKET/runs/a
     """
-    facts = certification.run_status(run)
+    from jobs.console import print_status
+    from pipeline.results import StoredRun
+
+    found = StoredRun.open(run).status()
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        certification.print_status(facts)
+        print_status(found)
 
 
 @main.command()
 @click.argument("run")
 @click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
-@click.option("--n0", type=int, help="Selection draws to use. [default: the first order's]")
-@click.option("--n", type=int, help="Estimation draws to use. [default: the first order's]")
+@click.option("--n0", type=int, help="Number of selection draws. [default: the first order's]")
+@click.option("--n", type=int, help="Number of estimation draws. [default: the first order's]")
 @click.option("--certificate", type=click.Choice(CERTIFICATES), help="What to claim. [default: the first order's]")
-@click.option("--costly", metavar="FILE", help="With cost: .csv, a cost matrix, a row a label; or .toml, 3 = [5, 7].")
+@_COSTLY
 @click.option(
     "--export-tsv",
     metavar="FILE",
-    help="Write the certificates as a log in Cohen's layout too, radii rounded down to 6 decimals.",
+    help="Also write the certificates as a log in Cohen's layout, radii rounded down to 6 decimals.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def analyze(
-    run: str,
-    alpha: float | None,
-    n0: int | None,
-    n: int | None,
-    certificate: Certificate | None,
-    costly: str | None,
-    export_tsv: str | None,
-    as_json: bool,
-) -> None:
-    """Another order from RUN's stored votes: no draws, no GPU. Marked post hoc where it is a second look.
+@_JSON
+def analyze(run: str, export_tsv: str | None, as_json: bool, **request: Any) -> None:
+    """Certify RUN's votes with other settings: no draws, no GPU. A second look is marked post hoc.
 
     \b
     diffsmooth analyze runs/mnist --alpha 0.01
     """
-    result = certification.analyze(
-        run,
-        alpha=alpha,
-        n0=n0,
-        n=n,
-        certificate=certificate,
-        costly=costly,
-        export_tsv=export_tsv,
-        quiet=as_json,
-    )
+    from jobs import analyze as command
+
+    result = command.analyze(run, command.Request(**request), export_tsv=export_tsv, quiet=as_json)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
-    sys.exit(0 if result["complete"] else 1)
+        click.echo(json.dumps(result.summary().to_json(), indent=2))
+    sys.exit(0 if not result.curve.incomplete else 1)
 
 
 @main.command()
 @click.argument("run")
-@click.option("--spec", "spec_name", metavar="SPEC", help="The run's spec, which tells where data and weights are.")
+@click.option("--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are.")
 @_SET
 @click.option(
-    "--share",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.01,
-    show_default=True,
-    help="A share of false blocks that is to be found ...",
+    "--share", type=float, default=0.01, show_default=True, help="Smallest fraction of forged blocks to detect."
 )
-@click.option(
-    "--assurance",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.95,
-    show_default=True,
-    help="... with this probability.",
-)
-@click.option("--blocks", type=click.IntRange(min=0), help="Blocks to cast again. [default: as --share needs]")
-@click.option("--seed", type=int, help="Choose the blocks by this seed. [default: the system's randomness]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def audit(
-    run: str,
-    spec_name: str | None,
-    overrides: tuple[str, ...],
-    share: float,
-    assurance: float,
-    blocks: int | None,
-    seed: int | None,
-    as_json: bool,
-) -> None:
-    """Check a run's files, and cast some of its blocks again. Exit status 1 where anything is wrong.
+@click.option("--assurance", type=float, default=0.95, show_default=True, help="Probability of detecting it.")
+@click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
+@click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
+@_JSON
+def audit(run: str, spec_name: str | None, overrides: tuple[str, ...], as_json: bool, **effort: Any) -> None:
+    """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
     \b
     diffsmooth audit runs/mnist --spec mnist --share 0.05
     """
-    from jobs import audit as auditing
+    from jobs import audit as command
 
+    how = command.Effort(**effort)
     spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
-    facts = auditing.audit(run, spec=spec, share=share, assurance=assurance, blocks=blocks, seed=seed)
-    click.echo(json.dumps(facts, indent=2) if as_json else auditing.report(facts), nl=as_json)
-    sys.exit(1 if facts["findings"] else 0)
+    found = command.audit(run, spec=spec, effort=how)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
+    sys.exit(1 if found.findings else 0)
 
 
 @main.command()
 @click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_LOG...")
-@click.option("--order", default=None, help="Which order of each run. [default: the first]")
-@click.option("--grid", metavar="START:STOP:STEP", help="Radii: exact decimals up to STOP. [default: round ones]")
-@click.option("--float-grid", is_flag=True, help="Radii as published tables have them: numpy.arange in floats.")
+@click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
+@click.option("--grid", metavar="START:STOP:STEP", help="Radii, as exact decimals up to STOP. [default: round radii]")
+@click.option("--float-grid", is_flag=True, help="Use numpy.arange in floats for --grid, as published tables do.")
 @click.option(
-    "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True, help="The table's format."
+    "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True, help="Format of the table."
 )
 @click.option("--output", metavar="FILE", help="Write the table to this file. [default: stdout]")
-@click.option("--plot", "picture", metavar="FILE", help="Draw the curves: .png, .pdf or .svg.")
-@click.option("--envelope", is_flag=True, help="Add the best of the curves at each radius, and whose it is.")
-def curve(
-    sources: tuple[str, ...],
-    order: str | None,
-    grid: str | None,
-    float_grid: bool,
-    form: str,
-    output: str | None,
-    picture: str | None,
-    envelope: bool,
-) -> None:
-    """One table and one picture of several runs and published logs.
+@click.option("--plot", "picture", metavar="FILE", help="Draw the curves into a .png, .pdf or .svg file.")
+@click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name.")
+def curve(sources: tuple[str, ...], **layout: Any) -> None:
+    """Compare runs and published logs in one table and one picture.
 
-    A folder or s3://BUCKET/PREFIX is a run; a file is a log in Cohen's layout. NAME=PATH names a curve, LOG@SIGMA tells
-    a log's sigma.
+    A folder or s3://BUCKET/PREFIX is a run; a file is a log in Cohen's layout. NAME=PATH names a curve, LOG@SIGMA gives
+    the sigma of a log.
 
     \b
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
     diffsmooth curve runs/my-0.50 Cohen=sigma_0.50@0.5 --grid 0:1.5:0.25 --format latex
     """
-    compare(
-        sources,
-        order_name=order,
-        grid=grid,
-        float_grid=float_grid,
-        form=form,
-        output=output,
-        picture=picture,
-        envelope=envelope,
-    )
+    from jobs import curve as command
+
+    command.curve(sources, command.Layout(**layout))
 
 
 @main.command()
 @click.argument("sources", nargs=-1, required=True, metavar="RUN...")
-@click.option("--order", help="Which order of each run. [default: the first]")
-@click.option("--spec", "specs", multiple=True, metavar="SPEC", help="Of a run, for its pictures. [default: a shipped]")
+@click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
+@click.option(
+    "--spec", "specs", multiple=True, metavar="SPEC", help="Spec of a run, for pictures. [default: a shipped one]"
+)
 @_SET
 @click.option(
-    "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Pictures of so many of each kind."
+    "--samples", "each", type=click.IntRange(min=0), default=3, show_default=True, help="Samples to show of each kind."
 )
-@click.option("--output", default="report.html", show_default=True, metavar="FILE", help="Write the report here.")
+@click.option(
+    "--output", default="report.html", show_default=True, metavar="FILE", help="Write the report to this file."
+)
 def report(
-    sources: tuple[str, ...],
-    order: str | None,
-    specs: tuple[str, ...],
-    overrides: tuple[str, ...],
-    samples: int,
-    output: str,
+    sources: tuple[str, ...], specs: tuple[str, ...], overrides: tuple[str, ...], output: str, **options: Any
 ) -> None:
-    """One HTML file that holds all: curves, radii, classes, pictures, what is guaranteed, how it was made.
+    """Write one HTML file with curves, radii, classes, pictures, guarantees, and how the run was made.
 
-    NAME=RUN names a run. Exit status 1 where samples are incomplete.
+    NAME=RUN names a run. Exit status 1 if samples are incomplete.
 
     \b
     diffsmooth report runs/mnist
     diffsmooth report runs/mnist-*-0.50 --output mnist.html
     """
-    from jobs import report as reporting
+    from jobs import report as command
+    from jobs.specs import load_shipped
 
-    complete = reporting.report(
-        sources,
-        order_name=order,
-        specs=[load_spec(find_spec(name), overrides) for name in specs],
-        shipped=lambda name: load_spec(SPECS / f"{name}.toml") if (SPECS / f"{name}.toml").is_file() else None,
-        each=samples,
-        output=output,
-    )
-    click.echo(f"{output}: the report")
+    loaded = [load_spec(find_spec(name), overrides) for name in specs]
+    complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
+    click.echo(f"{output}: report")
     sys.exit(0 if complete else 1)
 
 
 @main.command()
 @_SPECS
 @click.option(
-    "--gpu", "gpus", multiple=True, metavar="NAME[=PRICE]", help="A GPU, with its dollars an hour. [default: all known]"
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME[=PRICE]",
+    help="GPU type and its price in dollars per hour. [default: all known types]",
 )
 @click.option(
     "--utilization",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.4,
     show_default=True,
-    help="Share of the GPU's peak that is reached.",
+    help="Fraction of the GPU's peak that the networks reach.",
 )
 @_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
     specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Draws, FLOPs, GPU-hours and dollars of SPEC, before anything is launched; needs no weights.
+    """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
 
     \b
     diffsmooth plan imagenet-diffsmooth-0.50 --gpu H100=2.50 --gpu A100=1.60
@@ -450,30 +368,48 @@ def plan(
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
     plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
     if as_json:
-        click.echo(json.dumps(plans, indent=2))
+        click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:
         planning.print_plans(plans, Console())
 
 
 @main.command()
 @click.argument("spec", required=False)
-@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of SPEC.")
-@click.option("--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="To try; repeat it for more.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
+@_SET
 @click.option(
-    "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="To try too."
+    "--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="Batch size to try. Can be repeated."
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of a CPU.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that each side takes.")
-@click.option("--draws", type=click.IntRange(min=1), default=200, show_default=True, help="To compare votes on.")
 @click.option(
-    "--tasks", type=click.IntRange(min=1), default=2000, show_default=True, help="Without SPEC: how many to schedule."
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Further precision to measure. Can be repeated.",
 )
-@click.option("--simulate", is_flag=True, help="Instead: ImageNet on 8 to 1,024 simulated spot GPUs; no Ray.")
-@click.option("--sampling", is_flag=True, help="Instead: draws that the sampling modes save, on simulated samples.")
-@click.option("--storage", metavar="URI", help="Instead: write blocks below URI and time listing, resume and table.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of a CPU.")
 @click.option(
-    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many, with --storage."
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Rounds; each side is measured once per round.",
+)
+@click.option(
+    "--draws", type=click.IntRange(min=1), default=200, show_default=True, help="Draws on which votes are compared."
+)
+@click.option(
+    "--tasks",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Without SPEC: number of tasks to schedule.",
+)
+@click.option("--simulate", is_flag=True, help="Simulate ImageNet on 8 to 1,024 spot GPUs, without Ray.")
+@click.option("--sampling", is_flag=True, help="Simulate how many draws the sampling modes save.")
+@click.option("--storage", metavar="URI", help="Write blocks below URI, and time listing, resuming and reading.")
+@click.option(
+    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def bench(
@@ -492,9 +428,9 @@ def bench(
     blocks: int,
     as_json: bool,
 ) -> None:
-    """SPEC's votes against its bare networks and against the published algorithm: speed, and whether votes agree.
+    """Measure the speed of SPEC against its bare networks and the published algorithm, and compare their votes.
 
-    Without SPEC: the driver's own time per task, with a base classifier that does nothing, on a local Ray.
+    Without SPEC, measure the driver's own time per task on a local Ray, with a base classifier that does nothing.
 
     \b
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
@@ -502,7 +438,7 @@ def bench(
     """
     asked = {spec: spec, "--simulate": simulate, "--sampling": sampling, "--storage": storage}
     if len(chosen := [str(name) for name, given in asked.items() if given]) > 1:
-        raise UserError(f"{' and '.join(chosen)} are benchmarks apart: choose one")
+        raise UserError(f"{' and '.join(chosen)} are separate benchmarks; choose one")
     if spec is not None:
         from rich.console import Console
 
@@ -517,7 +453,7 @@ def bench(
             effort=Effort(rounds=rounds, agreement_draws=draws),
         )
         if as_json:
-            click.echo(json.dumps(figures, indent=2))
+            click.echo(json.dumps(figures.to_json(), indent=2))
         else:
             print_speed(figures, Console())
         return
@@ -547,18 +483,18 @@ def bench(
 
 @main.command()
 @_SPECS
-@click.option("--address", help="The cluster's dashboard, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
-@click.option("--out", help="Home of the run, s3://BUCKET/PREFIX; with several specs, of their runs.")
-@click.option("--shared", is_flag=True, help="--out is a folder that every node of the cluster sees.")
-@click.option("--actors", type=click.IntRange(min=1), help="Actors, one a device. [default: every device]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Draws a batch.")
-@click.option("--cpu", is_flag=True, help="Run on the CPU; the same as --set compute.device=cpu.")
+@click.option("--address", help="Dashboard of the cluster, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
+@click.option("--out", help="s3://BUCKET/PREFIX of the run; with several specs, of all their runs.")
+@click.option("--shared", is_flag=True, help="--out is a folder that all nodes of the cluster share.")
+@click.option("--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every device]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Draws per batch.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
 @_SET
 @_YES
-@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Give the job this variable. [default: none]")
-@click.option("--wait", is_flag=True, help="Wait for the job's end, and end with its exit status.")
-@click.option("--follow", is_flag=True, help="The same, with the driver's log.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout; a followed log goes to stderr.")
+@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Environment variable of the job. [default: none]")
+@click.option("--wait", is_flag=True, help="Wait for the job to finish, and exit with its status.")
+@click.option("--follow", is_flag=True, help="Like --wait, and show the driver's log.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout; the log goes to stderr.")
 def submit(
     specs: tuple[str, ...],
     address: str | None,
@@ -574,7 +510,7 @@ def submit(
     follow: bool,
     as_json: bool,
 ) -> None:
-    """Certify as a Ray job, whose driver runs on the cluster. Submit it again to resume or to grow a run.
+    """Certify as a Ray job with its driver on the cluster. Submit it again to resume or to grow a run.
 
     \b
     diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
@@ -598,7 +534,7 @@ def submit(
         if follow or wait:
             submitted, status = submission.wait(cluster, submitted.submission_id)
     except KeyboardInterrupt:
-        click.echo("diffsmooth: no longer waiting; the job goes on", err=True)
+        click.echo("diffsmooth: stopped waiting; the job continues", err=True)
         status = 130
     if as_json:
         click.echo(json.dumps(submitted._asdict()))
@@ -608,7 +544,7 @@ def submit(
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print a script that lets SHELL complete verbs, options and shipped specs.
+    """Print a script that lets SHELL complete commands, options and shipped specs.
 
     \b
     diffsmooth completion bash >> ~/.bashrc

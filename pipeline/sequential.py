@@ -1,13 +1,13 @@
 """Group-sequential certification at chosen radii: looks at growing n, with boundaries that spend alpha exactly.
 
-A sample is certified at radius r at the first look n_j at which its top class has at least K_rj of n_j votes. The
-K_rj are computed by dynamic programming over the integer counts under p_A = Phi(r / sigma), so that the probability of
-ever reaching one of them is at most alpha (Lan and DeMets, Biometrika 1983, with Bin(n_j, p) instead of its normal
-limit); it grows with p_A, so it is at most alpha for every smaller p_A as well. Radii are tested in increasing order,
-each only once the one before is certified (fixed sequence), so that all of a sample's claims hold together with
+A sample is certified at radius r at the first look n_j at which its top class has at least K_rj of n_j votes. Dynamic
+programming over the integer counts under p_A = Phi(r / sigma) computes the K_rj, so that the probability of ever
+reaching one of them is at most alpha (Lan and DeMets, Biometrika 1983, with Bin(n_j, p) instead of its normal limit).
+This probability grows with p_A, so it is at most alpha for every smaller p_A too. Radii are tested in increasing order,
+each only after the one before is certified (fixed sequence), so all claims about a sample hold together with
 probability 1 - alpha.
 
-Stopping for futility claims nothing and costs no alpha.
+Stopping for futility makes no claim and spends no alpha.
 """
 
 import math
@@ -19,15 +19,15 @@ import numpy as np
 from scipy.special import betainc, ndtr
 
 GROWTH = 1.5  # from one look to the next
-FUTILITY = 0.05  # stop where the chance of certifying one more radius is at most this
-_INTERIM = 0.5  # the share of alpha that is spent before the last look
-_ROUNDING = 1e-12  # of the program's own sums, kept back from alpha
+FUTILITY = 0.05  # stop if the probability of certifying one more radius is at most this
+_INTERIM = 0.5  # share of alpha that is spent before the last look
+_ROUNDING = 1e-12  # subtracted from alpha, for rounding errors in the sums below
 
 
 def looks_of(n: int, length: int, growth: float = GROWTH) -> tuple[int, ...]:
-    """Draws at which is looked: multiples of a block's length, each `growth` times the one before, the last n.
+    """The draws of each look: multiples of the block length, each `growth` times the one before, the last one n.
 
-    The first is the least multiple of at least 100 draws.
+    The first look is the smallest multiple that is at least 100.
     """
     looks = [min(n, math.ceil(100 / length) * length)]
     while looks[-1] < n:
@@ -36,7 +36,7 @@ def looks_of(n: int, length: int, growth: float = GROWTH) -> tuple[int, ...]:
 
 
 def spending(looks: Sequence[int], alpha: float) -> list[float]:
-    """The share of alpha that may be spent up to each look: half of it before the last, growing with log n."""
+    """The part of alpha that may be spent up to each look: half of it before the last look, growing with log n."""
     if len(looks) == 1:
         return [alpha]
     x = [math.log(look / looks[0]) / math.log(looks[-1] / looks[0]) for look in looks]
@@ -45,20 +45,20 @@ def spending(looks: Sequence[int], alpha: float) -> list[float]:
 
 @cache
 def boundaries(p0: float, looks: tuple[int, ...], alpha: float) -> tuple[int, ...]:
-    """The least count at each look that certifies p_A > p0; look + 1 where no count does."""
-    from scipy.signal import fftconvolve  # a second to import, which every other command would wait for too
+    """The smallest count at each look that certifies p_A > p0; look + 1 if no count does."""
+    from scipy.signal import fftconvolve  # imported here because it takes a second, which every command would pay
     from scipy.stats import binom
 
     found: list[int] = []
     spent, before = 0.0, 0
-    law, first = np.ones(1), 0  # P(count = first + index, no boundary reached so far)
+    law, first = np.ones(1), 0  # P(count = first + index and no boundary was reached)
     for look, allowed in zip(looks, spending(looks, alpha), strict=True):
         more = look - before
         low, high = (int(binom.ppf(q, more, p0)) for q in (1e-18, 1 - 1e-16))
         low, high = max(low - 2, 0), min(high + 2, more)
         law = np.maximum(fftconvolve(law, binom.pmf(np.arange(low, high + 1), more, p0)), 0.0)
         first, before = first + low, look
-        reaching = law[::-1].cumsum()[::-1]  # P(count >= first + index, no earlier boundary reached)
+        reaching = law[::-1].cumsum()[::-1]  # P(count >= first + index and no boundary was reached)
         index = int(np.searchsorted(-reaching, -(allowed - spent - _ROUNDING), side="left"))
         found.append(min(first + index, look + 1))
         spent += float(reaching[index]) if index < len(reaching) else 0.0
@@ -70,17 +70,17 @@ def boundaries(p0: float, looks: tuple[int, ...], alpha: float) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class Decision:
-    """What the draws up to a look say of a sample."""
+    """What follows from the draws of a sample up to a look."""
 
-    n: int  # draws that it has used, or wants next where it is not final
-    level: int  # how many of the radii are certified
+    n: int  # draws used; if not final, draws needed next
+    level: int  # number of radii that are certified
     final: bool
     n_A: int = 0  # the top class's votes among the n draws, once final
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The program of one order: `radii` increasing, in pixel units; `looks` increasing draws, multiples of a block."""
+    """The looks of one order: `radii` increase, in [0, 1] pixel units; `looks` increase, in multiples of a block."""
 
     radii: tuple[float, ...]
     sigma: float
@@ -88,7 +88,7 @@ class Grid:
     looks: tuple[int, ...]
 
     def decide(self, counts: Sequence[int]) -> Decision:
-        """From the top class's counts among the first n_1, n_2, ... draws, as far as these stand without a gap."""
+        """Decide from the top class's counts among the first n_1, n_2, ... draws, as far as these are committed."""
         level, table = 0, self._boundaries
         for index, (look, count) in enumerate(zip(self.looks, counts, strict=False)):
             while level < len(self.radii) and count >= table[level][index]:
@@ -98,7 +98,7 @@ class Grid:
         return Decision(self.looks[len(counts)], level, False)
 
     def radius(self, level: int) -> float:
-        """The largest radius that is certified, 0 where none is."""
+        """The largest certified radius; 0 if there is none."""
         return self.radii[level - 1] if level else 0.0
 
     @cached_property
@@ -106,7 +106,7 @@ class Grid:
         return [boundaries(float(ndtr(radius / self.sigma)), self.looks, self.alpha) for radius in self.radii]
 
     def _futile(self, count: int, look: int, wanted: int) -> bool:
-        """Whether the next radius's last boundary is out of reach, judged by the posterior of p_A."""
+        """Whether the posterior of p_A makes the last boundary of the next radius improbable to reach."""
         rest = self.looks[-1] - look
         share = (wanted - count) / rest
         if share >= 1:

@@ -2,15 +2,16 @@
 
     f(x) = mean over the m local copies of softmax(classify(denoise(x) + local noise)); a vote is argmax f(x + noise)
 
-(DiffSmooth, Zhang et al. 2023, arXiv 2308.14333, Algorithm 1). Without a denoiser, with m = 1 and local_sigma = 0 it is
-Cohen's smoothing; with a denoiser it is diffusion denoised smoothing (Carlini et al. 2023).
+(DiffSmooth, Zhang et al. 2023, arXiv 2308.14333, Algorithm 1). With m = 1 and local_sigma = 0 it is diffusion denoised
+smoothing (Carlini et al. 2023); if there is no denoiser either, it is Cohen's smoothing.
 
-Shapes: B batch, C channels, H W image, K classes, M local copies, D draws of a task.
+Shapes: B batch, C channels, H W image, K classes, M local copies, N draws, T blocks of a task, U images of a task.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import noise
-from pipeline.block import Block
-from pipeline.data import open_dataset, sample_indices
-from pipeline.errors import UserError
+from pipeline.block import Block, Stage
+from pipeline.data import Dataset, open_dataset, sample_indices
+from pipeline.errors import RunError, UserError
 from pipeline.images import Sample
-from pipeline.models.classifiers import build_classifier, check_classifier, classifier_ids
-from pipeline.models.denoisers import Denoiser, build_denoiser, check_denoiser, denoiser_ids
+from pipeline.models.classifiers import ClassifierSource, resolve_classifier
+from pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
+from pipeline.models.files import one_line
+from pipeline.noise import Noise, local_noise
 from pipeline.spec import RunSpec
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,8 +35,8 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 class BaseClassifier:
     """f: x_BCHW float32 -> scores_BK float32, the mean softmax of the m local copies.
 
-    `denoise`, `classify` and `local_noise_MCHW` are its parts, `denoiser` and `classifier` the networks behind them;
-    images are in [0, 1].
+    Images are in [0, 1]. `denoise`, `classify` and `local_noise_MCHW` are the parts of f; `denoiser` and `classifier`
+    are the networks.
     """
 
     def __init__(
@@ -56,25 +58,25 @@ class BaseClassifier:
 
     @torch.inference_mode()
     def denoise(self, x_BCHW: Tensor) -> Tensor:
-        """x0_BCHW in [0, 1]; the input itself where the spec names no denoiser."""
+        """Return x0_BCHW in [0, 1], or the input itself if there is no denoiser."""
         return self._denoise(x_BCHW)
 
     @torch.inference_mode()
     def classify(self, x_BCHW: Tensor) -> Tensor:
-        """logits_BK, float32."""
+        """Return logits_BK, float32."""
         return self.classifier(x_BCHW).float()
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         if self._compiled is None:
             with torch.inference_mode():
                 return self._mean_softmax(x_BCHW)
-        with torch.no_grad():  # the compiler cannot cut a weight into views in inference mode
+        with torch.no_grad():  # in inference mode the compiler cannot create views of weights
             return self._compiled(x_BCHW)
 
     def compile(self) -> None:
-        """Let torch compile f, with CUDA graphs on a GPU, at its first call with each shape: minutes.
+        """Use torch.compile for f, with CUDA graphs on a GPU.
 
-        `denoise` and `classify` by themselves stay as they are.
+        Compilation takes minutes at the first call with each shape. `denoise` and `classify` are not compiled.
         """
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self._compiled = torch.compile(self._mean_softmax, dynamic=False, mode=mode)
@@ -89,154 +91,224 @@ class BaseClassifier:
         return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
 
 
-def build_base_classifier(spec: RunSpec, device: str | torch.device) -> BaseClassifier:
-    """f of a spec, its weights loaded, on a device; the image shape is that of the data set's first sample.
+class Sources(NamedTuple):
+    """The networks of a spec, checked but not loaded."""
 
-    Raises: UserError for what cannot be loaded or does not fit together.
+    denoiser: DenoiserSource
+    classifier: ClassifierSource
+
+    def ids(self) -> dict[str, str]:
+        return {**self.denoiser.ids(), **self.classifier.ids()}
+
+
+def resolve(spec: RunSpec) -> Sources:
+    """Check the networks of a spec without loading them.
+
+    Raises: UserError, for example for an unknown architecture or a sigma beyond the denoiser's schedule.
     """
-    data = open_dataset(spec.data)
+    return Sources(resolve_denoiser(spec), resolve_classifier(spec))
+
+
+def check_base_classifier(spec: RunSpec) -> None:
+    """Check, before anything is launched, that f can be built. Raises: UserError, as `resolve` does."""
+    resolve(spec)
+
+
+def weights_ids(spec: RunSpec) -> dict[str, str]:
+    """Return what votes_id must know of f besides the spec: the hashes of its files and functions.
+
+    Raises: UserError for a missing file, a sha256 that differs from the spec's, and as `resolve` does.
+    """
+    return resolve(spec).ids()
+
+
+def build_base_classifier(spec: RunSpec, device: str | torch.device, data: Dataset | None = None) -> BaseClassifier:
+    """Return f of a spec on a device, with its weights; `data` is the spec's data set, if it is already open.
+
+    The first sample determines the shape of the images. Raises: UserError for networks that do not load, or that fit
+    neither each other nor the images.
+    """
+    data = open_dataset(spec.data) if data is None else data
     shape = data[sample_indices(spec.data.samples, len(data))[0]].image_CHW.shape
     f = base_classifier(spec, torch.device(device), shape, data.num_classes)
-    _check_scores(f, torch.full((1, *shape), 0.5, device=device))
+    _check_networks(f, torch.full((1, *shape), 0.5, device=device))
     return f
 
 
 def base_classifier(spec: RunSpec, device: torch.device, shape: tuple[int, ...], num_classes: int) -> BaseClassifier:
-    """f of a spec for images of a shape C, H, W; on the meta device without weights or votes, to be counted only.
+    """Return f of a spec for images of shape C, H, W; on the meta device it has no weights and can only be counted.
 
-    Raises: UserError for what cannot be loaded or does not fit together.
+    Raises: UserError for networks that do not load or do not fit the images.
     """
     smoothing, dtype, (channels, height, width) = spec.smoothing, DTYPES[spec.smoothing.precision], shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
-    local_MCHW = noise.local_noise(
+    local_MCHW = local_noise(
         local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
     )
+    sources = resolve(spec)
     return BaseClassifier(
-        denoiser=build_denoiser(spec, device, dtype, (channels, height, width)),
-        classifier=build_classifier(spec, device, dtype, channels, num_classes),
+        denoiser=sources.denoiser.build(device, dtype, (channels, height, width)),
+        classifier=sources.classifier.build(device, dtype, channels, num_classes),
         local_noise_MCHW=torch.from_numpy(local_MCHW).to(device),
         sigma=smoothing.sigma,
         num_classes=num_classes,
     )
 
 
-def weights_ids(spec: RunSpec) -> dict[str, str]:
-    """What votes_id must know of f besides the spec: the hashes of the files and functions that it is made of.
+@dataclass(frozen=True)
+class CastOptions:
+    """How votes are cast. Results are bit-identical for equal options on the same device."""
 
-    Raises: UserError for a missing file, another sha256 than the spec's, or a function that cannot be imported.
-    """
-    return {**denoiser_ids(spec), **classifier_ids(spec)}
-
-
-def check_base_classifier(spec: RunSpec) -> None:
-    """Refuse, before anything is launched, an unknown architecture and a sigma beyond the denoiser's schedule."""
-    check_denoiser(spec)
-    check_classifier(spec)
+    batch_size: int
+    threads: int = 1  # background threads that generate noise
 
 
-class BlockVotes(NamedTuple):
+class CastBlock(NamedTuple):
+    """The votes of one block, per class."""
+
     block: Block
     counts_K: NDArray[np.int64]
 
 
 class _Batch(NamedTuple):
     noise_BCHW: Tensor
-    image_B: Tensor  # which of the task's images each row adds its noise to
-    block_B: Tensor  # which of the task's blocks each row votes in; their number for rows that only pad
-    finished: int  # blocks that are complete after this batch
+    image_B: Tensor  # index of the image that each row adds its noise to
+    block_B: Tensor  # index of the block that each row votes in; the number of blocks for padding rows
+    finished: int  # number of blocks that are complete after this batch
+
+
+class _Rows(NamedTuple):
+    """Consecutive rows of a batch that hold draws of one block."""
+
+    block: int  # index of the block
+    first_row: int
+    draws: range
 
 
 def cast_votes(
     f: BaseClassifier,
     blocks: Sequence[Block],
     samples: Mapping[int, Sample],
-    *,
-    sigma: float,
-    seed: int,
-    batch_size: int,
-    threads: int = 1,
-    noise_grid: int | None = None,
-) -> Iterator[BlockVotes]:
-    """The votes of a task's blocks, in their order, each as soon as its draws are counted.
+    noise: Noise,
+    options: CastOptions,
+) -> Iterator[CastBlock]:
+    """Yield the votes of a task's blocks, in order, each as soon as all of its draws are counted.
 
-    Draws of all blocks share batches, and every batch has `batch_size` rows, the last one padded: at equal batch size,
-    thread count and device a draw's vote does not depend on how the work is cut. Noise is made ahead by `threads`
-    background threads. Raises: UserError where f's scores are not finite, or an image is off the noise's grid.
+    The draws of all blocks share batches, and the last batch is padded, so that all have `batch_size` rows. A draw's
+    vote therefore does not depend on how the work is split. Background threads generate the noise ahead of its use.
+
+    Raises: UserError if the scores of f are not finite, or if an image is not on the noise's grid.
     """
     images = {sample: row for row, sample in enumerate(dict.fromkeys(block.sample for block in blocks))}
     images_UCHW = torch.from_numpy(np.stack([samples[sample].image_CHW for sample in images])).to(f.device)
-    if noise_grid is not None:
-        images_UCHW = _in_steps(images_UCHW, noise_grid, list(images))
+    images_UCHW = in_units(images_UCHW, noise, list(images))
     counts_TK = torch.zeros(len(blocks) + 1, f.num_classes, dtype=torch.int64, device=f.device)
     finite = torch.ones((), dtype=torch.bool, device=f.device)
-    done = 0
-    for batch in _batches(
-        blocks, images, images_UCHW.shape[1:], sigma, seed, batch_size, threads, noise_grid, f.device
-    ):
-        x_BCHW = images_UCHW[batch.image_B] + batch.noise_BCHW
-        if noise_grid is not None:
-            x_BCHW /= noise_grid
-        scores_BK = f(x_BCHW)
+    finished = 0
+
+    def make(parts: Sequence[_Rows]) -> _Batch:
+        return _make_batch(parts, blocks, images, images_UCHW, noise, options.batch_size)
+
+    for batch in _made_ahead(make, _split(blocks, options.batch_size), options.threads):
+        scores_BK = f(in_pixels(images_UCHW[batch.image_B] + batch.noise_BCHW, noise))
         finite &= scores_BK.isfinite().all()
         votes_B = scores_BK.argmax(dim=1)
         counts_TK.view(-1).scatter_add_(0, batch.block_B * f.num_classes + votes_B, torch.ones_like(votes_B))
-        if batch.finished > done:
+        if batch.finished > finished:
             if not finite:
                 raise UserError(
-                    f"the base classifier's scores are not finite for {blocks[done]}: NaN or overflow in its networks; "
-                    "check weights, normalisation and precision"
+                    f"the base classifier's scores are not finite for {blocks[finished]}, because of NaN or overflow "
+                    "in its networks; check the weights, classifier.normalize and smoothing.precision"
                 )
-            for index, counts_K in enumerate(counts_TK[done : batch.finished].cpu().numpy(), start=done):
-                yield BlockVotes(blocks[index], counts_K)
-            done = batch.finished
+            for index, counts_K in enumerate(counts_TK[finished : batch.finished].cpu().numpy(), start=finished):
+                yield CastBlock(blocks[index], counts_K)
+            finished = batch.finished
 
 
-def _batches(
+def noisy_images(image_CHW: NDArray[np.float32], noise: Noise, stage: Stage, sample: int, draws: range) -> Tensor:
+    """Return x_NCHW on the CPU: the inputs of f for some draws of one sample, exactly as `cast_votes` makes them.
+
+    Raises: UserError if the image is not on the noise's grid.
+    """
+    noise_NCHW = np.empty((len(draws), *image_CHW.shape), np.float32)
+    noise.fill(noise_NCHW, stage, sample, draws)
+    image_1CHW = in_units(torch.from_numpy(image_CHW)[None], noise, [sample])
+    return in_pixels(image_1CHW + torch.from_numpy(noise_NCHW), noise)
+
+
+def in_units(images_UCHW: Tensor, noise: Noise, samples: Sequence[int]) -> Tensor:
+    """Return images in multiples of the noise's unit; `samples` are their indices in the data set.
+
+    Raises: UserError for an image that is not on the noise's grid.
+    """
+    if noise.grid is None:
+        return images_UCHW
+    steps_UCHW = (images_UCHW * noise.grid).round()
+    off_U = (images_UCHW * noise.grid - steps_UCHW).abs().flatten(1).amax(dim=1) > 1e-3
+    if off_U.any():
+        sample = samples[int(off_U.nonzero()[0])]
+        raise UserError(
+            f"smoothing.noise_grid = {noise.grid}, but sample {sample} has values that are not multiples of "
+            f"1/{noise.grid}; use the grid of the images (255 if they have 8 bits), or remove noise_grid"
+        )
+    return steps_UCHW
+
+
+def in_pixels(x_BCHW: Tensor, noise: Noise) -> Tensor:
+    """Return [0, 1] pixel values from multiples of the noise's unit; `x_BCHW` may be overwritten."""
+    return x_BCHW if noise.grid is None else x_BCHW.div_(noise.grid)
+
+
+def _split(blocks: Sequence[Block], batch_size: int) -> Iterator[list[_Rows]]:
+    """Yield, for each batch, which rows hold which draws of which blocks."""
+    parts: list[_Rows] = []
+    row = 0
+    for index, block in enumerate(blocks):
+        draw = block.draw_start
+        while draw < block.draw_stop:
+            stop = min(block.draw_stop, draw + batch_size - row)
+            parts.append(_Rows(index, row, range(draw, stop)))
+            row, draw = row + stop - draw, stop
+            if row == batch_size:
+                yield parts
+                parts, row = [], 0
+    if parts:
+        yield parts
+
+
+def _make_batch(
+    parts: Sequence[_Rows],
     blocks: Sequence[Block],
     images: Mapping[int, int],
-    shape: torch.Size,
-    sigma: float,
-    seed: int,
+    images_UCHW: Tensor,
+    noise: Noise,
     batch_size: int,
-    threads: int,
-    noise_grid: int | None,
-    device: torch.device,
+) -> _Batch:
+    """Return the noise of one batch and what its rows are, on the device of `images_UCHW`."""
+    device = images_UCHW.device
+    noise_BCHW = torch.zeros(batch_size, *images_UCHW.shape[1:], pin_memory=device.type == "cuda")
+    image_B = torch.zeros(batch_size, dtype=torch.int64)
+    block_B = torch.full((batch_size,), len(blocks), dtype=torch.int64)
+    for index, first_row, draws in parts:
+        block, rows = blocks[index], slice(first_row, first_row + len(draws))
+        noise.fill(noise_BCHW[rows].numpy(), block.stage, block.sample, draws)
+        image_B[rows], block_B[rows] = images[block.sample], index
+    last = parts[-1]
+    finished = last.block + (last.draws.stop == blocks[last.block].draw_stop)
+    noise_BCHW, image_B, block_B = (one.to(device, non_blocking=True) for one in (noise_BCHW, image_B, block_B))
+    return _Batch(noise_BCHW, image_B, block_B, finished)
+
+
+def _made_ahead(
+    make: Callable[[Sequence[_Rows]], _Batch], batches: Iterator[list[_Rows]], threads: int
 ) -> Iterator[_Batch]:
-    """The draws of all blocks in order, cut into batches of one shape, made ahead of their use."""
-
-    def make(first: int) -> _Batch:
-        noise_BCHW = torch.zeros(batch_size, *shape, pin_memory=device.type == "cuda")
-        image_B = torch.zeros(batch_size, dtype=torch.int64)
-        block_B = torch.full((batch_size,), len(blocks), dtype=torch.int64)
-        last = min(first + batch_size, int(ends[-1]))
-        index = int(np.searchsorted(ends, first, side="right"))
-        position = first
-        while position < last:
-            block, stop = blocks[index], min(last, int(ends[index]))
-            rows = slice(position - first, stop - first)
-            draw = block.draw_stop - (int(ends[index]) - position)
-            noise.draw_noise(
-                noise_BCHW[rows].numpy(),
-                seed=seed,
-                stage=block.stage,
-                sample=block.sample,
-                draws=range(draw, draw + stop - position),
-                sigma=sigma,
-                grid=noise_grid,
-            )
-            image_B[rows], block_B[rows] = images[block.sample], index
-            position, index = stop, index + 1
-        noise_BCHW, image_B, block_B = (one.to(device, non_blocking=True) for one in (noise_BCHW, image_B, block_B))
-        return _Batch(noise_BCHW, image_B, block_B, finished=int(np.searchsorted(ends, last, side="right")))
-
-    ends = np.cumsum([block.draws for block in blocks])
-    starts = iter(range(0, int(ends[-1]), batch_size))
+    """Yield the batches in order; up to threads + 1 of them are made before they are used."""
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="noise") as pool:
         ahead: deque[Future[_Batch]] = deque()
         try:
             while True:
-                while len(ahead) < threads + 1 and (first := next(starts, None)) is not None:
-                    ahead.append(pool.submit(make, first))
+                while len(ahead) < threads + 1 and (parts := next(batches, None)) is not None:
+                    ahead.append(pool.submit(make, parts))
                 if not ahead:
                     return
                 yield ahead.popleft().result()
@@ -245,44 +317,49 @@ def _batches(
                 future.cancel()
 
 
-def _in_steps(images_UCHW: Tensor, grid: int, indices: Sequence[int]) -> Tensor:
-    """Images as whole numbers of steps of 1 / grid."""
-    steps_UCHW = (images_UCHW * grid).round()
-    off_U = (images_UCHW * grid - steps_UCHW).abs().flatten(1).amax(dim=1) > 1e-3
-    if off_U.any():
-        index = indices[int(off_U.nonzero()[0])]
-        raise UserError(
-            f"smoothing.noise_grid = {grid}, but sample {index} has values that are no multiples of 1/{grid}: take the "
-            "grid of the images, 255 for those of 8 bits, or leave it out"
-        )
-    return steps_UCHW
+def _check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
+    """Check on one grey image that each network processes the data set's images, and that its output has the right
+    type, shape and finite values.
 
-
-def _check_scores(f: BaseClassifier, x_BCHW: Tensor) -> None:
-    """Refuse networks whose input or output does not fit the data set, or whose output is not finite."""
-    shape, part = tuple(x_BCHW.shape[1:]), "denoiser"
-    try:
-        x0_BCHW = f.denoise(x_BCHW)
-        part = "classifier"
-        f.classify(x0_BCHW)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the {part} cannot take images of shape {shape} ({reason}): take a {part} of such images, or set "
-            "data.resize and data.crop"
-        ) from error
+    Raises: UserError.
+    """
+    x0_BCHW = _output("denoiser", f.denoise, x_BCHW)
     if x0_BCHW.shape != x_BCHW.shape:
-        raise UserError(f"the denoiser turns {tuple(x_BCHW.shape)} into {tuple(x0_BCHW.shape)}: it must keep the shape")
-    scores_BK = f(x_BCHW)
-    if scores_BK.shape[1] != f.num_classes:
         raise UserError(
-            f"the classifier has {scores_BK.shape[1]} classes, the data set {f.num_classes}: take a classifier of this "
-            "data set, or set data.num_classes"
+            f"the denoiser returned shape {tuple(x0_BCHW.shape)} for images of shape {tuple(x_BCHW.shape)}; use a "
+            "denoiser that keeps the shape"
         )
-    if not scores_BK.isfinite().all():
+    logits = _output("classifier", f.classifier, x0_BCHW)
+    if logits.ndim != 2 or len(logits) != len(x_BCHW):
         raise UserError(
-            "the base classifier's scores are not finite on a grey image: NaN or overflow in its networks; check "
-            "weights, normalisation and precision"
+            f"the classifier returned shape {tuple(logits.shape)} for a batch of {len(x_BCHW)} images; it must return "
+            "logits of shape (batch, classes)"
         )
+    if logits.shape[1] != f.num_classes:
+        raise UserError(
+            f"the classifier has {logits.shape[1]} classes, but the data set has {f.num_classes}; use a classifier of "
+            "this data set, or set data.num_classes"
+        )
+    if not f(x_BCHW).isfinite().all():
+        raise UserError(
+            "the base classifier's scores are not finite for a grey image, because of NaN or overflow in its networks; "
+            "check the weights, classifier.normalize and smoothing.precision"
+        )
+
+
+def _output(part: str, network: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:
+    """Return the output of one network for some images. Raises: UserError if it fails or returns no tensor."""
+    shape = tuple(x_BCHW.shape[1:])
+    try:
+        with torch.inference_mode():
+            found = network(x_BCHW)
+    except (torch.OutOfMemoryError, UserError, RunError):
+        raise
+    except Exception as error:  # an own function or a library's network can raise anything
+        raise UserError(
+            f"the {part} cannot process images of shape {shape} ({type(error).__name__}: {one_line(error)}); use a "
+            f"{part} for such images, or set data.resize and data.crop"
+        ) from error
+    if not isinstance(found, Tensor):
+        raise UserError(f"the {part} returned a {type(found).__name__}; it must return a tensor")
+    return found

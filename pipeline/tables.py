@@ -1,6 +1,6 @@
 """Curves -> a table of certified accuracies: text, Markdown, LaTeX, HTML or CSV.
 
-In percent with one decimal, a row a curve; CSV has the unrounded share, a row a curve and radius.
+Percent with one decimal, one row per curve; CSV has unrounded fractions, one row per curve and radius.
 """
 
 import html
@@ -25,27 +25,27 @@ logger = logging.getLogger(__name__)
 ENVELOPE = "envelope"  # the name of its row or block
 
 _Radii = NDArray[np.float64]
-_Cells = list[list[str]]  # run, ACR, abstained, then an accuracy a radius
+_Cells = list[list[str]]  # run, ACR, abstained, then one accuracy per radius
 _HEADINGS = ("run", "ACR", "abstain, %")
 _NO_ACR = "-"
 _CAPTION = "certified accuracy, %, at l2 radius"
 
 
 def render(curves: Sequence[Curve], form: str = "text", *, radii: _Radii | None = None, envelope: bool = False) -> str:
-    """The table of curves in one of FORMATS, at round radii unless some are given; it ends with a line end."""
+    """The table of curves in one of FORMATS, by default at round radii; it ends with a newline."""
     chosen = table_radii(curves) if radii is None else radii
     return FORMATS[form](curves, chosen, envelope_of(curves, chosen) if envelope else None)
 
 
 def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> list[str]:
-    """What must be said with a table: post hoc looks, and whose the envelope's values are."""
+    """The notes that a table needs: post hoc looks, grid mode, and which run each value of the envelope is from."""
     said = []
     if any(curve.post_hoc for curve in curves):
-        said.append("* post hoc: an earlier order has looked at these samples")
+        said.append("* post hoc: an earlier order covers these samples")
     if any(curve.tested is not None for curve in curves):
         said.append(
-            f"{_NO_ACR} certified at chosen radii alone (grid): between two of them the share is that of the larger, "
-            "and a mean radius would not compare"
+            f"{_NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
+            "one, and the mean radius is not comparable with an ACR"
         )
     if envelope:
         spans = []
@@ -55,8 +55,8 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
             reach = f"{_radius(first)} to {_radius(last)}" if last > first else _radius(first)
             spans.append(f"{reach} from {best.name}{'' if best.sigma is None else f' (sigma {best.sigma:g})'}")
         said += [
-            "envelope: choosing the best run per radius after looking is how papers report several sigmas, but it is "
-            "not a certificate of one classifier: each radius's number belongs to the run named here",
+            "envelope: papers report several sigmas by choosing the best run at each radius after looking; this is not "
+            "the certificate of one classifier: each value belongs to the run named here",
             f"envelope by radius: {'; '.join(spans)}",
         ]
     return said
@@ -71,7 +71,7 @@ def _text(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
     if envelope:
         table.add_section()
         table.add_row(*_envelope_cells(envelope))
-    # as wide as the table: a narrow terminal wraps; no figure is cut short
+    # as wide as the table, so that no figure is truncated; a narrow terminal wraps
     console = Console(file=io.StringIO(), width=100_000, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(table)
@@ -138,9 +138,9 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
 
 
 def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
-    """Columns run, radius, certified_accuracy; an envelope adds its block and the column best_run.
+    """Columns run, radius, certified_accuracy; an envelope adds its rows and the column best_run.
 
-    The notes have no place in it, and are logged.
+    CSV has no place for the notes, so they are logged.
     """
     for note in _notes(curves, radii, envelope):
         logger.warning("%s", note)
@@ -176,10 +176,10 @@ def _envelope_cells(envelope: Envelope) -> list[str]:
 
 
 def _with_best(rows: _Cells, escape: Callable[[str], str], mark: Callable[[str], str]) -> _Cells:
-    """Names escaped; of several rows the highest figure in each column marked, ties as printed all of them."""
+    """The rows with escaped names, and the highest value of each column marked, including ties as printed."""
     _, acr, _, *accuracies = zip(*rows, strict=True)
     highest = [max(column, key=_figure) if len(rows) > 1 else "" for column in (acr, *accuracies)]
-    highest.insert(1, "")  # abstaining less is no merit in itself
+    highest.insert(1, "")  # abstaining less is not better in itself
     return [
         [
             escape(name),
@@ -202,7 +202,7 @@ def _percent(shares: NDArray[np.float64]) -> list[str]:
 
 
 def _radius(radius: float) -> str:
-    return f"{radius:.10g}"  # 0.35, of the float grid's 0.35000000000000003 too
+    return f"{radius:.10g}"  # 0.35 also for 0.35000000000000003, a radius of the float grid
 
 
 def _escaped_markdown(text: str) -> str:

@@ -37,15 +37,18 @@ def ray_session() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
+def write_images(path: Path) -> Path:
     """Eight 4 x 4 grey images, alternately of class 0 (dark) and 1 (bright), as Parquet."""
-    path = tmp_path / "images.parquet"
     rows = [{"bytes": png(np.full((4, 4), 100 + 55 * (index % 2), np.uint8)), "path": None} for index in range(8)]
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(rows, image_type), "label": pa.array([index % 2 for index in range(8)])})
     pq.write_table(table, path, row_group_size=3)
     return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images.parquet")
 
 
 @pytest.fixture

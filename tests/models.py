@@ -1,4 +1,4 @@
-"""Base classifiers whose smoothed probabilities are known exactly, and others that misbehave."""
+"""Base classifiers whose smoothed probabilities are known exactly, and others that fail in a chosen way."""
 
 import io
 import json
@@ -13,14 +13,28 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.sampling import blocks_of, order_of, place_order
+from pipeline.orders import order_of, place_order
+from pipeline.results import StoredRun
+from pipeline.run import claim_run, describe_run
 from pipeline.spec import RunSpec
 from pipeline.storage.store import Store, open_store
-from pipeline.votes import claim_run, run_of
+from pipeline.votes import BlockMetadata
 
 Model = Callable[[Tensor], Tensor]
 
 THRESHOLD = 0.5
+
+METADATA = BlockMetadata(
+    votes_id="a" * 32,
+    sample_sha256="s" * 64,
+    attempt="0",
+    device="cpu x",
+    versions={"numpy": "2"},
+    batch_size=16,
+    threads=1,
+    precision="fp32",
+    seconds=1.0,
+)
 
 
 def png(pixels_HW: NDArray[np.uint8]) -> bytes:
@@ -30,8 +44,11 @@ def png(pixels_HW: NDArray[np.uint8]) -> bytes:
 
 
 def half_space(spec: RunSpec, device: torch.device) -> Model:
-    """Class 1 where the mean pixel is above THRESHOLD; an image of d pixels and mean v lies sqrt(d) |v - THRESHOLD|
-    from the boundary, which is its exact certified radius at any sigma."""
+    """Class 1 if the mean pixel is above THRESHOLD.
+
+    An image of d pixels and mean v has the distance sqrt(d) |v - THRESHOLD| from the boundary, which is its exact
+    certified radius at every sigma.
+    """
 
     def logits(x_BCHW: Tensor) -> Tensor:
         margin_B = 1e3 * (x_BCHW.mean(dim=(1, 2, 3)) - THRESHOLD)
@@ -47,7 +64,7 @@ def upside_down(spec: RunSpec, device: torch.device) -> Model:
 
 
 def not_a_number(spec: RunSpec, device: torch.device) -> Model:
-    """NaN for bright inputs only, so that it shows while drawing and not on the grey image of the first check."""
+    """NaN for bright inputs only: it appears while votes are cast, not on the grey image of the first check."""
 
     def logits(x_BCHW: Tensor) -> Tensor:
         mean_B = x_BCHW.mean(dim=(1, 2, 3))
@@ -77,7 +94,7 @@ def three_classes(spec: RunSpec, device: torch.device) -> Model:
 
 
 def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
-    """`half_space` at some 500 draws a second, so that there is time to kill it."""
+    """`half_space` at about 500 draws per second, so that there is time to kill it."""
     import time
 
     inner = half_space(spec, device)
@@ -89,20 +106,21 @@ def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
     return logits
 
 
-def make_run(spec: RunSpec, home: Path) -> Store:
-    """A complete run on the eight samples, made by one worker without Ray."""
+def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
+    """A complete run on the first samples, made by one worker without Ray."""
     from cluster.worker import Setup, Worker
-    from jobs.certify import analyze
+    from pipeline.data import open_dataset
     from pipeline.smoothing import weights_ids
 
-    store, run = open_store(str(home)), run_of(spec, weights_ids(spec), 2)
+    store = open_store(str(home))
+    run = describe_run(spec, weights_ids(spec), open_dataset(spec.data).num_classes)
     store.prepare()
     claim_run(store, run)
-    order = order_of(spec, range(8))
-    place_order(store, order)
-    worker = Worker(Setup(spec, store.uri, run["votes_id"], 16))
-    worker.run(list(blocks_of(order, spec.smoothing.block)), "0")
-    analyze(store.uri, alpha=None, n0=None, n=None, quiet=True)
+    order = order_of(spec, range(samples))
+    name = place_order(store, order)
+    worker = Worker.load(Setup(spec, store.uri, run.votes_id, 16))
+    worker.run(list(order.blocks(spec.smoothing.block)), "0")
+    StoredRun(store).finish(name)
     return store
 
 

@@ -10,8 +10,51 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("pipeline", "cluster", "jobs", "diffsmooth")
 
-EVERYWHERE = {"pipeline.errors", "pipeline.block", "pipeline.locations"}
-MAY_IMPORT_RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
+EVERYWHERE = {"pipeline.errors", "pipeline.block", "pipeline.locations"}  # anything may import these
+
+# In reading order: module -> the modules of ours that it imports, exactly; those of pipeline/ without the prefix.
+ARROWS = {
+    "pipeline.records": "",
+    "pipeline.spec": "records",
+    "pipeline.noise": "spec",
+    "pipeline.storage.local": "",
+    "pipeline.storage.remote": "storage.local",
+    "pipeline.storage.fetch": "storage.local storage.remote",
+    "pipeline.storage.store": "storage.local storage.remote",
+    "pipeline.models.files": "storage.fetch",
+    "pipeline.models.own": "models.files spec storage.fetch",
+    "pipeline.models.weights": "models.files",
+    "pipeline.models.unet": "spec",
+    "pipeline.models.fused": "models.unet",
+    "pipeline.models.denoisers": "models.files models.fused models.own models.unet models.weights spec",
+    "pipeline.models.classifiers": "models.files models.own models.weights spec",
+    "pipeline.models.device": "spec",
+    "pipeline.sources": "storage.remote",
+    "pipeline.images": "sources",
+    "pipeline.data": "images sources spec storage.fetch storage.remote",
+    "pipeline.smoothing": "data images models.classifiers models.denoisers models.files noise spec",
+    "pipeline.run": "records spec storage.store",
+    "pipeline.votes": "records run spec storage.store",
+    "pipeline.sequential": "",
+    "pipeline.orders": "records sequential spec storage.store",
+    "pipeline.certify": "orders sequential spec",
+    "pipeline.planning": "certify orders records spec storage.store",
+    "pipeline.sampling": "certify orders planning spec votes",
+    "pipeline.curve": "",
+    "pipeline.logs": "certify records",
+    "pipeline.tables": "curve",
+    "pipeline.results": "certify curve orders planning records run sampling storage.store votes",
+    "pipeline.report": "curve orders tables",
+    "cluster.scheduler": "",
+    "cluster.worker": "data images models.device noise run smoothing spec storage.store votes",
+    "cluster.ray_private": "",
+    "cluster.driver": "cluster.ray_private cluster.scheduler cluster.worker sampling votes",
+}
+TORCH = {"pipeline.smoothing", "pipeline.models"}  # in pipeline/
+RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
+COMMANDS = {f"jobs.{name}" for name in ("analyze", "audit", "certify", "curve", "plan", "report", "submit")}
+# where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
+PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "jobs.submit"}
 
 
 def modules() -> dict[str, Path]:
@@ -51,14 +94,50 @@ def third_party(names: set[str], package: str) -> bool:
     return package in {name.split(".")[0] for name in names}
 
 
+@pytest.mark.parametrize("module", ARROWS)
+def test_a_module_imports_exactly_what_the_table_says(module):
+    allowed = {name if name.startswith("cluster.") else f"pipeline.{name}" for name in ARROWS[module].split()}
+    assert ours(imports_of(module)) - EVERYWHERE == allowed
+
+
+def test_the_table_is_complete_and_in_reading_order():
+    listed = list(ARROWS)
+    assert set(listed) == {
+        name for name in MODULES if name.startswith(("pipeline.", "cluster.")) and MODULES[name].stem != "__init__"
+    } - EVERYWHERE - {"cluster.aws.spot_watcher"}
+    for index, module in enumerate(listed):
+        earlier = {name.removeprefix("pipeline.") for name in listed[:index]}
+        assert set(ARROWS[module].split()) <= earlier, f"{module} imports a module that comes after it"
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_only_the_driver_and_the_job_client_import_ray(module):
-    if module not in MAY_IMPORT_RAY:
-        assert not third_party(imports_of(module), "ray")
+def test_imports_of_torch_ray_and_other_commands(module):
+    names = imports_of(module)
+    if module.startswith("pipeline") and not any(module == one or module.startswith(f"{one}.") for one in TORCH):
+        assert not third_party(names, "torch")
+    assert not third_party(names, "ray") or module in RAY
+    if module in COMMANDS:
+        assert names & COMMANDS <= {"jobs.plan"}
+    if module.startswith("pipeline"):
+        assert not names & {name for name in MODULES if name.startswith(("cluster", "jobs", "diffsmooth"))}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_our_own_modules_are_imported_at_the_top(module):
+    """Only the command line imports the module of a command when the command runs."""
+    tree = ast.parse(MODULES[module].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = imported(node for function in functions for node in ast.walk(function))
+    assert not ours(inside) or module == "jobs.cli"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_json_is_parsed_by_a_model(module):
+    calls = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call)]
+    assert not any(ast.unparse(call.func) in ("json.load", "json.loads") for call in calls) or module in PARSES_JSON
 
 
 def test_the_table_half_works_without_torch_and_ray():
-    table = ("storage.store", "storage.fetch", "votes", "sequential", "certify", "sampling", "curve", "logs", "tables")
-    names = [*(f"pipeline.{name}" for name in table), "pipeline.report", "pipeline.data", "jobs.cli"]
-    code = f"import sys, {', '.join(names)}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
+    names = [name for name in MODULES if name.startswith("pipeline.") and not name.startswith(tuple(TORCH))]
+    code = f"import sys, {', '.join([*names, 'jobs.cli'])}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

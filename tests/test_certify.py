@@ -5,12 +5,17 @@ import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest, norm
 
+from pipeline import certify as certification
 from pipeline.block import Block
-from pipeline.certify import certified_radius, certify, least_certifying_n, lower_confidence_bound, prediction_p_value
-from pipeline.sequential import Grid
+from pipeline.certify import certified_radius, least_certifying_n, lower_confidence_bound, prediction_p_value
+from pipeline.orders import Order
+from pipeline.spec import BlockLengths
 from pipeline.votes import StoredBlock, to_table
+from tests.models import METADATA
 
-# k, n, alpha, lower bound, 1 - lower bound, radius / sigma (None: abstain), from 60-digit binomial tail sums
+LENGTHS = BlockLengths(selection=100, estimation=100)
+
+# k, n, alpha, lower bound, 1 - lower bound, radius / sigma (None: abstain), computed from 60-digit binomial tail sums
 GOLDEN = [
     (0, 100, 0.001, 0.0, 1.0, None),
     (1, 100, 0.001, 1.0004953285956e-5, 0.99998999504671, None),
@@ -45,6 +50,12 @@ GOLDEN = [
     (999000, 1000000, 1e-06, 0.99884143890999, 0.001158561090009, 3.0462537184089),
     (70, 100, 0.05, 0.6157793872058, 0.3842206127942, 0.29441445114607),
 ]
+
+
+def certify(votes, *, sigma, num_classes=4, plan=None, samples=None, **settings):
+    """Certificates of an order with these settings over all samples that have votes."""
+    order = Order(samples=sorted(set(votes["sample"])) if samples is None else samples, **settings)
+    return certification.certify(votes, order, sigma=sigma, num_classes=num_classes, block=LENGTHS, plan=plan)
 
 
 @pytest.mark.parametrize(("n_A", "n", "alpha", "lower", "upper_tail", "radius"), GOLDEN)
@@ -103,14 +114,14 @@ def votes_of(*rows: tuple[int, int, str, int, int, dict[int, int]]) -> pd.DataFr
                 label,
                 np.array(list(k), np.int32),
                 np.array(list(k.values()), np.int32),
-                {},
+                METADATA,
             )
             for sample, label, stage, start, stop, k in rows
         ]
     )
 
 
-def test_selection_chooses_and_never_bounds():
+def test_selection_votes_choose_the_class_and_never_enter_the_bound():
     votes = votes_of(
         (3, 1, "selection", 0, 100, {0: 50, 1: 50}),
         (3, 1, "estimation", 0, 1000, {0: 10, 1: 990}),
@@ -130,9 +141,9 @@ def test_selection_chooses_and_never_bounds():
     assert right["p_B_upper"] == 1 - right["p_A_lower"]
 
 
-def test_missing_draws_are_incomplete_never_abstained_or_wrong():
+def test_samples_with_missing_draws_are_incomplete():
     votes = votes_of((0, 1, "selection", 0, 100, {1: 100}), (0, 1, "estimation", 0, 1000, {1: 1000}))
-    rows = certify(votes, sigma=1, alpha=0.001, n0=100, n=2000, samples=[0, 7])
+    rows = certify(votes, sigma=1.0, alpha=0.001, n0=100, n=2000, samples=[0, 7])
     assert rows["status"].tolist() == ["incomplete", "incomplete"]
     assert (rows["radius"] == 0).all()
     assert not rows["correct"].any()
@@ -144,14 +155,14 @@ def test_a_smaller_n_uses_the_first_draws_only():
         (0, 0, "estimation", 0, 1000, {0: 1000}),
         (0, 0, "estimation", 1000, 2000, {1: 1000}),
     )
-    both = certify(votes, sigma=1, alpha=0.001, n0=100, n=2000).iloc[0]
-    first = certify(votes, sigma=1, alpha=0.001, n0=100, n=1000).iloc[0]
+    both = certify(votes, sigma=1.0, alpha=0.001, n0=100, n=2000).iloc[0]
+    first = certify(votes, sigma=1.0, alpha=0.001, n0=100, n=1000).iloc[0]
     assert (both["n_A"], both["n"], both["status"]) == (1000, 2000, "abstained")
     assert (first["n_A"], first["n"], first["status"]) == (1000, 1000, "certified")
 
 
-def test_whole_procedure_errs_at_most_alpha_times():
-    """CERTIFY on a known binary law at the worst place, p_A just above 1/2: simulated with a fixed stream."""
+def test_certify_errs_with_probability_at_most_alpha():
+    """CERTIFY with two classes in the worst case, p_A just above 1/2, simulated with a fixed stream."""
     rng, alpha, p, runs = np.random.default_rng(7), 0.05, 0.52, 40_000
     top_is_A = rng.binomial(100, p, runs) >= 50
     p_top = np.where(top_is_A, p, 1 - p)
@@ -166,7 +177,7 @@ def estimation_votes(counts_SK):
     blocks = [
         StoredBlock(
             Block(sample, "estimation", 0, int(sum(counts))), 0, np.flatnonzero(counts).astype(np.int32),
-            np.asarray(counts)[np.flatnonzero(counts)].astype(np.int32), {},
+            np.asarray(counts)[np.flatnonzero(counts)].astype(np.int32), METADATA,
         )
         for sample, counts in enumerate(counts_SK)
     ]  # fmt: skip
@@ -181,8 +192,8 @@ def test_prediction_p_value_is_the_two_sided_binomial_test(n_A, n_B):
         prediction_p_value(3, 4)
 
 
-def test_predict_tells_the_two_top_classes_apart_or_abstains():
-    """67 to 33 of 100 has p = .0009; 66 to 34 has .0018; a third class takes no part in the test."""
+def test_predict_separates_the_two_top_classes_or_abstains():
+    """67 to 33 of 100 has p = .0009; 66 to 34 has .0018; a third class does not enter the test."""
     votes = estimation_votes([[67, 33], [66, 34], [0, 100], [50, 50], [60, 10, 30], [40, 10, 50]])
     table = certify(votes, sigma=0.5, alpha=0.001, n0=0, n=100, certificate="predict")
     assert table["prediction"].tolist() == [0, -1, 1, -1, -1, -1]
@@ -195,8 +206,8 @@ def test_predict_tells_the_two_top_classes_apart_or_abstains():
     assert (short["status"] == "incomplete").all()
 
 
-def test_predict_errs_at_most_alpha_times():
-    """At the worst case, two classes equally likely, any answer at all counts as an error."""
+def test_predict_errs_with_probability_at_most_alpha():
+    """In the worst case, two equally likely classes, every answer counts as an error."""
     rng, paths, alpha, n = np.random.default_rng(7), 40_000, 0.05, 60
     n_A = rng.binomial(n, 0.5, paths)
     answered = prediction_p_value(np.maximum(n_A, n - n_A), np.minimum(n_A, n - n_A)) <= alpha
@@ -216,8 +227,8 @@ def multiclass(counts_SK, top=0, alpha=0.001, n0=10):
     return (certify(votes, certificate=one, **arguments) for one in ("multiclass", "top"))
 
 
-def test_multiclass_bounds_the_runner_up_too():
-    """Spread errors certify more, even below p_A = 1/2; one wrong class certifies as p_A alone at 0.9 alpha."""
+def test_multiclass_also_bounds_the_runner_up():
+    """Errors spread over classes certify more, even for p_A < 1/2; with one wrong class p_A has 0.9 alpha."""
     counts = [[700, 100, 100, 100], [480, 180, 170, 170], [800, 200, 0, 0], [1000, 0, 0, 0], [450, 400, 100, 50]]
     both, alone = multiclass(counts)
     assert both["radius"][0] > 1.2 * alone["radius"][0] > 0
@@ -231,13 +242,11 @@ def test_multiclass_bounds_the_runner_up_too():
     low, high = both["p_A_lower"][0], both["p_B_upper"][0]
     assert both["radius"][0] == pytest.approx((norm.ppf(low) - norm.ppf(high)) / 2)
     assert binom.cdf(100, 1000, high) == pytest.approx(0.0001 / 3)  # each of three classes at a third of 0.1 alpha
-    with pytest.raises(ValueError, match="num_classes"):
-        certify(estimation_votes(counts), sigma=1.0, alpha=0.001, n0=0, n=1000, certificate="multiclass")
 
 
 @pytest.mark.parametrize("p", [(0.5, 0.5, 0, 0), (0.4, 0.2, 0.2, 0.2), (0.34, 0.33, 0.33, 0), (0.9, 0.1, 0, 0)])
-def test_multiclass_claims_too_much_at_most_alpha_times(p):
-    """The radius is above sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) with probability at most alpha, at the worst cases."""
+def test_multiclass_claims_too_much_with_probability_at_most_alpha(p):
+    """The radius exceeds sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) with probability at most alpha, in the worst cases."""
     paths, alpha, rng = 20_000, 0.02, np.random.default_rng(11)
     both, _ = multiclass(rng.multinomial(200, p, size=paths).tolist(), alpha=alpha)
     true = (norm.ppf(p[0]) - norm.ppf(max(p[1:]))) / 2
@@ -254,13 +263,13 @@ def whole(counts_SK, selection, n0=10, label=0):
 
 
 def test_cost_claims_only_that_no_costly_class_wins():
-    """Label 0; class 2 alone is costly: votes for class 1 do no harm; the class is selection's outside {2}."""
+    """For label 0 only class 2 is costly: votes for class 1 do no harm, and the selection chooses outside {2}."""
     votes = whole([[600, 380, 20], [600, 20, 380], [20, 600, 380]], selection=1)
     arguments = {"sigma": 1.0, "alpha": 0.001, "n0": 10, "n": 1000}
     rows = certify(votes, certificate="cost", costly={0: [2]}, num_classes=3, **arguments)
     assert rows["top_class"].tolist() == [1, 1, 1]
     assert rows["status"].tolist() == ["certified", "abstained", "certified"]
-    assert rows["correct"].tolist() == [True, False, True]  # class 1 is wrong, and no costly error
+    assert rows["correct"].tolist() == [True, False, True]  # class 1 is wrong, but not a costly error
     low, high = rows["p_A_lower"][2], rows["p_B_upper"][2]
     assert binom.sf(599, 1000, low) == pytest.approx(0.8 * 0.001)
     assert binom.cdf(380, 1000, high) == pytest.approx(0.2 * 0.001)
@@ -269,13 +278,13 @@ def test_cost_claims_only_that_no_costly_class_wins():
     assert not top["correct"].any()
     exempt = certify(votes, certificate="cost", costly={1: [2]}, num_classes=3, **arguments)
     assert (exempt["status"] == "exempt").all()
-    with pytest.raises(ValueError, match="costly"):
+    with pytest.raises(ValueError, match="costly is missing"):
         certify(votes, certificate="cost", **arguments)
 
 
 @pytest.mark.parametrize("p", [(0.5, 0.0, 0.5), (0.4, 0.3, 0.3), (0.1, 0.45, 0.45)])
-def test_cost_claims_too_much_at_most_alpha_times(p):
-    """Class 2 costs; the true radius of "not class 2" is sigma / 2 (Phi^-1(p_A) - Phi^-1(p_2)), p_A of the chosen."""
+def test_cost_claims_too_much_with_probability_at_most_alpha(p):
+    """The true radius of "not class 2" is sigma / 2 (Phi^-1(p_A) - Phi^-1(p_2)), with p_A of the chosen class."""
     paths, alpha, chosen = 20_000, 0.02, int(np.argmax(p[:2]))
     votes = whole(np.random.default_rng(5).multinomial(200, p, size=paths).tolist(), selection=chosen)
     rows = certify(votes, sigma=1.0, alpha=alpha, n0=10, n=200, certificate="cost", costly={0: [2]}, num_classes=3)
@@ -283,7 +292,7 @@ def test_cost_claims_too_much_at_most_alpha_times(p):
     assert (rows["radius"] > true + 1e-12).mean() <= 1.15 * alpha
 
 
-def test_skipped_is_neither_abstained_nor_incomplete():
+def test_skipped_samples_are_neither_abstained_nor_incomplete():
     votes = whole([[1000, 0], [1000, 0]], selection=[1, 0])
     votes = votes[~((votes["sample"] == 0) & (votes["stage"] == "estimation"))]
     rows = certify(votes, sigma=1.0, alpha=0.001, n0=10, n=1000, skip_wrong=True)
@@ -294,10 +303,11 @@ def test_skipped_is_neither_abstained_nor_incomplete():
     assert certify(votes, sigma=1.0, alpha=0.001, n0=10, n=1000)["status"].tolist() == ["incomplete", "certified"]
 
 
-def test_a_plan_bounds_its_own_draws_only():
+def test_a_plan_bounds_only_its_own_draws():
     votes = whole([[1000, 0], [1000, 0], [1000, 0]], selection=0)
-    rows = certify(votes, sigma=1.0, alpha=0.001, n0=10, n={0: 1000, 1: 0}, mode="planned")
-    assert rows["status"].tolist() == ["certified", "abstained", "incomplete"]  # none planned; no plan
+    planned = {"n": 1000, "mode": "planned", "max_acr_loss": 0.01, "plan": {0: 1000, 1: 0}}
+    rows = certify(votes, sigma=1.0, alpha=0.001, n0=10, **planned)
+    assert rows["status"].tolist() == ["certified", "abstained", "incomplete"]  # 1,000 planned draws, 0, no plan
     assert rows["n"].tolist()[:2] == [1000, 0]
     assert rows["radius"][0] == pytest.approx(float(certified_radius(1000, 1000, 0.001, 1.0)))
 
@@ -311,7 +321,7 @@ def block_rows(sample, stage, counts, length):
 
 
 def test_a_split_alpha_gives_the_larger_radius_of_its_looks():
-    """Sample 0 gains from the second look, sample 1 loses by it and keeps the first; before it both stand at 1,000."""
+    """Sample 0 gains from the second look; sample 1 would lose by it and keeps the first."""
     votes = votes_of(
         *block_rows(0, "selection", [100], 100), *block_rows(0, "estimation", [990, 999], 1000),
         *block_rows(1, "selection", [100], 100), *block_rows(1, "estimation", [1000, 500], 1000),
@@ -324,11 +334,11 @@ def test_a_split_alpha_gives_the_larger_radius_of_its_looks():
     assert both["alpha"].tolist() == [0.0006, 0.0004]
     expected = [float(certified_radius(1989, 2000, 0.0006, 1.0)), float(certified_radius(1000, 1000, 0.0004, 1.0))]
     assert both["radius"].tolist() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="first look"):
+    with pytest.raises(ValueError, match="n = 500 has no share of alpha"):
         certify(votes, alpha=split, n=500, **arguments)
 
 
-def test_a_split_alpha_errs_at_most_alpha_times():
+def test_a_split_alpha_errs_with_probability_at_most_alpha():
     rng, paths, p, split = np.random.default_rng(2), 40_000, 0.6, {100: 0.02, 400: 0.03}
     first = rng.binomial(100, p, paths)
     second = first + rng.binomial(300, p, paths)
@@ -337,16 +347,16 @@ def test_a_split_alpha_errs_at_most_alpha_times():
 
 
 def test_grid_replays_its_looks_on_the_draws_in_order():
-    """Votes beyond the stop change nothing; a gap leaves the sample incomplete."""
-    grid = Grid((0.0, 0.5), 0.5, 0.001, (100, 200, 400))
+    """Votes after the stop change nothing; a gap leaves the sample incomplete."""
+    settings = {"sigma": 0.5, "alpha": 0.001, "n0": 100, "n": 400, "mode": "grid", "radii": [0.0, 0.5]}
     rows = [*block_rows(0, "selection", [100], 100), *block_rows(0, "estimation", [100, 100, 0, 0], 100)]
-    both = certify(votes_of(*rows), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid, mode="grid").iloc[0]
-    expected = grid.decide([100, 200, 200])
+    both = certify(votes_of(*rows), **settings).iloc[0]
+    grid = Order(samples=[0], **{key: value for key, value in settings.items() if key != "sigma"}).grid(0.5, LENGTHS)
+    expected = grid.decide([100, 200, 200, 200])
     assert (both["status"], both["n"], both["radius"]) == ("certified", expected.n, grid.radius(expected.level))
+    assert expected.n < 400
     assert both["p_A_lower"] == pytest.approx(norm.cdf(both["radius"] / 0.5))
-    without_first = certify(votes_of(rows[0], *rows[2:]), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid)
+    without_first = certify(votes_of(rows[0], *rows[2:]), **settings)
     assert without_first["status"].tolist() == ["incomplete"]
-    with pytest.raises(ValueError, match="top"):
-        certify(
-            votes_of(*rows), sigma=0.5, alpha=0.001, n0=100, n=400, grid=grid, certificate="multiclass", num_classes=2
-        )
+    with pytest.raises(ValueError, match=r"not available in sampling\.mode = 'grid'"):
+        certify(votes_of(*rows), **settings, certificate="multiclass")

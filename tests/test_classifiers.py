@@ -1,4 +1,4 @@
-"""Classifiers: the published architectures against independent ones, and the input that each network wants."""
+"""Classifiers: published architectures compared with independent ones, and the input that each network expects."""
 
 import json
 from functools import partial
@@ -18,10 +18,8 @@ from pipeline.models.classifiers import (
     CifarResNet,
     Input,
     Prepared,
-    build_classifier,
-    check_classifier,
-    classifier_ids,
     fold_batch_norms,
+    resolve_classifier,
 )
 from pipeline.spec import Normalize, load_spec
 
@@ -42,8 +40,8 @@ def classifier_spec(raw_spec, **section):
 
 
 @pytest.mark.parametrize("depth", [20, 110])
-def test_cifar_resnet_is_built_of_torchvisions_blocks(depth):
-    """The same keys, and the same logits as an independent assembly of torchvision's basic blocks."""
+def test_cifar_resnet_equals_one_built_from_torchvisions_blocks(depth):
+    """It has the same keys and logits as an independent network made of torchvision's basic blocks."""
     network, n = uniform(CifarResNet(depth, 10)), (depth - 2) // 6
 
     def layer(width, out_width, stride):
@@ -94,83 +92,85 @@ def test_normalisations(raw_spec, tmp_path, normalize, expected, monkeypatch):
     monkeypatch.setitem(classifiers.CLASSIFIERS, "echo", classifiers.Architecture(lambda num_classes: Echo()))
     torch.save(Echo().state_dict(), tmp_path / "a.pt")
     spec = classifier_spec(raw_spec, arch="echo", checkpoint=str(tmp_path / "a.pt"), normalize=normalize)
-    seen = build_classifier(spec, CPU, FP32, 3, 2)(torch.full((1, 3, 1, 1), 0.5))
+    seen = resolve_classifier(spec).build(CPU, FP32, 3, 2)(torch.full((1, 3, 1, 1), 0.5))
     assert seen.ravel().tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_images_of_another_size_are_resized_inside():
-    wants = Input(Normalize(mean=[0.0], std=[1.0]), size=64, interpolation="bicubic")
+def test_images_of_another_size_are_resized():
+    expected = Input(Normalize(mean=[0.0], std=[1.0]), size=64, interpolation="bicubic")
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    seen = Prepared(Echo(), wants)(x)
+    seen = Prepared(Echo(), expected)(x)
     assert torch.equal(seen, F.interpolate(x, (64, 64), mode="bicubic", antialias=True))
-    assert torch.equal(Prepared(Echo(), wants)(seen), seen)  # of its own size: untouched
+    assert torch.equal(Prepared(Echo(), expected)(seen), seen)  # the expected size: unchanged
     ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)  # half-pixel centres: a ramp stays a ramp, half as steep
     steep = (ramp[..., 1:] - ramp[..., :-1]).mean()
-    inner = Prepared(Echo(), wants)(ramp)[..., 8:-8]
+    inner = Prepared(Echo(), expected)(ramp)[..., 8:-8]
     assert torch.allclose(inner[..., 1:] - inner[..., :-1], steep / 2, atol=1e-5)
 
 
-def test_a_normalisation_that_no_file_tells_must_be_given(raw_spec):
+def test_normalisation_is_required_if_the_files_do_not_contain_it(raw_spec):
     for arch in ("cifar_resnet110", "resnet50"):
         with pytest.raises(UserError, match=r"classifier\.normalize is missing.*'center-imagenet'"):
-            check_classifier(classifier_spec(raw_spec, arch=arch, checkpoint="a.pt"))
+            resolve_classifier(classifier_spec(raw_spec, arch=arch, checkpoint="a.pt"))
 
 
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("resnet18", r"'resnet18' is unknown: choose one of mnist_cnn, .*torchvision:NAME"),
+        ("resnet18", r"'resnet18' is unknown; choose one of mnist_cnn, .*torchvision:NAME"),
         ("torchvision:resnet99", r"torchvision:resnet99"),
         ("torchvision:googlenet", r"torchvision:googlenet"),
-        ("timm:resnet99", r"the installed timm knows no such model"),
+        ("timm:resnet99", r"is not a model of the installed timm"),
     ],
 )
 def test_unknown_architectures(raw_spec, arch, message):
     if arch.startswith("timm"):
         pytest.importorskip("timm")
     with pytest.raises(UserError, match=message):
-        check_classifier(classifier_spec(raw_spec, arch=arch))
+        resolve_classifier(classifier_spec(raw_spec, arch=arch))
 
 
-def test_torchvision_takes_input_and_weights_from_the_metadata(raw_spec, tmp_path):
+def test_torchvision_models_use_the_input_of_their_metadata(raw_spec, tmp_path):
     from torchvision.models import ResNet18_Weights, resnet18
 
     network = uniform(resnet18(num_classes=7))
     torch.save(network.state_dict(), tmp_path / "a.pt")
     spec = classifier_spec(raw_spec, arch="torchvision:resnet18", checkpoint=str(tmp_path / "a.pt"))
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    wants = ResNet18_Weights.DEFAULT.transforms()
+    metadata = ResNet18_Weights.DEFAULT.transforms()
     resized = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(one)[:, None, None] for one in (wants.mean, wants.std))
+    mean, std = (torch.tensor(one)[:, None, None] for one in (metadata.mean, metadata.std))
     with torch.no_grad():
         expected = network((resized - mean) / std)
-        assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 7)(x), expected, atol=1e-4)
-    ids = classifier_ids(spec)
+        assert torch.allclose(resolve_classifier(spec).build(CPU, FP32, 3, 7)(x), expected, atol=1e-4)
+    ids = resolve_classifier(spec).ids()
     assert "bilinear" in ids["classifier.input"]
     overridden = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"normalize": "half"})})
-    assert classifier_ids(overridden)["classifier.input"] != ids["classifier.input"]
+    assert resolve_classifier(overridden).ids()["classifier.input"] != ids["classifier.input"]
     with pytest.raises(UserError, match=r"fc\.weight has shape \(7, 512\).*\(10, 512\).*10 classes"):
-        build_classifier(spec, CPU, FP32, 3, 10)
+        resolve_classifier(spec).build(CPU, FP32, 3, 10)
     with pytest.raises(UserError, match=r"3 channels|has 3"):
-        build_classifier(spec, CPU, FP32, 1, 7)
+        resolve_classifier(spec).build(CPU, FP32, 1, 7)
 
 
-def test_timm_takes_its_input_from_the_metadata(raw_spec, tmp_path):
+def test_timm_models_use_the_input_of_their_metadata(raw_spec, tmp_path):
     timm = pytest.importorskip("timm")
     network = uniform(timm.create_model("test_vit", num_classes=3))
     torch.save({"state_dict": {f"1.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "a.pt")
     spec = classifier_spec(raw_spec, arch="timm:test_vit", checkpoint=str(tmp_path / "a.pt"))
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
-    says = timm.models.get_pretrained_cfg("test_vit")
-    resized = F.interpolate(x, says.input_size[1:], mode=says.interpolation, antialias=True)
-    mean, std = (torch.tensor(one)[:, None, None] for one in (says.mean, says.std))
+    metadata = timm.models.get_pretrained_cfg("test_vit")
+    resized = F.interpolate(x, metadata.input_size[1:], mode=metadata.interpolation, antialias=True)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (metadata.mean, metadata.std))
     with torch.no_grad():
-        assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 3)(x), network((resized - mean) / std), atol=1e-4)
+        assert torch.allclose(
+            resolve_classifier(spec).build(CPU, FP32, 3, 3)(x), network((resized - mean) / std), atol=1e-4
+        )
 
 
 @pytest.fixture
 def vit_folder(tmp_path):
-    """A fine-tuned ViT as the hub has it, in the layout that transformers saves, with random weights."""
+    """A ViT in the layout that transformers saves and the hub serves, with random weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         num_labels=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
@@ -178,8 +178,8 @@ def vit_folder(tmp_path):
     )  # fmt: skip
     network = uniform(transformers.ViTForImageClassification(config))
     network.save_pretrained(tmp_path / "vit")
-    says = {"size": 32, "resample": 2, "do_normalize": True, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
-    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(says))
+    metadata = {"size": 32, "resample": 2, "do_normalize": True, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(metadata))
     return tmp_path / "vit", network
 
 
@@ -192,31 +192,62 @@ def test_transformers_folder(raw_spec, vit_folder):
         resized = F.interpolate(x, (32, 32), mode=mode, antialias=True)
         with torch.no_grad():
             expected = network((resized - mean) / std).logits
-            assert torch.allclose(build_classifier(spec, CPU, FP32, 3, 3)(x), expected, atol=1e-5)
-    assert set(classifier_ids(spec)) == {
+            assert torch.allclose(resolve_classifier(spec).build(CPU, FP32, 3, 3)(x), expected, atol=1e-5)
+    assert set(resolve_classifier(spec).ids()) == {
         "classifier", "classifier.config", "classifier.preprocessor_config", "classifier.input"
     }  # fmt: skip
-    build_classifier(spec, torch.device("meta"), FP32, 3, 3)
-    with pytest.raises(UserError, match="a classifier of 3 classes, the data set has 10"):
-        build_classifier(spec, torch.device("meta"), FP32, 3, 10)
+    resolve_classifier(spec).build(torch.device("meta"), FP32, 3, 3)
+    with pytest.raises(UserError, match="the classifier has 3 classes, but the data set has 10"):
+        resolve_classifier(spec).build(torch.device("meta"), FP32, 3, 10)
     state = load_file(folder / "model.safetensors")
     del state["classifier.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"classifier\.weight and 0 more keys are missing or superfluous"):
-        build_classifier(spec, CPU, FP32, 3, 3)
+    with pytest.raises(UserError, match=r"classifier\.weight and 0 more keys are missing or unexpected"):
+        resolve_classifier(spec).build(CPU, FP32, 3, 3)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config\.json"):
-        check_classifier(spec)
+        resolve_classifier(spec)
+
+
+PROCESSORS = [
+    ([], "holds a JSON list, not an object; get the file again"),
+    ({}, r"image_mean = \[\] and image_std = \[\] are no normalisation; correct the file"),
+    ({"image_mean": [0.5], "image_std": [0.0]}, r"image_std = \[0\.0\] are no normalisation"),
+    ({"image_mean": "0.5", "image_std": [0.5]}, "image_mean: Input should be a valid list"),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": "224"}, r"size\..*; correct the file or get it again"),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": {"height": -1}}, r"size\..*; correct the file or get it again"),
+    ({"image_mean": [0.5], "image_std": [0.5], "resample": "cubic"}, "resample: Input should be a valid integer"),
+    ({"image_mean": [0.5], "image_std": [0.5], "resample": 0}, "'resample = 0', but only bicubic and bilinear"),
+    ({"image_mean": [0.5], "image_std": [0.5], "do_normalize": "no"}, "do_normalize: Input should be a valid boolean"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), PROCESSORS)
+def test_hostile_preprocessor_configurations_give_one_line(raw_spec, vit_folder, content, message):
+    (vit_folder[0] / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        resolve_classifier(classifier_spec(raw_spec, arch="transformers", checkpoint=str(vit_folder[0])))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"model_type": "nothing"}, {"model_type": "vit", "hidden_size": "x"}, [1]])
+def test_hostile_transformers_configurations_give_one_line(raw_spec, vit_folder, content):
+    (vit_folder[0] / "config.json").write_text(json.dumps(content))
+    spec = classifier_spec(raw_spec, arch="transformers", checkpoint=str(vit_folder[0]))
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=r"(vit|config\.json): .*; ") as error:
+            resolve_classifier(spec).build(torch.device(device), FP32, 3, 2)
+        assert "\n" not in str(error.value)
 
 
 DDS = {"normalize": "half", "interpolation": "bicubic"}
 
 
 class _Hub(SimpleHTTPRequestHandler):
-    asked: ClassVar[list[str]] = []
+    requested: ClassVar[list[str]] = []
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         super().do_GET()
 
     def log_message(self, *_):
@@ -235,19 +266,19 @@ def test_a_timm_model_without_a_checkpoint_comes_from_the_hub(raw_spec, tmp_path
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
     spec = classifier_spec(raw_spec, arch="timm:test_resnet")
-    first = classifier_ids(spec)
-    loaded = build_classifier(spec, CPU, FP32, 3, classes)
+    first = resolve_classifier(spec).ids()
+    loaded = resolve_classifier(spec).build(CPU, FP32, 3, classes)
     server.shutdown()
-    assert len(_Hub.asked) == 1  # once for the identity and the weights
-    assert classifier_ids(spec) == first
+    assert len(_Hub.requested) == 1  # identity and weights need one download
+    assert resolve_classifier(spec).ids() == first
     x = torch.rand(1, 3, *timm.models.get_pretrained_cfg("test_resnet").input_size[1:])
     assert loaded(x).shape == (1, classes)
     with pytest.raises(UserError, match=r"head|fc"):
-        build_classifier(spec, CPU, FP32, 3, classes + 1)
+        resolve_classifier(spec).build(CPU, FP32, 3, classes + 1)
 
 
-class OwnWay(nn.Module):
-    """Cannot be traced: it looks at its input."""
+class Untraceable(nn.Module):
+    """Cannot be traced, because it branches on its input."""
 
     def __init__(self):
         super().__init__()
@@ -259,16 +290,16 @@ class OwnWay(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "left"), [(lambda: CifarResNet(20, 10), 0), (lambda: resnet18(num_classes=10), 0), (OwnWay, 1)]
+    ("make", "remaining"), [(lambda: CifarResNet(20, 10), 0), (lambda: resnet18(num_classes=10), 0), (Untraceable, 1)]
 )
-def test_batch_norms_are_folded_where_the_network_can_be_traced(make, left):
+def test_batch_norms_are_merged_if_the_network_can_be_traced(make, remaining):
     network, generator = uniform(make()), torch.Generator().manual_seed(7)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.running_mean.uniform_(-0.5, 0.5, generator=generator)
         norm.running_var.uniform_(0.5, 1.5, generator=generator)
     folded = fold_batch_norms(network)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == remaining
     x = torch.rand(2, 3, 32, 32, generator=generator)
     with torch.no_grad():
         assert torch.allclose(folded(x), network(x), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The command line's mistakes: one clear line, the right exit status, before anything is launched."""
+"""Mistakes on the command line: one clear line and the right exit status, before anything is started."""
 
 import errno
 import io
@@ -15,19 +15,21 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from jobs.cli import SPECS, main
+from jobs.cli import main
+from jobs.specs import SPECS
 from pipeline.spec import load_spec
+from tests.models import make_run
 
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
-    """None of these may get as far as a cluster."""
-    import cluster.driver
+    """None of these commands may start a cluster."""
+    import jobs.certify
 
     def fail(*_, **__):
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(cluster.driver, "Cluster", fail)
+    monkeypatch.setattr(jobs.certify, "Cluster", fail)
 
 
 def run(*arguments: str) -> Any:
@@ -56,7 +58,7 @@ def test_every_shipped_spec_loads_and_has_its_file_name():
     [
         ("smoothing.sgima=1", ["smoothing.sgima", "nearest valid key is smoothing.sigma"]),
         ("smoothing.sigma='x'", ["smoothing.sigma = 'x'", "valid number"]),
-        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "at most"]),
+        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use a lower sigma"]),
         ("denoiser.checkpoint='none.pt'", ["none.pt", "no such file"]),
         ("classifier.arch='resnet'", ["classifier.arch = 'resnet'", "mnist_cnn", "package.module:function"]),
         ("classifier.arch='nowhere:f'", ["nowhere:f", "import"]),
@@ -83,17 +85,16 @@ def test_run_of_another_spec_is_refused_and_kept(tmp_path, monkeypatch):
         CliRunner().invoke(main, ["certify", "mnist", "--out", str(home)], catch_exceptions=False)
     before = (home / "run.json").read_bytes()
     line = refused(2, "certify", "mnist", "--out", home, "--set", "smoothing.sigma=1.0")
-    assert "smoothing.sigma is 0.5 there, 1.0 here" in line
+    assert "smoothing.sigma is 0.5 there and 1.0 here" in line
     assert (home / "run.json").read_bytes() == before
     assert "orders/002" not in {path.name for path in (home / "orders").iterdir()}
 
 
-def test_too_small_n_is_warned_of(tmp_path, caplog):
+def test_too_small_n_causes_a_warning(tmp_path, caplog):
     changes = ["--set", "smoothing.block.estimation=5", "--set", "smoothing.n=5"]
     with pytest.raises(AssertionError, match="a cluster was started"):
         CliRunner().invoke(main, ["certify", "mnist", "--out", str(tmp_path / "run"), *changes], catch_exceptions=False)
-    assert "n = 5 can certify nothing at alpha = 0.001" in caplog.text
-    assert "at least 10" in caplog.text
+    assert "n = 5 is too small to certify even a unanimous vote at alpha = 0.001; use n >= 10" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -103,7 +104,7 @@ def test_read_only_folder(tmp_path):
     assert "cannot write" in line
 
 
-def test_full_disk_is_said_and_loses_nothing(stored, monkeypatch):
+def test_a_full_disk_is_reported_and_loses_nothing(stored, monkeypatch):
     before = {path: path.read_bytes() for path in stored.rglob("*") if path.is_file()}
 
     def full(*_):
@@ -122,8 +123,8 @@ def test_run_folder_that_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["status", "analyze", "curve"])
-def test_no_run_there(tmp_path, verb):
-    assert "no run there" in refused(2, verb, tmp_path)
+def test_a_folder_without_a_run_is_refused(tmp_path, verb):
+    assert "no run here" in refused(2, verb, tmp_path)
 
 
 def test_damaged_run_json(tmp_path):
@@ -134,22 +135,9 @@ def test_damaged_run_json(tmp_path):
 @pytest.fixture
 def stored(tmp_path) -> Path:
     """A small complete run, cast without a cluster."""
-    from cluster.worker import Setup, Worker
-    from pipeline.data import open_dataset
-    from pipeline.sampling import blocks_of, order_of, place_order
-    from pipeline.smoothing import weights_ids
-    from pipeline.storage.store import open_store
-    from pipeline.votes import claim_run, run_of
-
     changes = ["data.samples=0:3", "compute.device=cpu", "smoothing.block.estimation=100", "smoothing.n=200"]
     spec = load_spec(SPECS / "mnist-cohen-0.50.toml", changes)
-    store = open_store(str(tmp_path / "run"))
-    described = run_of(spec, weights_ids(spec), 10)
-    claim_run(store, described)
-    order = order_of(spec, range(3))
-    place_order(store, order)
-    Worker(Setup(spec, store.uri, described["votes_id"])).run(list(blocks_of(order, spec.smoothing.block)), "attempt")
-    assert len(open_dataset(spec.data)) == 1000
+    make_run(spec, tmp_path / "run", samples=3)
     return tmp_path / "run"
 
 
@@ -171,9 +159,9 @@ def test_analyze_and_its_mistakes(stored):
     assert (answer["order"], answer["post_hoc"], answer["n"], answer["alpha"]) == ("002", True, 100, 0.01)
     assert run("analyze", stored, "--n", "100", "--alpha", "0.01", "--json").stdout == result.stdout
     assert "n 300" in (line := refused(2, "analyze", stored, "--n", "300"))
-    assert "is 200" in line
-    assert "take 100 or 200" in refused(2, "analyze", stored, "--n", "150")
-    assert "between 0 and 0.5" in refused(2, "analyze", stored, "--alpha", "2")
+    assert "every sample has 200 draws" in line
+    assert "use 100 or 200" in refused(2, "analyze", stored, "--n", "150")
+    assert "above 0 and below 0.5" in refused(2, "analyze", stored, "--alpha", "2")
 
 
 def test_status_and_curve(stored, tmp_path):
@@ -190,11 +178,11 @@ def test_status_and_curve(stored, tmp_path):
     assert "again" in result.stdout
     assert picture.exists()
     assert ".png, .pdf or .svg" in refused(2, "curve", stored, "--plot", tmp_path / "a.gif")
-    assert "choose another place" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
+    assert "choose another path" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
     assert "no order '007'" in refused(2, "curve", stored, "--order", "007")
 
 
-def test_truncated_block_is_named_and_the_rest_is_kept(stored):
+def test_a_truncated_block_is_named_and_the_others_are_kept(stored):
     victim = stored / "votes" / "estimation" / "1-100.parquet"
     victim.write_bytes(victim.read_bytes()[:100])
     others = len(list((stored / "votes").rglob("*.parquet")))
@@ -204,11 +192,11 @@ def test_truncated_block_is_named_and_the_rest_is_kept(stored):
     assert len(list((stored / "votes").rglob("*.parquet"))) == others
 
 
-def test_missing_block_is_said_by_status(stored):
+def test_status_reports_a_missing_block(stored):
     shutil.move(stored / "votes" / "estimation" / "1-100.parquet", stored.parent)
     facts = json.loads(run("status", stored, "--json").stdout)["orders"]["001"]
     assert (facts["draws_missing"], facts["incomplete"], facts["samples"]) == (100, 1, 2)
-    assert "the most that stands for every sample is 100" in refused(2, "analyze", stored)
+    assert "every sample has 100 draws; use at most that" in refused(2, "analyze", stored)
 
 
 LOG = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t{}\t1\t17.5\n20\t7\t5\t0.413\t0\t17.5\n"
@@ -282,24 +270,24 @@ def test_curve_options_are_checked_before_anything_is_read(tmp_path, options, wo
         assert word in line
 
 
-def test_sources_that_are_none(stored, tmp_path):
+def test_sources_that_cannot_be_read(stored, tmp_path):
     path = log(tmp_path / "a.tsv")
     for source, words in [
-        (tmp_path / "none.tsv", "nothing stands there"),
-        (f"{tmp_path}/none.tsv@0.5", "none.tsv@0.5: nothing stands there"),
+        (tmp_path / "none.tsv", "no such file or folder"),
+        (f"{tmp_path}/none.tsv@0.5", "none.tsv@0.5: no such file or folder"),
         (f"{path}@x", "sigma = 'x' must be a number above 0"),
         (f"{path}@0", "sigma = '0' must be a number above 0"),
-        (f"{stored}@0.5", "a run knows its own sigma"),
-        (f"={path}", "nothing stands before the '='"),
-        (stored / "run.json", "not a log's header"),
+        (f"{stored}@0.5", "a run has its own sigma"),
+        (f"={path}", "there is no name before the '='"),
+        (stored / "run.json", "is not the header of a log"),
         (stored / "votes" / "estimation" / "1-100.parquet", "not a log"),
     ]:
         assert words in refused(2, "curve", source)
     assert "two curves have the name 'a'" in refused(2, "curve", path, path)
     assert "two curves have the name 'b'" in refused(2, "curve", f"b={path}", f"b={stored}")
-    assert "the log holds no sample" in refused(2, "curve", tmp_path / "a.tsv", log_header(tmp_path / "b.tsv"))
+    assert "the log has no samples" in refused(2, "curve", tmp_path / "a.tsv", log_header(tmp_path / "b.tsv"))
     assert "--output" in refused(2, "curve", path, "--output", tmp_path / "nowhere" / "a.txt")
-    odd = log(tmp_path / "x=1@2.tsv")  # what stands under the whole text is that
+    odd = log(tmp_path / "x=1@2.tsv")  # a file with the whole text as its name is taken as such
     assert table_of(odd)["run"].unique().tolist() == ["x=1@2"]
 
 
@@ -317,10 +305,10 @@ def test_exported_log_has_the_runs_curve(stored, tmp_path):
     ours, exported = (table_of(source, *grid)["certified_accuracy"].tolist() for source in (stored, path))
     assert ours == exported
     assert ours[0] > 0
-    assert "choose another place" in refused(2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a")
+    assert "choose another path" in refused(2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a")
 
 
-def test_versions_are_told():
+def test_version_lists_all_versions():
     import torch
 
     said = run("--version").output
@@ -338,7 +326,7 @@ def test_completion(shell, monkeypatch):
         assert answers in CliRunner().invoke(main, [], prog_name="diffsmooth").output
 
 
-def test_every_verb_shows_an_example():
+def test_the_help_of_every_command_has_an_example():
     for name, command in main.commands.items():
         text = run(name, "--help").output
         assert f"  diffsmooth {name} " in text, name
@@ -346,25 +334,26 @@ def test_every_verb_shows_an_example():
             assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
 
 
-def test_dear_orders_are_warned_of():
-    from jobs.certify import warn_of_cost
+def test_expensive_orders_cause_a_warning():
+    from jobs.plan import warn_of_cost
 
-    dear, cheap = (load_spec(SPECS / f"{name}.toml") for name in ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50"))
+    names = ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50")
+    expensive, cheap = (load_spec(SPECS / f"{name}.toml") for name in names)
     on_cpus = load_spec(SPECS / "imagenet-diffsmooth-0.50.toml", ["compute.device=cpu"])
     said = []
-    for wanted in ([(dear, None)], [(dear, 1_000_000)], [(cheap, None)], [(on_cpus, None)], [(dear, 0)]):
+    for wanted in ([(expensive, None)], [(expensive, 1_000_000)], [(cheap, None)], [(on_cpus, None)], [(expensive, 0)]):
         warn_of_cost(wanted, said.append)
     (warning,) = said
-    assert "this order takes 117 GPU-hours and more" in warning
+    assert "this order needs at least 117 GPU-hours" in warning
     result = run("submit", "imagenet-diffsmooth-0.50", "--address", "http://127.0.0.1:1", "--out", "s3://bucket/run")
-    assert "117 GPU-hours and more" in result.stderr
+    assert "at least 117 GPU-hours" in result.stderr
     assert "--yes" in result.stderr
     result = run("submit", "imagenet-diffsmooth-0.50", "--yes", "--address", "http://127.0.0.1:1")
     assert "GPU-hours" not in result.stderr
 
 
-def test_swapped_sigmas_are_warned_of(tmp_path, caplog):
+def test_swapped_sigmas_cause_a_warning(tmp_path, caplog):
     refused(2, "certify", "mnist", "--out", tmp_path / "a", "--set=smoothing.sigma=0.1", "--set=smoothing.n0=7")
     with pytest.raises(AssertionError, match="a cluster was started"):
         raise run("certify", "mnist", "--out", tmp_path / "b", "--set=smoothing.sigma=0.1").exception
-    assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1: are the two swapped?" in caplog.text
+    assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1; check that they are not swapped" in caplog.text

@@ -59,7 +59,7 @@ def test_radii_are_exact_decimals():
     assert len(table_radii([wide])) <= 13
 
 
-def test_envelope_takes_the_highest_and_the_first_of_equals():
+def test_the_envelope_is_the_highest_curve_and_the_first_in_a_tie():
     flat = replace(CURVE, name="flat", radii=CURVE.radii * 0 + 0.3)
     best = envelope_of([CURVE, flat], [0, 0.25, 0.3, 0.5, 2.0])
     assert best.certified_accuracy.tolist() == [0.5, 0.5, 0.5, 0.25, 0]
@@ -101,7 +101,7 @@ def test_plot_draws_the_curve_on_own_axes_or_on_given_ones():
     assert given.get_lines()
 
 
-def test_letters_stay_letters_in_vector_pictures(tmp_path):
+def test_text_stays_text_in_vector_pictures(tmp_path):
     plot([CURVE], tmp_path / "a.svg")
     assert ">certified accuracy</text>" in (tmp_path / "a.svg").read_text()
 
@@ -122,7 +122,7 @@ def test_bound_over_the_draws_golden(k, exact, published):
 
 
 @pytest.mark.parametrize(("m", "alpha", "rho"), [(500, 0.001, 0.001), (2000, 0.01, 0.05), (50, 0.02, 0.01)])
-def test_bound_over_the_draws_fails_at_most_rho_times(m, alpha, rho):
+def test_the_bound_over_the_draws_fails_with_probability_at_most_rho(m, alpha, rho):
     """The worst case: every certificate errs with probability alpha, and each error is one sample counted too many."""
     curve = with_counts(m, m, alpha)
     errors = round(m - m * curve.draws_lower([0.5], rho)[0])
@@ -130,7 +130,7 @@ def test_bound_over_the_draws_fails_at_most_rho_times(m, alpha, rho):
     assert errors == 0 or binom.sf(errors - 1, m, alpha) > rho  # and no more is given away than needed
 
 
-def test_bounds_of_a_log_without_alpha_are_not_made_up():
+def test_a_log_without_alpha_has_no_bound_over_the_draws():
     table = with_counts(3, 5, None).table([0.5])
     assert table[["draws_lower", "cohen_lower"]].isna().all(axis=None)
 

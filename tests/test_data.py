@@ -1,4 +1,4 @@
-"""Data sets: what is read, by index, and what is refused."""
+"""Data sets: samples by index, and errors for data that cannot be used."""
 
 import hashlib
 import importlib.util
@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from pipeline import data as data_module
+from pipeline import sources
 from pipeline.data import Facts, known_facts, open_dataset, sample_indices
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.images import Sample
 from pipeline.spec import Data, load_spec, votes_id
 from pipeline.storage.remote import S3File
@@ -49,7 +50,7 @@ def test_embedded_mnist_is_balanced_and_shuffled():
     assert len({data[index].sha256 for index in range(1000)}) == 1000
 
 
-def test_any_order_of_reading_gives_the_same(images):
+def test_samples_do_not_depend_on_the_order_of_reading(images):
     data = open_dataset(Data(name="parquet", path=str(images)))
     forward = [data[index] for index in range(8)]
     for index in (7, 0, 3, 2, 6):
@@ -59,8 +60,8 @@ def test_any_order_of_reading_gives_the_same(images):
     assert forward[1].image_CHW[0, 0, 0] == np.float32(155) / np.float32(255)
 
 
-@pytest.mark.skipif(not CIFAR.exists(), reason="the real CIFAR-10 images are not at hand")
-def test_real_photographs():
+@pytest.mark.skipif(not CIFAR.exists(), reason="the real CIFAR-10 images are missing")
+def test_real_cifar10_images():
     data = open_dataset(Data(name="parquet", path=str(CIFAR)))
     assert (len(data), data.num_classes) == (1000, 10)
     assert data[999].image_CHW.shape == (3, 32, 32)
@@ -73,10 +74,13 @@ def test_sample_indices(samples, expected):
     assert sample_indices(samples, 10) == expected
 
 
-@pytest.mark.parametrize("samples", ["0:11", "-1:3", "0:5:0", "5:5", "7", "a:b", "1:2:3:4", "12:"])
+@pytest.mark.parametrize(
+    "samples", ["0:11", "-1:3", "0:5:0", "5:5", "7", "a:b", "1:2:3:4", "12:", f"0:{10**40}", "9" * 5000 + ":"]
+)
 def test_samples_outside_are_refused(samples):
-    with pytest.raises(UserError, match=r"data\.samples = "):
+    with pytest.raises(UserError, match=r"data\.samples = ") as error:
         sample_indices(samples, 10)
+    assert len(str(error.value)) < 300
 
 
 def write(path, columns):
@@ -84,15 +88,15 @@ def write(path, columns):
     return Data(name="parquet", path=str(path))
 
 
-def test_bad_files_are_named(tmp_path, images):
+def test_unusable_files_are_named(tmp_path, images):
     good = png(np.zeros((4, 4), np.uint8))
     (tmp_path / "cut.parquet").write_bytes(images.read_bytes()[:-30])
     cases = [
         (Data(name="parquet"), r"data\.path is missing"),
         (Data(name="parquet", path=str(tmp_path / "no.parquet")), "no such file"),
         (Data(name="parquet", path=str(tmp_path / "cut.parquet")), "damaged"),
-        (Data(name="cifar100"), r"'cifar100' is unknown: choose one of"),
-        (Data(name="mnist", split="test"), "'heldout' only"),
+        (Data(name="cifar100"), r"'cifar100' is unknown; choose one of"),
+        (Data(name="mnist", split="test"), "only the split 'heldout'"),
         (write(tmp_path / "a.parquet", {"pixels": [1]}), "no column 'image' or 'img' among pixels"),
         (write(tmp_path / "b.parquet", {"image": [good], "label": ["x"]}), "must hold integers"),
         (write(tmp_path / "c.parquet", {"image": [good]}), r"set data\.num_classes"),
@@ -102,14 +106,126 @@ def test_bad_files_are_named(tmp_path, images):
             open_dataset(data)
 
 
-def test_bad_rows_are_named(tmp_path):
+def test_unusable_rows_are_named(tmp_path):
     good = png(np.zeros((4, 4), np.uint8))
     data = write(tmp_path / "a.parquet", {"image": [good, good[:40], good], "label": [0, 1, 5]})
     opened = open_dataset(data.model_copy(update={"num_classes": 3}))
-    with pytest.raises(UserError, match="the image of sample 1 is damaged"):
+    with pytest.raises(UserError, match=r"cannot decode sample 1 .*; replace or exclude it"):
         opened[1]
-    with pytest.raises(UserError, match="sample 2 has label 5, beyond the 3 classes"):
+    with pytest.raises(UserError, match="sample 2 has label 5, but classes are 0 to 2; correct the label"):
         opened[2]
+
+
+LABELS_BEYOND = [(-2, "has label -2"), (3, "has label 3"), (2**31, "has label 2147483648"), (-(2**40), "has label -10")]
+
+
+@pytest.mark.parametrize(("label", "message"), LABELS_BEYOND)
+def test_labels_outside_the_classes_are_refused(tmp_path, label, message):
+    good = png(np.zeros((4, 4), np.uint8))
+    data = write(tmp_path / "a.parquet", {"image": [good] * 2, "label": [0, label]})
+    with pytest.raises(UserError, match=rf"{message}.*classes are 0 to 2; correct the label, or set data\.num_classes"):
+        open_dataset(data.model_copy(update={"num_classes": 3}))[1]
+
+
+def hostile_parquet(folder: Path) -> dict[str, str]:
+    """Write unusable files to a folder; return name -> expected message."""
+    good = png(np.zeros((4, 4), np.uint8))
+    os.mkfifo(folder / "fifo.parquet")
+    (folder / "folder.parquet").mkdir()
+    (folder / "loop.parquet").symlink_to(folder / "loop.parquet")
+    (folder / "zero.parquet").symlink_to("/dev/zero")
+    (folder / "empty.parquet").write_bytes(b"")
+    nested = pa.array([{"bytes": {"bytes": good}}])
+    duplicate = pa.table([pa.array([good]), pa.array([0]), pa.array([1])], ["image", "label", "label"])
+    tables = {
+        "float": (pa.table({"image": [0.5], "label": [0]}), "column 'image' is double; it must hold encoded images"),
+        "nested": (
+            pa.table({"image": nested, "label": [0]}),
+            "column 'image' is struct<.*; it must hold encoded images",
+        ),
+        "list": (pa.table({"image": [[good]], "label": [0]}), "column 'image' is list<.*; it must hold encoded images"),
+        "label-float": (pa.table({"image": [good], "label": [1.0]}), "column 'label' is double; it must hold integers"),
+        "label-list": (pa.table({"image": [good], "label": [[1]]}), "column 'label' is list<.*; it must hold integers"),
+        "duplicate": (duplicate, "several columns 'label'; remove all but one"),
+        "large": (
+            pa.table({"image": [good], "label": [10**12]}),
+            r"label 1000000000000 exceeds the limit of 1,000,000",
+        ),
+        "null": (pa.table({"image": [good], "label": pa.array([None], pa.int64())}), r"set data\.num_classes"),
+        "rowless": (
+            pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int8())}),
+            "no labels to count",
+        ),
+    }
+    for name, (table, _) in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    return {
+        **{f"{name}.parquet": message for name, (_, message) in tables.items()},
+        "fifo.parquet": "not a regular file; give the path of a Parquet file",
+        "zero.parquet": "not a regular file; give the path of a Parquet file",
+        "folder.parquet": r"contains no \*\.parquet",
+        "loop.parquet": "symbolic links",
+        "empty.parquet": "damaged, or not a Parquet file",
+        "n" * 300: "File name too long; correct the path",
+    }
+
+
+def test_hostile_parquet_files_give_one_line(tmp_path):
+    for name, message in hostile_parquet(tmp_path).items():
+        with pytest.raises(UserError, match=message) as error:
+            open_dataset(Data(name="parquet", path=str(tmp_path / name)))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet", "imagefolder", "mnist", "parquet"])
+def test_a_path_that_is_too_long_gives_one_line(name):
+    split = "heldout" if name == "mnist" else "test"
+    with pytest.raises(UserError, match=r"^data\.path = '/n+.*: .*too long.*; ") as error:
+        open_dataset(Data(name=name, path="/" + "n" * 300, split=split))
+    assert "\n" not in str(error.value)
+
+
+def test_any_damage_to_a_parquet_file_gives_one_line(tmp_path, images):
+    generator, whole = np.random.default_rng(1), images.read_bytes()
+    lines = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[generator.integers(len(damaged))] ^= 1 << generator.integers(8)
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        try:
+            data = open_dataset(Data(name="parquet", path=str(tmp_path / "a.parquet")))
+            assert all(isinstance(data[index], Sample) for index in range(min(len(data), 8)))
+        except UserError as error:
+            lines.append(str(error))
+    assert len(lines) > 20
+    assert not any("\n" in line for line in lines)
+
+
+def test_hostile_image_files_give_one_line(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b" / "folder.png").mkdir(parents=True)
+    (tmp_path / "b" / "folder.png" / "inner.png").write_bytes(png(np.zeros((4, 4), np.uint8)))
+    (tmp_path / "a" / "0.png").write_bytes(png(np.zeros((4, 4), np.uint8)))
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    (tmp_path / "a" / "3.png").symlink_to(tmp_path / "a" / "3.png")
+    (tmp_path / "a" / "4.png").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")  # neither a folder nor an image: not a class
+    data = open_dataset(Data(name="imagefolder", path=str(tmp_path)))
+    assert len(data) == 6
+    assert [data[index].label for index in (0, 5)] == [0, 1]
+    cases = {
+        1: (UserError, r"1\.png: cannot decode sample 1 .*; replace or exclude it"),
+        2: (RunError, r"2\.png: cannot read the image of sample 2 \(not a regular file\); check the file"),
+        3: (RunError, r"3\.png: cannot read the image of sample 3 \(Too many levels of symbolic links\); check"),
+        4: (RunError, r"4\.png: cannot read the image of sample 4 \(not a regular file\); check the file"),
+    }
+    for index, (kind, message) in cases.items():
+        with pytest.raises(kind, match=message):
+            data[index]
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"b/up.*: this link leads to a folder that contains it; remove the link"):
+        open_dataset(Data(name="imagefolder", path=str(tmp_path)))
 
 
 def photographs(kind: str) -> list[tuple[Path, int]]:
@@ -137,7 +253,7 @@ def by_class(tmp_path_factory) -> Path:
 
 @needs_photographs
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (300, None), (None, 200), (73, 51)])
-def test_resize_and_crop_are_torchvisions_bit_for_bit(by_class, resize, crop):
+def test_resize_and_crop_equal_torchvisions_bit_for_bit(by_class, resize, crop):
     from torchvision import datasets, transforms
 
     steps = [transforms.Resize(resize)] if resize else []
@@ -158,14 +274,14 @@ def test_resize_and_crop_are_torchvisions_bit_for_bit(by_class, resize, crop):
         assert sample.sha256 == hashlib.sha256(stored + str(label).encode()).hexdigest()
 
 
-def test_file_endings_are_torchvisions():
+def test_file_endings_equal_torchvisions():
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    assert data_module._ENDINGS == IMG_EXTENSIONS
+    assert sources.IMAGE_ENDINGS == IMG_EXTENSIONS
 
 
 @needs_photographs
-def test_images_of_unequal_size_or_too_small_are_refused(by_class):
+def test_images_of_different_or_too_small_size_are_refused(by_class):
     data = open_dataset(Data(name="imagefolder", path=str(by_class)))
     assert data[1].image_CHW.shape == (3, 512, 512)
     unequal = next(index for index in range(20) if "_541" in data._source.place(index))
@@ -177,7 +293,7 @@ def test_images_of_unequal_size_or_too_small_are_refused(by_class):
         small[0]
 
 
-def test_class_folders_that_cannot_be_right_are_named(tmp_path):
+def test_wrong_class_folders_are_named(tmp_path):
     def folder(**classes):
         root = tmp_path / f"set-{len(list(tmp_path.iterdir()))}"
         root.mkdir()
@@ -189,12 +305,12 @@ def test_class_folders_that_cannot_be_right_are_named(tmp_path):
 
     cases = [
         (None, r"data\.path is missing"),
-        ("s3://bucket/images", "reads folders of this node only"),
-        (str(tmp_path / "none"), "No such file or directory; name the folder of class folders"),
-        (folder(), "no folder in it"),
-        (folder(a=["1.png"], b=["notes.txt"]), "no image .* in the class folder b, which yet counts as a class"),
-        (folder(train=["1.png"], test=["1.png"]), "holds test, train, which are splits, not classes"),
-        (folder(a=["1.png"]), r"only the class folder a; set data\.num_classes"),
+        ("s3://bucket/images", "reads only folders of this node"),
+        (str(tmp_path / "none"), "No such file or directory; give the folder of class folders"),
+        (folder(), "contains no folder"),
+        (folder(a=["1.png"], b=["notes.txt"]), "the class folder b contains no image .*, but counts as a class"),
+        (folder(train=["1.png"], test=["1.png"]), "contains test, train, which are splits, not classes"),
+        (folder(a=["1.png"]), r"contains only the class folder a; set data\.num_classes"),
     ]
     for path, message in cases:
         with pytest.raises(UserError, match=message):
@@ -213,7 +329,7 @@ def imagenet_classes() -> list[str]:
     return (Path(str(timm.origin)).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
 
 
-def test_imagenets_classes_are_in_sorted_order(imagenet_classes):
+def test_imagenet_classes_are_in_sorted_order(imagenet_classes):
     assert imagenet_classes == sorted(imagenet_classes)
     assert hashlib.sha256("\n".join(imagenet_classes).encode()).hexdigest() == data_module._IMAGENET_CLASSES
 
@@ -241,7 +357,7 @@ def test_imagenet(imagenet_classes, tmp_path, caplog):
     with pytest.raises(UserError, match=r"\(n01440764 to n15075142\) are not those of ILSVRC-2012"):
         open_dataset(Data(name="imagenet", path=str(tmp_path)))
     shutil.rmtree(tmp_path / "val" / "n15075142")
-    with pytest.raises(UserError, match=r"found 999 class folders .*, n01440764 the first, but ImageNet has 1000"):
+    with pytest.raises(UserError, match=r"found 999 class folders .*, starting with n01440764, but ImageNet has 1000"):
         open_dataset(Data(name="imagenet", path=str(tmp_path)))
 
 
@@ -255,7 +371,7 @@ def test_imagenet_without_class_folders(tmp_path):
         open_dataset(Data(name="imagenet", path=str(tmp_path), split="heldout"))
 
 
-def test_resize_and_crop_in_a_spec(raw_spec):
+def test_resize_and_crop_are_part_of_votes_id(raw_spec):
     before = votes_id(load_spec(raw_spec), {})
     assert votes_id(load_spec(raw_spec, ["data.resize=8"]), {}) != before
     raw_spec["data"]["name"] = "imagenet"
@@ -274,7 +390,7 @@ def pickled(pixels_NHWC, labels) -> bytes:
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A small CIFAR-10 of foolbox's photographs as its python version stores them, with their own md5 sums."""
+    """A small CIFAR-10 made of foolbox's photographs, in the format of its Python version, with matching md5 sums."""
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
@@ -333,7 +449,7 @@ def test_cifar10_from_its_archive_and_by_download(cifar10, monkeypatch):
 
     monkeypatch.setattr(data_module, "fetch", fetch)
     for path in (str(root), str(root / CIFAR10.filename), None, "s3://bucket/cifar-10-python.tar.gz", None):
-        if path != str(root / CIFAR10.filename):  # what the call before has left is used
+        if path != str(root / CIFAR10.filename):  # the cache of the previous call is used
             shutil.rmtree(root / "cache", ignore_errors=True)
         assert [open_dataset(Data(name="cifar10", path=path))[3].label] == labels[3:4]
     assert asked == [CIFAR10.url, "s3://bucket/cifar-10-python.tar.gz", CIFAR10.url]
@@ -341,20 +457,22 @@ def test_cifar10_from_its_archive_and_by_download(cifar10, monkeypatch):
     assert open_dataset(Data(name="cifar10"))[3].label == labels[3]
     shutil.rmtree(root / "cache")
     (root / CIFAR10.filename).write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"not cifar-10-python\.tar\.gz as published \(md5 \w{32}\): delete it"):
+    with pytest.raises(
+        UserError, match=r"differs from the published cifar-10-python\.tar\.gz \(md5 \w{32}\); delete it"
+    ):
         open_dataset(Data(name="cifar10"))
 
 
-def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
+def test_missing_cifar10_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
 
     def fail(uri):
         raise UserError(f"{uri}: unknown host")
 
     monkeypatch.setattr(data_module, "fetch", fail)
-    with pytest.raises(UserError, match=r"cannot be downloaded: https://.*put it into a folder, and name that"):
+    with pytest.raises(UserError, match=r"cannot download cifar10: https://.*and set data\.path to its folder"):
         open_dataset(Data(name="cifar10"))
-    with pytest.raises(UserError, match=r"neither cifar-10-batches-py nor cifar-10-python\.tar\.gz stands there"):
+    with pytest.raises(UserError, match=r"contains neither cifar-10-batches-py nor cifar-10-python\.tar\.gz"):
         open_dataset(Data(name="cifar10", path=str(tmp_path)))
     with pytest.raises(UserError, match="cifar10 has test and train"):
         open_dataset(Data(name="cifar10", split="val"))
@@ -362,7 +480,7 @@ def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
         open_dataset(Data(name="cifar10", resize=64))
 
 
-def test_what_is_known_without_opening():
+def test_published_facts_are_known_without_opening():
     assert known_facts(Data(name="cifar10")) == Facts(10_000, (3, 32, 32), 10)
     assert known_facts(Data(name="cifar10", split="train")) == Facts(50_000, (3, 32, 32), 10)
     assert known_facts(Data(name="imagenet")) == Facts(50_000, (3, 224, 224), 1000)
@@ -373,8 +491,8 @@ def test_what_is_known_without_opening():
     assert known_facts(Data(name="mnist", split="heldout")) == found
 
 
-def test_modes_within_one_set(tmp_path):
-    """Grey images in a coloured set become coloured; colour in a grey set is refused; resizing makes all coloured."""
+def test_images_of_different_modes(tmp_path):
+    """Grey images after a colour image become RGB; colour after grey is refused; resizing makes all images RGB."""
     grey = png(np.arange(16, dtype=np.uint8).reshape(4, 4))
     colour = png(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     data = open_dataset(write(tmp_path / "a.parquet", {"image": [colour, grey], "label": [0, 1]}))
@@ -382,7 +500,7 @@ def test_modes_within_one_set(tmp_path):
     assert data[1].image_CHW.shape == (3, 4, 4)
     path = write(tmp_path / "b.parquet", {"image": [grey, colour], "label": [0, 1]})
     assert open_dataset(path)[0].image_CHW.shape == (1, 4, 4)
-    with pytest.raises(UserError, match="sample 1 is of mode RGB, but sample 0 is grey"):
+    with pytest.raises(UserError, match="sample 1 has mode RGB, but sample 0 is greyscale"):
         open_dataset(path)[1]
     resized = open_dataset(path.model_copy(update={"resize": 2}))
     assert [resized[index].image_CHW.shape for index in (1, 0)] == [(3, 2, 2)] * 2
@@ -392,7 +510,7 @@ def test_modes_within_one_set(tmp_path):
     ("mode", "expected"),
     [("RGB", 100), ("RGBA", 100), ("LA", 100), ("P", None), ("1", 0), ("CMYK", None), ("I;16", UserError)],
 )
-def test_every_mode_is_decoded_or_named(tmp_path, mode, expected):
+def test_every_mode_is_decoded_or_refused(tmp_path, mode, expected):
     with io.BytesIO() as buffer:
         image = Image.new("RGB", (4, 4), (100, 100, 100)).convert(mode) if mode != "I;16" else Image.new(mode, (4, 4))
         image.save(buffer, format="JPEG" if mode == "CMYK" else "PNG")
@@ -400,7 +518,7 @@ def test_every_mode_is_decoded_or_named(tmp_path, mode, expected):
     data = open_dataset(write(tmp_path / "a.parquet", {"image": [stored] * 2, "label": [0, 1]}))
     if expected is UserError:
         with pytest.raises(
-            UserError, match=r"image of sample 1 has more than 8 bits a pixel .*convert the images to 8 bits"
+            UserError, match=r"image of sample 1 has more than 8 bits per channel .*convert the images to 8 bits"
         ):
             data[1]
         return
@@ -409,8 +527,8 @@ def test_every_mode_is_decoded_or_named(tmp_path, mode, expected):
         assert (data[1].image_CHW == np.float32(expected) / np.float32(255)).all()
 
 
-def test_damage_anywhere_is_one_line(tmp_path):
-    """Any cut or flipped bytes give an image or a UserError, never another exception."""
+def test_any_damage_to_an_image_gives_one_line(tmp_path):
+    """Truncated or flipped bytes give an image or a UserError, never another exception."""
     noise = np.random.default_rng(0)
     picture = Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     stored = []
@@ -433,7 +551,7 @@ def test_damage_anywhere_is_one_line(tmp_path):
 
 
 def in_parts(folder: Path, split: str = "test", **changed) -> list[bytes]:
-    """Ten 4 x 4 images in three files of Hugging Face's names, row groups of two."""
+    """Write ten 4 x 4 images in three files with Hugging Face's names, in row groups of two."""
     stored = [png(np.full((4, 4), 10 * index, np.uint8)) for index in range(10)]
     folder.mkdir(exist_ok=True)
     for part, (start, stop) in enumerate([(0, 5), (5, 6), (6, 10)]):
@@ -456,7 +574,7 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert data._source.place(5).endswith("test-00001-of-00003.parquet")
     with pytest.raises(IndexError):
         data[10]
-    with pytest.raises(UserError, match=r"data\.split = 'validation': .*/a holds test, train; set data\.split"):
+    with pytest.raises(UserError, match=r"data\.split = 'validation': .*/a contains test, train; set data\.split"):
         open_dataset(Data(name="parquet", path=str(tmp_path / "a"), split="validation"))
     for number, name in enumerate(("x.parquet", "y.parquet")):
         (tmp_path / "b").mkdir(exist_ok=True)
@@ -464,15 +582,15 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert len(open_dataset(Data(name="parquet", path=str(tmp_path / "b"), split="validation"))) == 2
 
 
-def test_folders_of_parquet_files_that_do_not_fit(tmp_path):
+def test_parquet_files_of_different_data_sets_are_refused(tmp_path):
     in_parts(tmp_path / "a", label=["x"] * 4)
-    with pytest.raises(UserError, match=r"test-00002-of.*label: string\) differ from those of .*test-00000"):
+    with pytest.raises(UserError, match=r"test-00002-of.*column 'label' is string; it must hold integers"):
         open_dataset(Data(name="parquet", path=str(tmp_path / "a")))
     in_parts(tmp_path / "b", more=[1] * 4)
     with pytest.raises(UserError, match=r"test-00002-of.*more: int64\) differ from those of"):
         open_dataset(Data(name="parquet", path=str(tmp_path / "b")))
     (tmp_path / "c").mkdir()
-    with pytest.raises(UserError, match=r"no \*\.parquet in it"):
+    with pytest.raises(UserError, match=r"contains no \*\.parquet"):
         open_dataset(Data(name="parquet", path=str(tmp_path / "c")))
     with pytest.raises(UserError, match="column 'image' is string; it must hold encoded images"):
         open_dataset(write(tmp_path / "d.parquet", {"image": ["a.png"], "label": [0]}))
@@ -482,7 +600,7 @@ def test_folders_of_parquet_files_that_do_not_fit(tmp_path):
         open_dataset(data)[0]
 
 
-def test_classes_named_in_hugging_faces_metadata(tmp_path):
+def test_classes_are_counted_in_hugging_faces_metadata(tmp_path):
     stored = [png(np.zeros((4, 4), np.uint8))] * 2
     names = {"info": {"features": {"label": {"names": list("abcdefg"), "_type": "ClassLabel"}}}}
     table = pa.table({"image": stored, "label": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps(names)})
@@ -497,7 +615,7 @@ def test_classes_named_in_hugging_faces_metadata(tmp_path):
 @pytest.fixture
 def moto(monkeypatch) -> Iterator[object]:
     credentials(monkeypatch)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it saw first
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep the first credentials
     with moto_server() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         client = boto3.client("s3", endpoint_url=url)
@@ -506,7 +624,9 @@ def moto(monkeypatch) -> Iterator[object]:
 
 
 def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
-    stored = [np.random.default_rng(index).bytes(50_000) for index in range(100)]  # no images: only bytes count here
+    stored = [
+        np.random.default_rng(index).bytes(50_000) for index in range(100)
+    ]  # most are not images: only the number of bytes matters
     stored[7] = png(np.full((4, 4), 70, np.uint8))
     stored[0] = stored[50] = stored[88] = stored[7]
     for part in range(2):
@@ -527,7 +647,7 @@ def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
     assert sum(read) < 200_000
     read.clear()
     assert data[7].sha256 == hashlib.sha256(stored[7] + b"7").hexdigest()
-    assert sum(read) < 2 * 5 * 50_000 + 100_000  # the sample's row group, and sample 0's for the mode
+    assert sum(read) < 2 * 5 * 50_000 + 100_000  # the sample's row group, and that of sample 0 for the mode
     read.clear()
     assert data[88].label == 8
     assert sum(read) < 5 * 50_000 + 10_000
@@ -538,7 +658,7 @@ def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
         ("s3://bucket/none.parquet", "no such file"),
         ("s3://nobucket/none.parquet", r"no such file|there is no bucket"),
         ("s3://nobucket/set", "there is no bucket nobucket"),
-        ("s3://bucket/empty", r"no \*\.parquet in it"),
+        ("s3://bucket/empty", r"contains no \*\.parquet"),
     ]:
         with pytest.raises(UserError, match=message):
             open_dataset(Data(name="parquet", path=path))

@@ -1,5 +1,6 @@
-"""The UNet and the one-shot prediction, against closed forms and independent re-derivations."""
+"""The UNet and the prediction of x0, compared with closed forms and independent implementations."""
 
+import copy
 import json
 import math
 
@@ -14,13 +15,12 @@ from pipeline.models.denoisers import (
     PRESETS,
     DiffusionDenoiser,
     alphas_cumprod,
-    build_denoiser,
-    check_denoiser,
-    denoiser_ids,
+    resolve_denoiser,
     timestep,
     timesteps,
 )
-from pipeline.models.unet import Attention, GroupNorm, ResBlock, UNet, doubling, settings_in
+from pipeline.models.fused import FastGroupNorm, FusedUNet, merge_doubling
+from pipeline.models.unet import Attention, GroupNorm, ResBlock, UNet, settings_in
 from pipeline.spec import UNetSettings, load_spec
 
 CIFAR, IMAGENET = PRESETS["openai-cifar10"], PRESETS["openai-imagenet256"]
@@ -47,12 +47,12 @@ def test_published_timesteps(settings, expected):
     assert [timestep(abar, sigma) for sigma in SIGMAS] == expected
 
 
-def test_sigma_beyond_the_schedule_names_the_largest():
-    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps: it reaches 78\.\d+ at most"):
+def test_sigma_beyond_the_schedule_is_refused_with_the_largest():
+    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps, which ends at 78\.\d+"):
         timestep(LINEAR, 90.0)
 
 
-def test_cosine_schedule_is_its_closed_form():
+def test_cosine_schedule_equals_its_closed_form():
     """Before the clipping of beta at 0.999, abar is cos^2 at t + 1 over cos^2 at 0."""
     abar = alphas_cumprod("cosine", 1000)
     t = np.arange(1, 900)
@@ -67,18 +67,22 @@ def test_sizes_of_the_published_networks(settings, channels, millions):
     assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_folded_timestep_changes_nothing(small):
+def fuse(unet, timesteps, dtype=torch.float32, *, compiled=False):
+    return FusedUNet(copy.deepcopy(unet), timesteps, dtype, compiled=compiled)
+
+
+def test_folding_the_timesteps_does_not_change_the_network(small):
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    fused = fuse(small, [0, 17, 999])
     for t in (0, 17, 999):
-        small.fold([t])
-        assert torch.allclose(small(x, t), small(x, torch.full((3,), t)), atol=1e-5)
+        assert torch.allclose(fused(x, t), small(x, torch.full((3,), t)), atol=1e-5)
 
 
 def test_patches_keep_the_image_shape(small):
     assert small(torch.zeros(2, 1, 12, 8), torch.tensor([3, 3])).shape == (2, 1, 12, 8)
 
 
-def test_learned_variance_is_left_out(small):
+def test_learned_variance_is_dropped(small):
     wide = UNet(SMALL.model_copy(update={"learn_sigma": True}), 1).eval().requires_grad_(False)
     state = wide.state_dict()
     for key, value in small.state_dict().items():
@@ -151,7 +155,7 @@ def test_denoised_is_the_posterior_mean_of_a_known_gaussian(sigma):
     assert torch.allclose(found, (expected + 1) / 2, atol=1e-6)
 
 
-def test_prediction_is_clamped_and_the_input_is_not():
+def test_prediction_is_clamped_but_the_input_is_not():
     wide = optimal_eps(0.0, 100.0)  # a prior so wide that x0 = x_t / sqrt(abar)
     x = torch.tensor([[[[-3.0, 0.25, 4.0]]]])
     assert torch.allclose(denoiser(wide, 0.5)(x, 0.5), torch.tensor([[[[0.0, 0.25, 1.0]]]]), atol=1e-3)
@@ -175,7 +179,7 @@ def test_many_ddim_steps_solve_the_probability_flow(sigma):
 
 
 def test_denoised_is_the_posterior_mean_of_a_known_mixture():
-    """Two Gaussians a pixel: eps is the score of the noised mixture, E[image | noisy] comes from quadrature."""
+    """Two Gaussians per pixel: eps is the score of the noised mixture; E[image | noisy] comes from quadrature."""
     sigma, w, mu, s = 0.5, (0.3, 0.7), (-0.5, 0.4), (0.1, 0.2)
 
     def predict(x_t, t):
@@ -199,7 +203,7 @@ def test_denoised_is_the_posterior_mean_of_a_known_mixture():
 
 
 def test_group_norm_adds_its_epsilon_to_the_variance():
-    """At a standard deviation of 1e-3 an epsilon of 1e-5 decides; 1e-6 would triple the output."""
+    """At a standard deviation of 1e-3 an epsilon of 1e-5 dominates; 1e-6 would triple the output."""
     x = 1e-3 * torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(4))
     groups = x.reshape(2, 4, -1)
     scale = (groups.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -215,7 +219,7 @@ def meta_state(settings, channels):
 
 
 def test_public_layouts():
-    """Names and shapes where a wrong block count, attention place or upsampling would show."""
+    """Names and shapes that would differ for a wrong number of blocks, place of attention or upsampling."""
     cifar, imagenet = meta_state(CIFAR, 3), meta_state(IMAGENET, 3)
     for state, key, shape in [
         (cifar, "input_blocks.4.0.op.weight", (128, 128, 3, 3)),
@@ -236,10 +240,10 @@ UPDOWN = SMALL.model_copy(update={"resblock_updown": True, "learn_sigma": True, 
 
 
 @pytest.mark.parametrize(("settings", "channels"), [(CIFAR, 3), (IMAGENET, 3), (SMALL, 1), (UPDOWN, 2)])
-def test_settings_are_read_back_from_the_keys(settings, channels):
-    told = settings_in(meta_state(settings, channels), channels)
-    assert told == {key: getattr(settings, key) for key in told}
-    assert len(told) == 7
+def test_settings_are_inferred_from_the_keys(settings, channels):
+    found = settings_in(meta_state(settings, channels), channels)
+    assert found == {key: getattr(settings, key) for key in found}
+    assert len(found) == 7
     assert settings_in({"fc.weight": torch.zeros(1)}, 3) == {}
 
 
@@ -248,15 +252,15 @@ def test_settings_are_read_back_from_the_keys(settings, channels):
     [("model_channels", 16), ("num_res_blocks", 2), ("learn_sigma", True), ("patch", 1), ("channel_mult", [1, 1]),
      ("attention_factors", [1, 2]), ("resblock_updown", True)],
 )  # fmt: skip
-def test_a_mismatch_names_the_setting_that_explains_it(tmp_path, raw_spec, small, key, value):
+def test_a_mismatch_names_the_setting_that_causes_it(tmp_path, raw_spec, small, key, value):
     save_file(small.state_dict(), tmp_path / "unet.safetensors")
     section = {"arch": "unet", "checkpoint": str(tmp_path / "unet.safetensors")}
     spec = load_spec({**raw_spec, "denoiser": {**section, "unet": {**SMALL.model_dump(), key: value}}})
     with pytest.raises(UserError) as error:
-        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 8))
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (1, 8, 8))
     message = str(error.value)
-    assert f"{key} = {getattr(SMALL, key)} where the architecture has {value}" in message
-    assert "expects" in message or "missing" in message or "no place" in message
+    assert f"{key} = {getattr(SMALL, key)} instead of {value}" in message
+    assert "expects" in message or "missing" in message or "not part of" in message
 
 
 def test_image_sides_that_do_not_divide_are_refused(tmp_path, raw_spec, small):
@@ -264,13 +268,13 @@ def test_image_sides_that_do_not_divide_are_refused(tmp_path, raw_spec, small):
     section = {"arch": "unet", "checkpoint": str(tmp_path / "unet.safetensors"), "unet": SMALL.model_dump()}
     spec = load_spec({**raw_spec, "denoiser": section})
     with pytest.raises(UserError, match=r"images of 8 x 6 pixels.*multiples of 4"):
-        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 6))
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (1, 8, 6))
 
 
-def test_steps_go_from_the_timestep_of_sigma_evenly_towards_zero():
+def test_steps_are_evenly_spaced_from_the_timestep_of_sigma_to_zero():
     assert timesteps(LINEAR, 0.5, 1) == [259]
     assert timesteps(LINEAR, 0.5, 4) == [259, 194, 130, 65]
-    with pytest.raises(UserError, match=r"denoiser\.steps = 300.*timestep 259: take 259 steps at most"):
+    with pytest.raises(UserError, match=r"denoiser\.steps = 300.*timestep 259; use at most 259 steps"):
         timesteps(LINEAR, 0.5, 300)
 
 
@@ -283,7 +287,7 @@ DIFFUSERS_UNET = {
 
 @pytest.fixture
 def pipeline_folder(tmp_path):
-    """A DDPM saved by diffusers, as google/ddpm-cifar10-32 was, with random weights."""
+    """A DDPM that diffusers saved, like google/ddpm-cifar10-32, with random weights."""
     diffusers = pytest.importorskip("diffusers")
     network, generator = diffusers.UNet2DModel(**DIFFUSERS_UNET), torch.Generator().manual_seed(5)
     for parameter in network.parameters():
@@ -296,7 +300,7 @@ def pipeline_folder(tmp_path):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("early", [False, True])
 def test_diffusers_folder(pipeline_folder, raw_spec, kind, early):
-    """x0 as diffusers' own scheduler predicts it, from both layouts of the folder and of the attention's keys."""
+    """x0 equals that of diffusers' own scheduler, for both layouts of the folder and of the attention's keys."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     scheduler_config = pipeline_folder / "scheduler" / "scheduler_config.json"
@@ -314,8 +318,8 @@ def test_diffusers_folder(pipeline_folder, raw_spec, kind, early):
     raw = {**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}}
     raw["smoothing"] = {**raw["smoothing"], "sigma": 0.5}
     spec = load_spec(raw)
-    assert set(denoiser_ids(spec)) == {"denoiser", "denoiser.config", "denoiser.scheduler"}
-    found = build_denoiser(spec, torch.device("cpu"), torch.float32, (3, 8, 8))
+    assert set(resolve_denoiser(spec).ids()) == {"denoiser", "denoiser.config", "denoiser.scheduler"}
+    found = resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (3, 8, 8))
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(6))
     scheduler = DDPMScheduler.from_config(config)
     x_t = scheduler.alphas_cumprod[259].sqrt() * (2 * x - 1)
@@ -327,49 +331,51 @@ def test_diffusers_folder(pipeline_folder, raw_spec, kind, early):
 
 def test_diffusers_mistakes(pipeline_folder, raw_spec):
     spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}})
-    with pytest.raises(UserError, match="a denoiser of 3 channels, the images have 1"):
-        build_denoiser(spec, torch.device("cpu"), torch.float32, (1, 8, 8))
+    with pytest.raises(UserError, match="the denoiser processes 3 channels, but the images have 1"):
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (1, 8, 8))
     (pipeline_folder / "unet" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
-        build_denoiser(spec, torch.device("cpu"), torch.float32, (3, 8, 8))
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (3, 8, 8))
     (pipeline_folder / "unet" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
-        check_denoiser(spec)
+        resolve_denoiser(spec)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_doubling_and_convolution_are_one_transposed_convolution(channels_last):
+def test_doubling_and_convolution_equal_one_transposed_convolution(channels_last):
     generator = torch.Generator().manual_seed(4)
     conv, x = torch.nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 4, generator=generator)
     for parameter in conv.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    merged = doubling(conv)
+    merged = merge_doubling(conv)
     if channels_last:
         x, merged = x.to(memory_format=torch.channels_last), merged.to(memory_format=torch.channels_last)
     assert torch.allclose(merged(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"resblock_updown": True})])
-def test_what_is_folded_and_merged_is_the_network_as_it_was_trained(settings):
-    """In channels last too, where group norm of narrow groups is computed another way."""
+def test_fused_network_equals_the_trained_one(settings):
+    """The fused network is channels-last, where group norms of few channels use another algorithm."""
     unet, generator = UNet(settings, 1), torch.Generator().manual_seed(5)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     x = torch.randn(3, 1, 16, 16, generator=generator)
     with torch.no_grad():
-        trained = unet(x, torch.full((3,), 17))
-        unet.fold([17, 18])
-        assert torch.allclose(unet(x, 17), trained, atol=1e-4)
-        assert torch.allclose(unet.to(memory_format=torch.channels_last)(x, 17), trained, atol=1e-4)
-        unet.fold([19])  # a second time merges nothing twice
-        assert torch.allclose(unet(x, torch.full((3,), 17)), trained, atol=1e-4)
+        fused = fuse(unet, [17, 18])
+        for t in (17, 18):
+            assert torch.allclose(fused(x, t), unet(x, torch.full((3,), t)), atol=1e-4)
+    assert not any(isinstance(module, GroupNorm) for module in fused.modules())
+    merged = sum(isinstance(module, torch.nn.ConvTranspose2d) for module in fused.modules())
+    assert merged == len(settings.channel_mult) - 1
+    with pytest.raises(KeyError):
+        fused(x, 19)
 
 
 @pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="torch was built without NNPACK")
 @pytest.mark.parametrize("updown", [False, True])
-def test_winograds_convolutions_are_the_network_as_it_was_trained(updown, monkeypatch):
-    """Sides of 28 and 14 are its own, and of 7 are not; 28 is no multiple of its tiles of 6."""
+def test_winograd_convolutions_equal_the_trained_network(updown, monkeypatch):
+    """Sides of 28 and 14 use Winograd's algorithm, sides of 7 do not; 28 is not a multiple of its tiles of 6."""
     called: list[tuple[int, int]] = []
     convolve = torch._nnpack_spatial_convolution
 
@@ -386,34 +392,114 @@ def test_winograds_convolutions_are_the_network_as_it_was_trained(updown, monkey
     x = torch.randn(2, 1, 28, 28, generator=generator)
     with torch.no_grad():
         trained = unet.double()(x.double(), torch.full((2,), 17)).float()
-        unet.float().fold([17])
-        plain = unet(x, 17)
+        plain = fuse(unet.float(), [17], compiled=True)(x, 17)
         assert not called
-        fast = unet.lay_out(compiled=False)(x, 17)
+        fused = fuse(unet, [17])
+        fast = fused(x, 17)
         assert {side for _, side in called} == {28, 14}
         assert torch.allclose(fast, plain, atol=1e-4)
         assert torch.allclose(fast, trained, atol=1e-4)
-        assert torch.allclose(unet(x[:1], 17), fast[:1], atol=1e-4)  # one image takes another path in NNPACK
+        assert torch.allclose(fused(x[:1], 17), fast[:1], atol=1e-4)  # NNPACK uses another code path for one image
         assert called[-1][0] == 1
 
 
-def test_winograd_is_left_to_a_cpus_float32_of_wide_networks():
+def test_winograd_is_used_only_for_wide_float32_networks_on_a_cpu():
     wide = UNet(SMALL.model_copy(update={"model_channels": 128, "num_groups": 32}), 1)
-    wide.fold([17])
-    assert not wide.lay_out(compiled=True).winograd
-    assert not UNet(SMALL, 1).lay_out(compiled=False).winograd
-    assert not wide.to(torch.bfloat16).lay_out(compiled=False).winograd
-    assert not wide.to("meta", torch.float32).lay_out(compiled=False).winograd
+    assert fuse(wide, [17]).winograd == torch.backends.nnpack.is_available()
+    assert not fuse(wide, [17], compiled=True).winograd
+    assert not fuse(UNet(SMALL, 1), [17]).winograd
+    assert not fuse(wide, [17], torch.bfloat16).winograd
+    assert not fuse(wide.to("meta"), [17]).winograd
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(16, 8), (12, 2), (8, 8)])
-def test_group_norm_is_the_same_in_every_layout(channels, groups):
+def test_fast_group_norm_is_the_same_in_every_layout(channels, groups):
     norm, generator = GroupNorm(groups, channels), torch.Generator().manual_seed(6)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    x = 3 + torch.randn(4, channels, 5, 6, generator=generator)
+    x, fast = 3 + torch.randn(4, channels, 5, 6, generator=generator), FastGroupNorm(norm)
     last = x.to(memory_format=torch.channels_last)
-    assert torch.allclose(norm(last), norm(x), atol=1e-5)
-    assert norm(last).is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(fast(last), norm(x), atol=1e-5)
+    assert torch.equal(fast(x), norm(x))
+    assert fast(last).is_contiguous(memory_format=torch.channels_last)
     affine = (torch.randn(channels, generator=generator), torch.randn(channels, generator=generator))
-    assert torch.allclose(norm(last, affine), F.group_norm(x, groups, *affine), atol=1e-5)
+    assert torch.allclose(fast(last, affine), F.group_norm(x, groups, *affine), atol=1e-5)
+
+
+IMPOSSIBLE = [
+    ({"channel_mult": [1, 0]}, r"channel_mult\.1 = 0: input should be greater than or equal to 1"),
+    ({"channel_mult": [-1]}, r"channel_mult\.0 = -1: input should be greater"),
+    ({"channel_mult": [10**9]}, r"channel_mult\.0 = 1000000000: input should be less than or equal to 64"),
+    ({"channel_mult": [1] * 50}, r"channel_mult = .*at most 10 items"),
+    ({"channel_mult": []}, r"channel_mult = .*at least 1 item"),
+    ({"model_channels": 10**9}, r"model_channels = 1000000000: input should be less than or equal to 4096"),
+    ({"model_channels": 4096, "channel_mult": [64]}, r"model_channels \* channel_mult = 262144 exceeds 16384; use"),
+    ({"num_res_blocks": 10**6}, r"num_res_blocks = 1000000: input should be less than or equal to 32"),
+    ({"num_groups": 3}, r"num_groups = 3 does not divide the width 8 .*; use a divisor"),
+    ({"num_groups": 16}, r"num_groups = 16 does not divide the width 8"),
+    ({"num_heads": 3}, r"num_heads = 3 does not divide the width 16 of an attention layer; use a divisor"),
+    ({"num_head_channels": 5}, r"num_head_channels = 5 does not divide the width 16"),
+    ({"num_heads": 16, "attention_factors": [1]}, r"num_heads = 16 does not divide the width 8"),
+    ({"attention_factors": [0]}, r"attention_factors\.0 = 0: input should be greater"),
+    ({"attention_factors": [-2]}, r"attention_factors\.0 = -2: input should be greater"),
+    ({"patch": 10**6}, r"patch = 1000000: input should be less than or equal to 64"),
+    ({"steps": 10**9}, r"steps = 1000000000: input should be less than or equal to 100000"),
+    ({"steps": 5}, r"steps = 5 is too few for a linear schedule; use at least 21"),
+    ({"schedule": "square"}, r"schedule = 'square'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
+def test_hyper_parameters_that_cannot_be_built_are_refused(raw_spec, changes, message):
+    section = {"arch": "unet", "unet": {**SMALL.model_dump(), **changes}}
+    with pytest.raises(UserError, match=message) as error:
+        load_spec({**raw_spec, "denoiser": section})
+    assert "\n" not in str(error.value)
+    assert "denoiser.unet" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [CIFAR, IMAGENET, SMALL, UPDOWN])
+def test_hyper_parameters_that_pass_the_checks_can_be_built(settings):
+    assert UNetSettings.model_validate(settings.model_dump()) == settings
+    with torch.device("meta"):
+        unet = UNet(settings, 3)
+        side = settings.side_multiple
+        assert unet(torch.zeros(1, 3, side, side), torch.zeros(1)).shape == (1, 3, side, side)
+
+
+CONFIGS = [
+    ("unet/config.json", [], r"config\.json: holds a JSON list, not an object; get the file again"),
+    ("unet/config.json", {}, r"config\.json: in_channels: Field required; correct the file"),
+    ("unet/config.json", {"in_channels": "3"}, r"config\.json: in_channels: Input should be a valid integer"),
+    ("unet/config.json", {"in_channels": 3, "_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, which cannot"),
+    ("unet/config.json", {"in_channels": 3, "block_out_channels": "wide"}, r"config\.json: cannot be used \("),
+    ("unet/config.json", {"in_channels": 3, "block_out_channels": [7]}, r"config\.json: cannot be used \("),
+    ("scheduler/scheduler_config.json", 5, "holds a JSON int, not an object"),
+    (
+        "scheduler/scheduler_config.json",
+        {"prediction_type": "flow"},
+        "prediction_type: Input should be 'epsilon', 'v_p",
+    ),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps: Input should be less"),
+    ("scheduler/scheduler_config.json", {"beta_end": "x"}, r"scheduler_config\.json: cannot be used \("),
+    ("scheduler/scheduler_config.json", {"beta_end": 7.0}, "its betas must lie between 0 and 1"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "none"}, r"scheduler_config\.json: cannot be used \("),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), CONFIGS)
+def test_hostile_diffusers_configurations_give_one_line(pipeline_folder, raw_spec, file, content, message):
+    (pipeline_folder / file).write_text(json.dumps(content))
+    spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": str(pipeline_folder)}})
+    with pytest.raises(UserError, match=message) as error:
+        resolve_denoiser(spec).build(torch.device("cpu"), torch.float32, (3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_name_that_is_too_long_gives_one_line(raw_spec):
+    spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": "/" + "n" * 300}})
+    with pytest.raises(
+        UserError, match=r"^checkpoint /n+: cannot be read \(File name too long\); give the path"
+    ) as error:
+        resolve_denoiser(spec)
+    assert len(str(error.value)) < 300

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the documents runs, or says what it needs and is parsed."""
+"""The documentation is true: its commands and Python code run. A block that says `# needs ...` is only parsed."""
 
 import os
 import re
@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +22,12 @@ from pipeline.spec import load_spec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README_LINES = 120
+PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "tests")
+KINDS = {"bash", "python", "toml", "text"}
 
 
-class Block(NamedTuple):
+class CodeBlock(NamedTuple):
     page: str
     line: int
     kind: str
@@ -34,85 +39,125 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> list[list[str]]:
-        """The command lines, one word list each; braces as the shell expands them stay one word."""
+        """The words of each command line. Braces are not expanded; the shell does this later."""
         return [words for line in self.text.splitlines() if (words := shlex.split(line, comments=True))]
 
+    def __str__(self) -> str:
+        return f"{self.page}-{self.line}"
 
-def blocks(page: Path) -> list[Block]:
+
+def code_blocks(page: Path) -> list[CodeBlock]:
+    text = page.read_text()
     found = []
-    for match in re.finditer(r"^( *)```(\w+)\n(.*?)^ *```$", page.read_text(), re.M | re.S):
+    for match in re.finditer(r"^( *)```(\w+)\n(.*?)^ *```$", text, re.M | re.S):
         indent, kind, body = match.groups()
-        text = "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
-        found.append(Block(page.stem, page.read_text()[: match.start()].count("\n") + 2, kind, text))
+        unindented = "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
+        found.append(CodeBlock(page.stem, text[: match.start()].count("\n") + 2, kind, unindented))
     return found
 
 
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-BASH = [block for block in BLOCKS if block.kind == "bash"]
+BLOCKS = [block for page in PAGES for block in code_blocks(page)]
 
 
-def test_blocks_are_of_known_kinds_and_commands_stand_in_blocks():
-    assert {block.kind for block in BLOCKS} <= {"bash", "python", "toml", "text"}
-    assert len(BASH) >= 15
+def blocks_of(kind: str) -> list[CodeBlock]:
+    return [block for block in BLOCKS if block.kind == kind]
+
+
+def test_every_code_block_has_a_known_kind():
+    assert {block.kind for block in BLOCKS} <= KINDS
+    assert len(blocks_of("bash")) >= 15
     for page in PAGES:
-        outside = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
-        assert not re.search(r"^ {2,}(diffsmooth|python|ray|kubectl) ", outside, re.M), page
+        assert page.read_text().count("```") == 2 * len(code_blocks(page)), page
 
 
-@pytest.mark.parametrize("block", BASH, ids=lambda block: f"{block.page}-{block.line}")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_inside_code_blocks(page):
+    outside = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    assert not re.search(r"^ {2,}(diffsmooth|python|ray|kubectl) ", outside, re.M)
+
+
+@pytest.mark.parametrize("block", blocks_of("bash"), ids=str)
 def test_every_command_parses(block):
     for words in block.commands:
         if words[0] == "diffsmooth" and not words[1].startswith("-"):
             command = main.commands[words[1]]
-            command.make_context(f"diffsmooth {words[1]}", words[2:])  # refuses unknown options and wrong values
+            command.make_context(f"diffsmooth {words[1]}", words[2:])  # raises for unknown options and invalid values
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
-        elif words[0] == "pip" and "install" in words:
-            assert (ROOT / "pyproject.toml").exists()
         elif block.runs:
-            assert words[0] in ("diffsmooth", "printf"), words
+            assert words[0] in ("diffsmooth", "printf", "pip"), words
 
 
-def test_python_that_cannot_run_compiles():
-    for block in BLOCKS:
-        if block.kind == "python":
-            compile(block.text, f"{block.page}, line {block.line}", "exec")
+@pytest.mark.parametrize("block", blocks_of("python"), ids=str)
+def test_every_python_block_compiles(block):
+    compile(block.text, str(block), "exec")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
+def test_every_link_has_a_target(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{page.name}: {target}"
+        assert file.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert anchor in anchors, f"{page.name}: {target}"
+            assert anchor in anchors, target
 
 
-def test_the_readme_names_every_page():
+def test_the_readme_is_short_and_links_every_page():
     text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= README_LINES
     for page in PAGES[1:]:
-        assert f"docs/{page.name}" in text
+        assert f"(docs/{page.name})" in text
+
+
+def test_the_readme_shows_make_demo_first():
+    assert blocks_of("bash")[0].text == "make demo\n"
+
+
+def test_the_layout_in_contributing_is_complete():
+    named = {Path(name).name for name in re.findall(r"[\w/]+\.py\b", (ROOT / "docs" / "contributing.md").read_text())}
+    exist = {path.name for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    assert named <= exist
+    assert {path.name for folder in ("pipeline", "cluster") for path in (ROOT / folder).rglob("*.py")} <= named
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A folder with the run that the quick start makes, by the command as a user types it, of three samples."""
+def demo(tmp_path_factory, ray_session) -> Path:
+    """A folder that holds the run of `make demo`, reduced to three samples."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("mnist", "mnist-cohen-0.50", "mnist-dds-0.50", "mnist-diffsmooth-0.50"):
         shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', (SPECS / f"{name}.toml").read_text(), flags=re.M)
-        # a file goes before a shipped spec of its name
+        # a file has priority over the shipped spec of the same name
         (folder / name).write_text(shorter.replace('device = "auto"', 'device = "cpu"'))
-    shell("diffsmooth certify mnist", folder)
+    with pytest.MonkeyPatch.context() as patch, original_signal_handlers():
+        patch.chdir(folder)
+        run_command(["certify", "mnist"])
     return folder
 
 
-def shell(text: str, folder: Path) -> str:
-    """What bash prints; it must end with exit status 0."""
+@contextmanager
+def original_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers of pytest afterwards, because `certify` installs its own."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def run_command(words: list[str]) -> None:
+    """Run `diffsmooth` in this process, on the Ray of the test session."""
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, f"{words}\n{result.output}\n{result.exception!r}"
+
+
+def run_shell(text: str, folder: Path) -> str:
+    """Run bash and return its standard output. `diffsmooth` is the installed command and starts its own Ray."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
@@ -123,48 +168,44 @@ def shell(text: str, folder: Path) -> str:
     return done.stdout
 
 
-def run(line: str, folder: Path) -> None:
-    """A line of bash; our own command runs in this process, after bash has expanded its words.
+def run_line(line: str, folder: Path) -> None:
+    """Run one line of a bash block.
 
-    Not where it imports an own module: the actors of this session's Ray do not look into the folder.
+    In a folder with the user's own models.py, the line runs in bash as a user types it. The actors of the test session
+    could not import models.py.
     """
     if not line.startswith("diffsmooth ") or (folder / "models.py").exists():
-        shell(line, folder)
-        return
-    words = shell(f"for word in {line}\ndo printf '%s\\0' \"$word\"; done", folder).split("\0")[1:-1]
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+        run_shell(line, folder)
+    else:
+        words = run_shell(f"for word in {line}\ndo printf '%s\\0' \"$word\"; done", folder)
+        run_command(words.split("\0")[1:-1])
 
 
-@pytest.fixture
-def own_signals():
-    """certify installs handlers; afterwards pytest has its own again."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+def runnable(page: Path) -> Iterator[CodeBlock]:
+    return (block for block in code_blocks(page) if block.runs and block.kind != "text")
 
 
-@pytest.mark.usefixtures("own_signals", "ray_session")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(page, demo, tmp_path, monkeypatch):
-    """In the page's order, in a folder that holds the run of the quick start."""
-    shown = [block for block in blocks(page) if block.kind in ("bash", "python", "toml") and block.runs]
-    if not shown:
-        pytest.skip("nothing to run on this page")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(runnable(page))], ids=lambda page: page.stem)
+def test_every_block_of_a_page_runs(page, demo, tmp_path, monkeypatch):
+    """The blocks run in the order of the page, in a folder that holds the run of `make demo`."""
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
-    for block in shown:
-        if block.kind == "bash":
-            for line in block.text.splitlines():
-                if not line.startswith(("make ", "pip ")):
-                    run(line, tmp_path)
-        elif block.kind == "toml":
-            (tmp_path / "mine.toml").write_text(block.text)
-            assert load_spec(tmp_path / "mine.toml").name == "mine"
-        elif block.text.startswith("# models.py"):
-            (tmp_path / "models.py").write_text(block.text)
-        else:
-            (tmp_path / "shown.py").write_text(block.text)
-            runpy.run_path(str(tmp_path / "shown.py"))
+    with original_signal_handlers():
+        for block in runnable(page):
+            run_block(block, tmp_path)
+
+
+def run_block(block: CodeBlock, folder: Path) -> None:
+    if block.kind == "bash":
+        for line in block.text.splitlines():
+            if not line.startswith(("make ", "pip ")):
+                run_line(line, folder)
+    elif block.kind == "toml":
+        (folder / "mine.toml").write_text(block.text)
+        assert load_spec(folder / "mine.toml").name == "mine"
+    elif block.text.startswith("# models.py"):
+        (folder / "models.py").write_text(block.text)
+    else:
+        (folder / "shown.py").write_text(block.text)
+        runpy.run_path(str(folder / "shown.py"))

@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from jobs.certify import analyze, certify_all, read_order, run_status
+from jobs.analyze import Request, analyze
+from jobs.certify import Options, certify_all
 from pipeline.block import Block
 from pipeline.certify import certified_radius
 from pipeline.errors import RunError, UserError
+from pipeline.results import StoredRun, read_result
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
@@ -29,18 +31,15 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def certify(spec, home, *, actors=2, batch_size=16, **kind):
-    results, stopped = certify_all(
-        [(spec, str(home))],
-        address=None,
-        actors=actors,
-        batch_size=batch_size,
-        quiet=True,
-        on_stop=lambda stop: None,
-        **kind,
-    )
-    assert stopped is None
-    return results[0]
+def certify(spec, home, *, actors=2, batch_size=16, **options):
+    """What `certify --json` prints about one spec."""
+    how = Options(actors=actors, batch_size=batch_size, quiet=True, **options)
+    (certified,) = certify_all([(spec, str(home))], how)
+    return certified.to_json()
+
+
+def status(home):
+    return StoredRun.open(str(home)).status().to_json()
 
 
 def table(home) -> pd.DataFrame:
@@ -48,7 +47,7 @@ def table(home) -> pd.DataFrame:
 
 
 def test_half_space_gets_its_exact_radius(raw_spec, tmp_path):
-    """The certified radius lies below the true distance to the boundary, and near it at n = 20,000."""
+    """The certified radius is below the true distance to the boundary, and close to it at n = 20,000."""
     raw_spec["smoothing"] |= {"n": 20_000, "block": {"selection": 50, "estimation": 10_000}}
     result = certify(load_spec(raw_spec), tmp_path / "run", batch_size=500)
     rows = pd.read_parquet(tmp_path / "run" / "orders" / "001" / "certificates.parquet")
@@ -62,14 +61,14 @@ def test_half_space_gets_its_exact_radius(raw_spec, tmp_path):
     assert result["acr"] == pytest.approx(rows["radius"].mean())
 
 
-def test_a_relative_home_is_the_drivers(raw_spec, tmp_path, monkeypatch):
-    """Actors of a Ray that was started in another folder write there too."""
+def test_a_relative_folder_is_relative_to_the_driver(raw_spec, tmp_path, monkeypatch):
+    """Also for actors of a Ray that was started in another folder."""
     monkeypatch.chdir(tmp_path)
     assert certify(load_spec(raw_spec), "here/run")["complete"]
     assert len(list((tmp_path / "here" / "run" / "votes" / "estimation").iterdir())) == 16
 
 
-def test_the_cut_changes_nothing_and_again_does_nothing(raw_spec, tmp_path):
+def test_votes_do_not_depend_on_the_cut_and_a_second_call_casts_nothing(raw_spec, tmp_path):
     spec = load_spec(raw_spec)
     result = certify(spec, tmp_path / "a", actors=1, batch_size=7)
     assert result["draws_cast"] == 8 * 250
@@ -79,7 +78,7 @@ def test_the_cut_changes_nothing_and_again_does_nothing(raw_spec, tmp_path):
     pd.testing.assert_frame_equal(table(tmp_path / "a"), table(tmp_path / "b"))
 
 
-def test_predict_shares_storage_resume_and_votes_with_certify(raw_spec, tmp_path):
+def test_predict_and_certify_share_storage_and_votes(raw_spec, tmp_path):
     spec = load_spec(raw_spec)
     predicted = certify(spec, tmp_path / "run", certificate="predict")
     assert (predicted["accuracy"], predicted["abstention_rate"], predicted["draws_cast"]) == (1.0, 0.0, 8 * 200)
@@ -89,20 +88,20 @@ def test_predict_shares_storage_resume_and_votes_with_certify(raw_spec, tmp_path
     assert rows["status"].eq("predicted").all()
     certified = certify(spec, tmp_path / "run")
     assert (certified["draws_cast"], certified["post_hoc"]) == (8 * 50, True)
-    word = run_status(str(tmp_path / "run"))["driver"]
-    assert (word["draws_cast"], word["draws_wanted"], word["eta_seconds"]) == (8 * 50, 8 * 50, 0)
+    driver = status(tmp_path / "run")["driver"]
+    assert (driver["draws_cast"], driver["draws_wanted"], driver["eta_seconds"]) == (8 * 50, 8 * 50, 0)
     certify(spec, tmp_path / "alone")
     pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "alone"))
     log = tmp_path / "predictions.tsv"
-    analyze(str(tmp_path / "run"), alpha=None, n0=None, n=None, export_tsv=str(log), quiet=True)
+    analyze(str(tmp_path / "run"), Request(), export_tsv=str(log), quiet=True)
     assert log.read_text().splitlines()[:2] == ["idx\tlabel\tpredict\tcorrect\ttime", "0\t0\t0\t1\t0:00:00"]
     with pytest.raises(UserError, match="holds predictions, which have no radius"):
-        read_order(str(tmp_path / "run"), "001")
-    assert read_order(str(tmp_path / "run"), None).curve.acr > 0  # the first order that has radii
+        read_result(str(tmp_path / "run"), "001")
+    assert read_result(str(tmp_path / "run")).result.curve.acr > 0  # the first order that has radii
 
 
 @pytest.mark.parametrize(("arch", "warned"), [("half_space", False), ("upside_down", True)])
-def test_a_classifier_no_better_than_chance_is_warned_of(raw_spec, images, tmp_path, caplog, arch, warned):
+def test_a_classifier_no_better_than_chance_causes_a_warning(raw_spec, images, tmp_path, caplog, arch, warned):
     rows = pq.read_table(images).to_pylist() * 5  # 40 samples: 8 could be luck
     pq.write_table(pa.Table.from_pylist(rows), images)
     raw_spec["classifier"] = {"arch": f"tests.models:{arch}"}
@@ -127,7 +126,7 @@ def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
     assert any(line.startswith("ray_diffsmooth_task_seconds_count") for line in lines)
 
 
-def test_growing_draws_only_what_is_missing(raw_spec, tmp_path):
+def test_growing_a_run_casts_only_missing_draws(raw_spec, tmp_path):
     home = tmp_path / "run"
     certify(load_spec(raw_spec, ["data.samples=0:4"]), home)
     before = {path: path.stat().st_mtime_ns for path in (home / "votes").rglob("*.parquet")}
@@ -141,17 +140,17 @@ def test_growing_draws_only_what_is_missing(raw_spec, tmp_path):
     pd.testing.assert_frame_equal(table(home), table(whole))
 
 
-def test_wrong_programs_stop_with_the_first_cause(raw_spec, tmp_path):
+def test_a_wrong_program_stops_with_the_first_cause(raw_spec, tmp_path):
     raw_spec["classifier"] = {"arch": "tests.models:not_a_number"}
     with pytest.raises(UserError, match="not finite"):
         certify(load_spec(raw_spec), tmp_path / "nan")
     raw_spec["classifier"] = {"arch": "tests.models:three_classes"}
-    with pytest.raises(UserError, match="3 classes, the data set 2"):
+    with pytest.raises(UserError, match="the classifier has 3 classes, but the data set has 2"):
         certify(load_spec(raw_spec), tmp_path / "three")
     assert not list((tmp_path / "nan" / "votes" / "estimation").glob("1-*"))
 
 
-def test_a_deadly_sample_is_set_aside_and_the_others_are_done(raw_spec, images, tmp_path):
+def test_a_sample_that_kills_its_worker_is_set_aside_and_the_others_are_certified(raw_spec, images, tmp_path):
     rows = pq.read_table(images).to_pylist()
     rows[3]["image"]["bytes"] = png(np.full((4, 4), 255, np.uint8))
     pq.write_table(pa.Table.from_pylist(rows), images)
@@ -164,9 +163,9 @@ def test_a_deadly_sample_is_set_aside_and_the_others_are_done(raw_spec, images, 
     }
 
 
-def test_actors_that_only_die_end_the_run(raw_spec, tmp_path):
+def test_actors_that_always_die_end_the_run(raw_spec, tmp_path):
     raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
-    with pytest.raises(RunError, match=r"actors died 5 times in a row .* missing memory"):
+    with pytest.raises(RunError, match=r"actors died 5 times in a row .* enough memory"):
         certify(load_spec(raw_spec), tmp_path / "run", actors=1)
 
 
@@ -175,7 +174,7 @@ def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
         certify(load_spec(raw_spec, ["compute.device=cuda"]), tmp_path / "run")
 
 
-def test_wrong_address_is_said_at_once(raw_spec, tmp_path):
+def test_a_wrong_address_is_reported_at_once(raw_spec, tmp_path):
     (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec)))
     command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", "127.0.0.1:9"]
     command += ["--out", str(tmp_path / "run")]
@@ -187,7 +186,7 @@ def test_wrong_address_is_said_at_once(raw_spec, tmp_path):
 
 @pytest.fixture
 def slow(raw_spec, tmp_path):
-    """A spec file of some 5 seconds on two actors, its home, and the command that certifies it."""
+    """A spec that takes about 5 seconds on two actors, the folder of its run, and the command that certifies it."""
     raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
     path = tmp_path / "slow.toml"
     spec = load_spec(raw_spec, ["smoothing.n=500"])
@@ -212,7 +211,7 @@ def wait_for_blocks(spec, home, number, process) -> None:
 
 
 def busy_actors() -> list[int]:
-    """Process ids of the actors that run a task now, by their titles."""
+    """The process ids of the actors that are running a task, found by their titles."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -220,7 +219,7 @@ def busy_actors() -> list[int]:
                 title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if title.startswith("ray::_Shell.run"):
+            if title.startswith("ray::_RemoteWorker.run"):
                 found.append(int(folder.name))
     return found
 
@@ -238,14 +237,14 @@ def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, tmp_path)
     assert 24 <= len(left) < 8 * 6
     result = certify(spec, home)
     assert result["complete"]
-    # at most: the killed driver's actors live on for a moment, and what they stored in it counts
+    # at most, since the actors of the killed driver live for another moment and may store more
     assert 0 < result["draws_cast"] <= 8 * 550 - sum(block.draws for block in left)
     certify(spec, tmp_path / "undisturbed")
     pd.testing.assert_frame_equal(table(home), table(tmp_path / "undisturbed"))
     pd.testing.assert_frame_equal(read_votes(str(home)), table(home), check_dtype=False)
 
 
-def test_two_drivers_at_once_lose_nothing_and_count_nothing_twice(slow, tmp_path):
+def test_two_drivers_at_once_lose_no_votes_and_count_none_twice(slow, tmp_path):
     spec, home, command = slow
     drivers = [subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     results = [json.loads(driver.communicate(timeout=120)[0])[0] for driver in drivers]
@@ -257,15 +256,15 @@ def test_two_drivers_at_once_lose_nothing_and_count_nothing_twice(slow, tmp_path
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stop_signals_end_gracefully_and_say_so(slow, number, status):
+def test_stop_signals_end_gracefully(slow, number, status):
     spec, home, command = slow
     process = start(command)
     wait_for_blocks(spec, home, 4, process)
     process.send_signal(number)
     _, words = process.communicate(timeout=60)
     assert process.returncode == status, words
-    assert "stopping; blocks in flight are finished first" in words
-    assert "the same command goes on from here" in words
+    assert "stopping; finishing the blocks in flight" in words
+    assert "stopped; run the same command to resume" in words
     assert "Traceback" not in words
     blocks = list_blocks(open_store(str(home)), spec.smoothing.block)
     assert 4 <= len(blocks) < 8 * 6

@@ -56,7 +56,7 @@ def test_cohens_layout(log, caplog):
         HEADER.replace("\n", "\tpA\n") + ROWS.replace("\n", "\t0.9\n"),
     ],
 )
-def test_variants_say_the_same(log, caplog, text):
+def test_variants_of_the_layout_are_equal(log, caplog, text):
     read = read_log(log(text))
     pd.testing.assert_frame_equal(read, read_log(log(HEADER + ROWS)))
     assert not caplog.text
@@ -77,10 +77,10 @@ def test_an_abstention_on_an_unlabelled_sample_is_not_correct(log):
 def test_predict_logs_count_at_radius_zero(log, caplog):
     table = read_log(log("idx\tlabel\tpredict\tcorrect\ttime\n0\t3\t3\t1\t1.0\n1\t3\t-1\t0\t1.0\n"))
     assert curve_of("log", table, None, 1.0).at([0, 1e-9]).tolist() == [0.5, 0]
-    assert "without radii" in caplog.text
+    assert "has no radii" in caplog.text
 
 
-def test_not_sampled_is_left_out_and_said(log, caplog):
+def test_samples_that_were_not_sampled_are_excluded_with_a_warning(log, caplog):
     table = read_log(log(HEADER + ROWS + "60\t1\t-2\tnan\t0\t0.0\n"))
     curve = curve_of("log", table, None, 1.0)
     assert (curve.num_samples, curve.incomplete, curve.abstained) == (3, 1, 1)
@@ -88,12 +88,12 @@ def test_not_sampled_is_left_out_and_said(log, caplog):
 
 
 @pytest.mark.parametrize("end", ["60", "60\t1\t1\t7.11e-0", "60\t1\t1\t0.5\t"])
-def test_a_last_line_that_was_cut_is_left_out_and_said(log, caplog, end):
+def test_a_truncated_last_line_is_skipped_with_a_warning(log, caplog, end):
     assert read_log(log(HEADER + ROWS + end))["sample"].tolist() == [0, 20, 40]
-    assert "line 5: the last line is cut short" in caplog.text
+    assert "line 5: the last line is truncated" in caplog.text
 
 
-def test_header_alone_is_no_sample(log):
+def test_a_header_alone_has_no_samples(log):
     assert curve_of("log", read_log(log(HEADER)), None, 0.0).num_samples == 0
 
 
@@ -102,23 +102,23 @@ def test_header_alone_is_no_sample(log):
     [
         (
             HEADER + "0\t3\t3\n" + ROWS,
-            ["line 2", "3 fields", r"'0\t3\t3'", "there must be 6", "idx label predict radius"],
+            ["line 2", "3 fields", r"'0\t3\t3'", "a line must have 6", "idx label predict radius"],
         ),
         (HEADER + ROWS + "20\t7\t7\t0.1\t1\t1.0\n", ["lines 3 and 5", "idx 20"]),
-        (HEADER + "0\t3\t3\tnan\t1\t1.0\n", ["line 2", "radius = 'nan'", "finite number, 0 or more"]),
+        (HEADER + "0\t3\t3\tnan\t1\t1.0\n", ["line 2", "radius = 'nan'", "must be a number between 0 and 1e+06"]),
         (HEADER + "0\t3\t3\tinf\t1\t1.0\n", ["radius = 'inf'"]),
         (HEADER + "0\t3\t3\t-0.1\t1\t1.0\n", ["radius = '-0.1'"]),
         (HEADER + "0\t3\t3\ttensor(1)\t1\t1.0\n", ["radius = 'tensor(1)'"]),
         (HEADER + "0\t3\tcat\t0.1\t1\t1.0\n", ["line 2", "predict = 'cat'", "whole number"]),
         (HEADER + "0\t3\t-3\t0.1\t1\t1.0\n", ["predict = -3", "-2 (not sampled)"]),
         (HEADER + ROWS + HEADER + ROWS, ["line 5", "idx = 'idx'"]),
-        ("", ["line 1", "not a log's header: ''"]),
-        ("{}\n", ["not a log's header: '{}'", "separated by tabs", "idx label predict radius correct time"]),
-        (ROWS, ["not a log's header", "0.486"]),
-        (HEADER.replace("\t", " ") + ROWS, ["not a log's header"]),
+        ("", ["line 1", "'' is not the header of a log"]),
+        ("{}\n", ["'{}' is not the header of a log", "separated by tabs", "idx label predict radius correct time"]),
+        (ROWS, ["is not the header of a log", "0.486"]),
+        (HEADER.replace("\t", " ") + ROWS, ["is not the header of a log"]),
     ],
 )
-def test_refused_by_name(log, text, words):
+def test_mistakes_are_named(log, text, words):
     path = log(text)
     with pytest.raises(UserError) as refusal:
         read_log(path)
@@ -126,11 +126,11 @@ def test_refused_by_name(log, text, words):
         assert word in str(refusal.value)
 
 
-def test_what_is_no_text_or_no_file(tmp_path):
+def test_what_is_not_a_text_file_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"\x89PNG\r\n\xff\xfe")
-    with pytest.raises(UserError, match="not a log: its bytes are no text"):
+    with pytest.raises(UserError, match="not a log: it is not UTF-8 text"):
         read_log(tmp_path / "a")
-    with pytest.raises(UserError, match="cannot read the log: No such file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_log(tmp_path / "b")
 
 
@@ -174,7 +174,7 @@ def test_round_trip(log, caplog):
         "3\t3\t1\t1.123456\t0\t0:00:00",
         "4\t3\t-1\t0.000000\t0\t0:00:00",
     ]
-    assert "1 of 5 samples are incomplete and not in the log: 2" in caplog.text
+    assert "1 of 5 samples are incomplete and excluded from the log: 2" in caplog.text
     read = read_log(log(text))
     assert write_log(read) == text
     assert columns(read, "radius", "correct") == columns(table.drop(index=2), "radius", "correct")

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs.certify import analyze, run_status
-from pipeline.certify import certify as certify_votes
+from jobs.analyze import Request, analyze
+from pipeline.certify import certified_radius
 from pipeline.errors import UserError
-from pipeline.noise import draw_noise
+from pipeline.noise import Noise
+from pipeline.run import RUN_KEY, read_run
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
-from pipeline.votes import RUN_KEY, read_run
-from tests.test_end_to_end import certify, table
+from tests.test_end_to_end import certify, status, table
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -24,19 +24,24 @@ def rows_of(home, order="001") -> pd.DataFrame:
     return pd.read_parquet(Path(home) / "orders" / order / "certificates.parquet")
 
 
+def again(home, **request):
+    """What `analyze --json` prints."""
+    return analyze(str(home), Request(**request), quiet=True).summary().to_json()
+
+
 def spec_of(raw_spec, sampling, **smoothing):
     raw_spec["smoothing"] |= {"n": 2000, **smoothing}
     return load_spec(raw_spec | {"sampling": sampling})
 
 
-def test_skip_wrong_draws_nothing_for_a_wrong_class(raw_spec, tmp_path):
+def test_skip_wrong_casts_no_estimation_draws_for_a_wrong_class(raw_spec, tmp_path):
     raw_spec["classifier"]["arch"] = "tests.models:upside_down"
     raw_spec["data"]["samples"] = "0:2"
     result = certify(spec_of(raw_spec, {"skip_wrong": True}), tmp_path / "run")
     assert (result["draws_cast"], result["skipped"], result["complete"]) == (100, 2, True)
     assert result["abstention_rate"] is None
     assert (rows_of(tmp_path / "run")["status"] == "skipped").all()
-    assert run_status(str(tmp_path / "run"))["orders"]["001"]["draws_missing"] == 0
+    assert status(tmp_path / "run")["orders"]["001"]["draws_missing"] == 0
     unlabelled = spec_of(raw_spec, {"skip_wrong": True})
     images = pd.read_parquet(raw_spec["data"]["path"]).drop(columns="label")
     images.to_parquet(tmp_path / "unlabelled.parquet")
@@ -45,8 +50,8 @@ def test_skip_wrong_draws_nothing_for_a_wrong_class(raw_spec, tmp_path):
         certify(unlabelled.model_copy(update={"data": data}), tmp_path / "other")
 
 
-def test_planned_certifies_with_fresh_draws_of_its_plan(raw_spec, tmp_path):
-    """The radius stays below the true distance; all that an interrupted run had is used, and the plan is the same."""
+def test_planned_mode_certifies_with_fresh_draws(raw_spec, tmp_path):
+    """The radius is below the true distance; an interrupted run reuses all its blocks and makes the same plan."""
     spec = spec_of(raw_spec, {"mode": "planned", "max_acr_loss": 0.05}, n0=200)
     whole = certify(spec, tmp_path / "whole")
     rows = rows_of(tmp_path / "whole")
@@ -54,24 +59,25 @@ def test_planned_certifies_with_fresh_draws_of_its_plan(raw_spec, tmp_path):
     assert (rows["radius"] <= DISTANCE[rows["label"]]).all()
     assert whole["draws_used"] == whole["draws_cast"] == int(rows["n0"].sum() + rows["n"].sum())
     assert whole["draws_used"] < whole["draws_at_n"]
-    for row in rows.itertuples():  # bounded at full alpha, as fixed mode would with as many draws
-        alone = certify_votes(
-            table(tmp_path / "whole"), sigma=0.25, alpha=0.001, n0=200, n=row.n, samples=[row.sample]
-        ).iloc[0]
-        assert (alone["radius"], alone["n_A"]) == (row.radius, row.n_A)
+    votes = table(tmp_path / "whole")
+    for row in rows.itertuples():  # bounded at full alpha, as fixed mode would with the same n
+        drawn = votes[(votes["sample"] == row.sample) & (votes["stage"] == "estimation")]
+        n_A = int(drawn.loc[drawn["class"] == row.top_class, "votes"].sum())
+        assert (drawn["votes"].sum(), n_A) == (row.n, row.n_A)
+        assert row.radius == certified_radius(n_A, row.n, 0.001, 0.25)
     for key in open_store(str(tmp_path / "whole")).keys("votes"):
         if "/0-" in key or key.endswith("-0.parquet"):
             (tmp_path / "whole" / key).unlink()  # as if they had never been committed
     (tmp_path / "whole" / "orders" / "001" / "plan.json").unlink()
     assert certify(spec, tmp_path / "whole")["draws_cast"] < whole["draws_cast"]
     pd.testing.assert_frame_equal(rows_of(tmp_path / "whole"), rows)
-    pair = analyze(str(tmp_path / "whole"), alpha=None, n0=None, n=None, certificate="multiclass", quiet=True)
+    pair = again(tmp_path / "whole", certificate="multiclass")
     assert pair["complete"]
     assert pair["post_hoc"]
     assert rows_of(tmp_path / "whole", "002")["n"].tolist() == rows["n"].tolist()
 
 
-def test_grid_certifies_at_its_radii_and_resumes_to_the_same_decisions(raw_spec, tmp_path):
+def test_grid_mode_certifies_at_its_radii_and_decides_the_same_when_resumed(raw_spec, tmp_path):
     radii = [0.0, 0.2, 0.3, 0.6]
     spec = spec_of(raw_spec, {"mode": "grid", "radii": radii}, n=10_000)
     whole = certify(spec, tmp_path / "run")
@@ -86,14 +92,14 @@ def test_grid_certifies_at_its_radii_and_resumes_to_the_same_decisions(raw_spec,
     keys = sorted(key for key in open_store(str(tmp_path / "run")).keys("votes") if "estimation" in key)
     for key in keys[::3]:  # as if they had never been committed
         (tmp_path / "run" / key).unlink()
-    again = certify(spec, tmp_path / "run")
-    assert 0 < again["draws_cast"] < whole["draws_cast"]
+    resumed = certify(spec, tmp_path / "run")
+    assert 0 < resumed["draws_cast"] < whole["draws_cast"]
     pd.testing.assert_frame_equal(rows_of(tmp_path / "run"), rows)
     with pytest.raises(UserError, match="grid"):
-        analyze(str(tmp_path / "run"), alpha=None, n0=None, n=None, certificate="multiclass", quiet=True)
+        again(tmp_path / "run", certificate="multiclass")
 
 
-def test_a_split_alpha_looks_twice_and_both_are_its_claim(raw_spec, tmp_path):
+def test_both_looks_of_a_split_alpha_are_one_claim(raw_spec, tmp_path):
     split = {500: 0.0005, 2000: 0.0005}
     first = certify(spec_of(raw_spec, {}, n=500, alpha=split), tmp_path / "run")
     second = certify(spec_of(raw_spec, {}, n=2000, alpha=split), tmp_path / "run")
@@ -101,11 +107,11 @@ def test_a_split_alpha_looks_twice_and_both_are_its_claim(raw_spec, tmp_path):
     assert not second["post_hoc"]
     assert second["alpha"] == 0.001
     assert second["acr"] >= first["acr"]
-    third = analyze(str(tmp_path / "run"), alpha=0.001, n0=None, n=2000, quiet=True)
+    third = again(tmp_path / "run", alpha=0.001, n=2000)
     assert third["post_hoc"]
 
 
-def test_cost_needs_to_be_told_what_is_costly(raw_spec, tmp_path):
+def test_the_cost_certificate_needs_the_costly_classes(raw_spec, tmp_path):
     costly = tmp_path / "costly.toml"
     costly.write_text("0 = [1]\n")
     result = certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost", costly=str(costly))
@@ -115,42 +121,40 @@ def test_cost_needs_to_be_told_what_is_costly(raw_spec, tmp_path):
     assert (result["samples"], result["certified_accuracy"]["0"]) == (4, 1.0)
     matrix = tmp_path / "matrix.csv"
     matrix.write_text("0,1\n0,0\n")
-    again = analyze(
-        str(tmp_path / "run"), alpha=None, n0=None, n=None, certificate="cost", costly=str(matrix), quiet=True
-    )
-    assert again["order"] == "001"  # the same costs, the same order
+    repeated = again(tmp_path / "run", certificate="cost", costly=str(matrix))
+    assert repeated["order"] == "001"  # the same costs, so the same order
     for text, message in (
-        ("0 = [2]\n", "class 2 must lie in 0 to 1"),
-        ("1 = [1]\n", "costly for itself"),
-        ("", "nothing"),
+        ("0 = [2]\n", "class 2 must be between 0 and 1"),
+        ("1 = [1]\n", "of label 1 repeat a class or contain 1"),
+        ("", "names no costly class"),
     ):
         costly.write_text(text)
         with pytest.raises(UserError, match=message):
             certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost", costly=str(costly))
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="belong together"):
         certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost")
 
 
-def test_a_random_seed_is_drawn_once_in_a_run(raw_spec, tmp_path):
+def test_a_random_seed_is_drawn_once_per_run(raw_spec, tmp_path):
     spec = spec_of(raw_spec, {}, n=200, seed="random")
     certify(spec, tmp_path / "a")
-    seed = read_run(open_store(str(tmp_path / "a")))["spec"]["smoothing"]["seed"]
+    seed = read_run(open_store(str(tmp_path / "a"))).seed
     assert seed.bit_length() > 64
     before = (tmp_path / "a" / RUN_KEY).read_bytes()
     assert "draws_cast" not in certify(spec, tmp_path / "a")
     assert (tmp_path / "a" / RUN_KEY).read_bytes() == before
     certify(spec, tmp_path / "b")
-    assert read_run(open_store(str(tmp_path / "b")))["spec"]["smoothing"]["seed"] != seed
+    assert read_run(open_store(str(tmp_path / "b"))).seed != seed
     certify(spec_of(raw_spec, {}, n=200, seed=seed), tmp_path / "c")
     pd.testing.assert_frame_equal(table(tmp_path / "a"), table(tmp_path / "c"))
 
 
-def test_noise_on_the_grid_adds_up_without_rounding(raw_spec, tmp_path):
-    """Whole steps of normal noise's law, and an image off the grid is refused."""
+def test_noise_on_a_grid_adds_without_rounding(raw_spec, tmp_path):
+    """The noise consists of whole steps with a normal distribution, and images off the grid are refused."""
     steps = np.empty((200, 3, 8, 8), np.float32)
-    draw_noise(steps, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25, grid=255)
+    Noise(0, 0.25, 255).fill(steps, "estimation", 0, range(200))
     plain = np.empty_like(steps)
-    draw_noise(plain, seed=0, stage="estimation", sample=0, draws=range(200), sigma=0.25)
+    Noise(0, 0.25).fill(plain, "estimation", 0, range(200))
     assert (steps == np.rint(steps)).all()
     assert np.abs(steps / 255 - plain).max() <= 0.5 / 255 + 1e-6
     result = certify(spec_of(raw_spec, {}, noise_grid=255), tmp_path / "run")

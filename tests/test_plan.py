@@ -1,4 +1,4 @@
-"""What a run will cost: FLOPs as published, arithmetic by hand, and neither weights nor data at hand."""
+"""Cost estimates: published FLOPs, arithmetic by hand, and no need for weights or data."""
 
 import json
 
@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from jobs.cli import SPECS, main
 from jobs.plan import GPUS, parse_gpus, plan
 from pipeline.errors import UserError
-from pipeline.models.classifiers import check_classifier
-from pipeline.models.denoisers import check_denoiser
+from pipeline.models.classifiers import resolve_classifier
+from pipeline.models.denoisers import resolve_denoiser
 from pipeline.spec import load_spec
 
 PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
@@ -17,10 +17,11 @@ PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith
 
 def cost(name, **changes):
     overrides = [f"{key}={value}" for key, value in changes.items()]
-    return plan(load_spec(SPECS / f"{name}.toml", overrides), prices={"H100": 2.0, "T4": None}, utilization=0.5)
+    spec = load_spec(SPECS / f"{name}.toml", overrides)
+    return plan(spec, prices={"H100": 2.0, "T4": None}, utilization=0.5).to_json()
 
 
-# GFLOP of one forward pass: denoiser as published less what merged doublings save, classifier (all copies)
+# GFLOP of one forward pass: the denoiser as published minus the savings of merged doublings, all copies' classifier
 FLOPS = [
     ("cifar10-cohen-0.50", 0, 0.51),
     ("cifar10-diffsmooth-0.50", 16.8 - 0.9, 5 * 0.51),
@@ -30,14 +31,14 @@ FLOPS = [
 
 
 @pytest.mark.parametrize(("name", "denoiser", "classifier"), FLOPS)
-def test_flops_are_those_of_the_published_networks(name, denoiser, classifier):
+def test_flops_equal_those_of_the_published_networks(name, denoiser, classifier):
     pytest.importorskip("timm")
     found = cost(name)["gflop_per_draw"]
     assert found["denoiser"] == pytest.approx(denoiser, rel=0.01)
     assert found["classifier"] == pytest.approx(classifier, rel=0.02)
 
 
-def test_hours_dollars_and_blocks_by_hand():
+def test_hours_dollars_and_blocks_equal_a_calculation_by_hand():
     found = cost("imagenet-cohen-1.00", **{"smoothing.precision": "bf16"})
     draws = 500 * 100_100
     assert (found["samples"], found["draws"], found["blocks"]) == (500, draws, 500 * (1 + 10))
@@ -45,7 +46,7 @@ def test_hours_dollars_and_blocks_by_hand():
     h100, t4 = found["costs"]
     assert h100["gpu_hours"] == pytest.approx(found["total_flop"] / (989e12 * 0.5 * 3600))
     assert h100["dollars"] == pytest.approx(2 * h100["gpu_hours"])
-    assert (t4["gpu_hours"], t4["dollars"]) == (None, None)  # it has no bf16
+    assert (t4["gpu_hours"], t4["dollars"]) == (None, None)  # it does not support bf16
     assert 3.81 < found["largest_radius"] < 3.8116
 
 
@@ -59,18 +60,17 @@ def test_there_is_a_spec_for_each_published_number():
     assert len(PUBLISHED) == 2 * 3 * len(methods)
     for path in PUBLISHED:
         spec = load_spec(path)
-        if spec.denoiser.arch != "none":
-            check_denoiser(spec)
-        if spec.classifier.arch != "transformers":  # asks its folder
-            check_classifier(spec)
+        resolve_denoiser(spec)
+        if spec.classifier.arch != "transformers":  # needs its folder
+            resolve_classifier(spec)
         assert f"{spec.smoothing.sigma:.2f}" in path.stem
         assert spec.smoothing.local_sigma == (
             0.26 if "local" in path.stem else 0.25 if "diffsmooth" in path.stem else 0
         )
 
 
-def test_an_own_function_that_cannot_run_without_weights_still_gets_its_draws(raw_spec):
-    found = plan(load_spec(raw_spec), prices=dict.fromkeys(GPUS), utilization=0.4)
+def test_draws_are_estimated_for_an_own_function_whose_flops_are_unknown(raw_spec):
+    found = plan(load_spec(raw_spec), prices=dict.fromkeys(GPUS), utilization=0.4).to_json()
     assert found["draws"] == 8 * 250
     assert found["image_shape"] == [1, 4, 4]
 
@@ -78,13 +78,18 @@ def test_an_own_function_that_cannot_run_without_weights_still_gets_its_draws(ra
 def test_gpus_and_prices_are_checked():
     assert parse_gpus(["h100=2.50", "T4"]) == {"H100": 2.5, "T4": None}
     assert list(parse_gpus([])) == list(GPUS)
-    for wrong, message in {"H101": "the peak of H101 is not known", "H100=x": "must be dollars", "H100=-1": "must be",
-                           "H100=nan": "must be dollars"}.items():  # fmt: skip
+    wrong_options = {
+        "H101": "the peak of H101 is unknown; choose one of",
+        "H100=x": "must be a number",
+        "H100=-1": "must be a number",
+        "H100=nan": "must be a number",
+    }
+    for wrong, message in wrong_options.items():
         with pytest.raises(UserError, match=message):
             parse_gpus([wrong])
 
 
-def test_the_command_prints_words_or_json():
+def test_the_command_prints_text_or_json():
     arguments = ["plan", "cifar10-cohen-0.25", "cifar10-diffsmooth-0.25", "--gpu", "A100=1.5"]
     text = CliRunner().invoke(main, arguments).output
     assert "500 samples x 100,100 draws = at most 50,050,000 draws" in text

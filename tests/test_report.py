@@ -1,4 +1,4 @@
-"""Reports: every figure is the run's own, nothing is fetched, and a browser draws it."""
+"""Reports: every figure is that of the run, nothing is fetched, and a browser draws it."""
 
 import base64
 import io
@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jobs.certify import analyze, read_order
+from jobs.analyze import Request, analyze
 from jobs.gallery import choose
 from jobs.report import report
-from pipeline import noise
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
+from pipeline.noise import Noise
 from pipeline.report import class_table
+from pipeline.results import read_result
 from pipeline.spec import load_spec
 from pipeline.votes import read_votes
 from tests.models import make_run
@@ -90,7 +91,7 @@ def numbers(values):
     return np.array(values)
 
 
-def test_nothing_is_fetched_and_no_name_is_markup(home, spec, write):
+def test_the_page_fetches_nothing_and_escapes_names(home, spec, write):
     _, text = write(f"<img src>&%{{y}}={home}", specs=[spec])
     page = Page(text)
     for tag, attributes in page.tags:
@@ -101,10 +102,10 @@ def test_nothing_is_fetched_and_no_name_is_markup(home, spec, write):
     assert len(page.pictures) == 12  # original and noisy of three best and three worst
 
 
-def test_curve_and_table_are_those_of_the_certificates(home, spec, write):
+def test_curve_and_table_follow_from_the_certificates(home, spec, write):
     complete, text = write(home, specs=[spec])
     assert complete
-    stored = read_order(home, None)
+    stored = read_result(home).result
     traces = plotted(text, "curves-0")
     (drawn,) = [trace for name, trace in traces.items() if name and name.startswith("half-space")]
     radii = numbers(drawn["x"])
@@ -115,13 +116,13 @@ def test_curve_and_table_are_those_of_the_certificates(home, spec, write):
     assert numbers(right["y"]).sum() == stored.certificates.correct.sum()
     text = Page(text).text
     assert f"{stored.curve.acr:.3f}" in text
-    for fact in (stored.run["votes_id"], "0.25, 1, 0", "2,000", "with probability at least 1 - 0.001"):
+    for fact in (stored.run.votes_id, "0.25, 1, 0", "2,000", "with probability at least 1 - 0.001"):
         assert fact in text
 
 
-def test_pictures_are_the_draw_that_voted(home, spec, write):
+def test_the_pictures_show_the_draw_that_voted(home, spec, write):
     _, text = write(home, specs=[spec])
-    certificates = read_order(home, None).certificates
+    certificates = read_result(home).result.certificates
     shown = [(kind, int(row["sample"])) for kind, row in choose(certificates, 3)]
     pictures = Page(text).pictures
     votes, data = read_votes(home), open_dataset(spec.data)
@@ -129,10 +130,10 @@ def test_pictures_are_the_draw_that_voted(home, spec, write):
         image_CHW = data[sample].image_CHW
         assert np.array_equal(original[1], np.rint(image_CHW[0] * 255))
         noise_1CHW = np.empty((1, *image_CHW.shape), np.float32)
-        noise.draw_noise(noise_1CHW, seed=0, stage="estimation", sample=sample, draws=[0], sigma=0.25)
+        Noise(0, 0.25).fill(noise_1CHW, "estimation", sample, [0])
         x_HW = (image_CHW + noise_1CHW)[0, 0]
         assert np.array_equal(noisy[1], np.rint(x_HW.clip(0, 1) * 255))
-        assert noisy[0].endswith(f"f says {int(x_HW.mean() > 0.5)}")
+        assert noisy[0].endswith(f"f returns class {int(x_HW.mean() > 0.5)}")
         of_sample = votes[(votes["sample"] == sample) & (votes.stage == "estimation")].groupby("class").votes.sum()
         assert f"{of_sample.max()}" in Page(text).text
 
@@ -147,7 +148,7 @@ def test_which_samples_are_shown():
     ]  # fmt: skip
 
 
-def test_a_class_counts_its_own_samples():
+def test_the_class_table_counts_the_samples_of_each_class():
     columns = ["label", "status", "correct", "radius", "top_class"]
     rows = [(3, "certified", True, 1.0, 3), (3, "certified", False, 2.0, 5), (3, "abstained", False, 0.0, 5),
             (3, "incomplete", False, 0.0, 7), (4, "skipped", False, 0.0, 9)]  # fmt: skip
@@ -156,41 +157,41 @@ def test_a_class_counts_its_own_samples():
     assert table.loc[1].tolist() == [4, 1, 0.0, 0.0, 0.0, 9]
 
 
-def test_what_must_be_said_is_said(home, spec, write):
-    analyze(home, alpha=0.01, n0=None, n=None, quiet=True)
+def test_post_hoc_orders_are_marked(home, spec, write):
+    analyze(home, Request(alpha=0.01), quiet=True)
     _, second = write(home, specs=[spec], order_name="002")
     assert "POST HOC" in second
     assert "1 - 0.01 over the draws" in second
     assert "POST HOC" not in write(home, specs=[spec])[1]
     shutil.rmtree(f"{home}/votes/estimation")
-    shutil.copytree(f"{home}/votes/selection", f"{home}/votes/estimation")  # nothing of it is an estimation
+    shutil.copytree(f"{home}/votes/selection", f"{home}/votes/estimation")  # none of these is an estimation block
     with pytest.raises(Exception, match="inside"):
         write(home)
 
 
-def test_incomplete_samples_are_told_of(home, spec, write):
+def test_incomplete_samples_are_reported(home, spec, write):
     Path(home, "votes/estimation/3-100.parquet").unlink()
     complete, text = write(home, specs=[spec])
     assert not complete
     assert "INCOMPLETE: 1 samples lack draws" in text
 
 
-def test_without_a_spec_no_pictures_and_why(home, spec, raw_spec, write, tmp_path):
+def test_without_a_spec_there_are_no_pictures_and_a_reason(home, spec, raw_spec, write, tmp_path):
     _, text = write(home)
     assert Page(text).pictures == []
     assert "--spec SPEC" in text
-    with pytest.raises(UserError, match="--spec half-space: made none of these runs"):
+    with pytest.raises(UserError, match="--spec half-space made none of these runs"):
         write(home, specs=[load_spec(raw_spec, ["smoothing.seed=1"])])
     log = tmp_path / "log"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n")
-    with pytest.raises(UserError, match="give the log to curve"):
+    with pytest.raises(UserError, match="use `diffsmooth curve` for logs"):
         write(str(log))
     with pytest.raises(UserError, match="cannot write"):
         report([home], output=str(tmp_path / "none" / "report.html"))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_draws_it_in_light_and_in_dark_and_prints_it(home, spec, write, tmp_path):
+def test_a_browser_draws_the_report_in_light_and_dark_mode_and_prints_it(home, spec, write, tmp_path):
     write(home, specs=[spec])
 
     def chromium(*options):

@@ -1,4 +1,4 @@
-"""The scheduler without Ray: scripted failures on a clock that the tests turn."""
+"""The scheduler without Ray: scripted failures on a clock that the tests advance."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_tasks_fit_the_speed_and_shrink_towards_the_end():
     assert sizes[-1] == 100
 
 
-def test_lost_tasks_come_first_and_only_the_block_to_blame_is_set_aside():
+def test_failed_tasks_come_first_and_only_the_failing_block_is_set_aside():
     scheduler = filled()
     poison = BLOCKS[2]
     now, attempts, finished, together = 0.0, 0, [], []
@@ -64,7 +64,7 @@ def test_lost_tasks_come_first_and_only_the_block_to_blame_is_set_aside():
     assert sorted(finished) == sorted(set(BLOCKS) - {poison})
 
 
-def test_a_loss_that_is_not_the_tasks_fault_costs_no_attempt():
+def test_a_preempted_worker_costs_no_attempt():
     scheduler = filled(BLOCKS[:1])
     for _ in range(3 * MAX_ATTEMPTS):
         assert scheduler.next_task("a", 1, 0) is not None
@@ -94,7 +94,7 @@ def test_stragglers_are_duplicated_once_and_the_first_result_counts():
     assert scheduler.set_aside == []
 
 
-def test_a_lost_copy_is_not_requeued_while_the_other_runs():
+def test_a_failed_copy_is_not_requeued_while_the_other_runs():
     scheduler = tail()
     scheduler.next_task("idle", 2, 9.0)
     scheduler.lost("slow", "killed")
@@ -112,7 +112,7 @@ def test_deadline():
 @pytest.mark.parametrize(
     ("waiting", "running", "idle", "spare"), [(4, 0, 3, 0), (0, 1, 3, 2), (0, 2, 1, 0), (0, 0, 2, 2)]
 )
-def test_idle_workers_go_but_for_one_a_running_task(waiting, running, idle, spare):
+def test_idle_workers_are_released_except_one_per_running_task(waiting, running, idle, spare):
     scheduler = Scheduler()
     for worker in range(running):
         scheduler.add(BLOCKS[:1])

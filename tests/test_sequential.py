@@ -28,7 +28,7 @@ def test_one_look_is_the_exact_binomial_test():
 
 
 @pytest.mark.parametrize("p0", [0.5, 0.84, 0.99])
-def test_the_program_spends_alpha_and_no_more(p0):
+def test_the_boundaries_spend_at_most_alpha(p0):
     """The chance of ever reaching a boundary, summed by an own recursion in plain Python, without the convolution."""
     looks, alpha = (20, 40, 80, 120), 0.05
     table, alive, spent, before = boundaries(p0, looks, alpha), {0: 1.0}, 0.0, 0
@@ -53,7 +53,7 @@ def test_looks_end_blocks_and_end_at_n(n, length):
 
 
 @pytest.mark.parametrize("true_radius", [0.0, 0.25, 0.3, 0.5])
-def test_claims_beyond_the_true_radius_are_rarer_than_alpha(true_radius):
+def test_claims_beyond_the_true_radius_have_probability_at_most_alpha(true_radius):
     """All radii of a sample together, p_A at the very edge of one of them, or between two; 20,000 paths."""
     sigma, alpha, paths = 0.5, 0.05, 20_000
     grid = Grid((0.0, 0.25, 0.5, 0.75), sigma, alpha, looks_of(2000, 100))
@@ -73,7 +73,7 @@ def test_claims_beyond_the_true_radius_are_rarer_than_alpha(true_radius):
         assert errors.mean() > alpha / 3  # the simulation does reach the boundary
 
 
-def test_a_decision_looks_at_the_prefix_alone():
+def test_a_decision_depends_only_on_the_first_draws():
     grid = Grid((0.0, 0.5), 0.5, 0.001, looks_of(10_000, 100))
     rng = np.random.default_rng(1)
     for p in (0.3, 0.55, 0.85, 0.999):

@@ -1,4 +1,4 @@
-"""The base classifier and its votes: the same however the work is cut."""
+"""The base classifier and its votes, which do not depend on how the work is split."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import noise
 from pipeline.block import Block
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
-from pipeline.smoothing import build_base_classifier, cast_votes, weights_ids
+from pipeline.noise import Noise, local_noise
+from pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
 from pipeline.spec import load_spec
 
 MNIST = "jobs/specs/mnist.toml"
@@ -24,7 +24,7 @@ def mnist():
 
 def counts(f, data, blocks, *, sigma=0.5, seed=0, batch_size=64, threads=1):
     samples = {block.sample: data[block.sample] for block in blocks}
-    cast = cast_votes(f, blocks, samples, sigma=sigma, seed=seed, batch_size=batch_size, threads=threads)
+    cast = cast_votes(f, blocks, samples, Noise(seed, sigma), CastOptions(batch_size, threads))
     return {block: tuple(counts_K) for block, counts_K in cast}
 
 
@@ -33,37 +33,37 @@ BLOCKS = [Block(sample, "estimation", start, start + 50) for sample in (8, 3) fo
 ]
 
 
-def test_votes_do_not_depend_on_the_cut(mnist):
+def test_votes_do_not_depend_on_tasks_batches_and_threads(mnist):
     _, f, data = mnist
     whole = counts(f, data, BLOCKS)
     assert list(whole) == BLOCKS
     assert [sum(k) for k in whole.values()] == [50, 50, 50, 50, 20]
-    for cut in ([BLOCKS[:1], BLOCKS[1:4], BLOCKS[4:]], [BLOCKS[::-1]], [[block] for block in BLOCKS]):
+    for split in ([BLOCKS[:1], BLOCKS[1:4], BLOCKS[4:]], [BLOCKS[::-1]], [[block] for block in BLOCKS]):
         again: dict[Any, Any] = {}
-        for task in cut:
+        for task in split:
             again |= counts(f, data, task, threads=2)
         assert again == whole
     for batch_size in (7, 256):
         other = counts(f, data, BLOCKS, batch_size=batch_size)
         moved = sum(abs(np.subtract(other[block], whole[block])).sum() // 2 for block in BLOCKS)
-        assert moved == 0  # 220 draws; ties are some 1 in 100,000
+        assert moved == 0  # 220 draws; a tie occurs about once in 100,000
 
 
-def test_votes_are_those_of_the_published_algorithm(mnist):
-    """One draw at a time, the copies one after another, no batching: the literal method."""
+def test_votes_equal_the_published_algorithm(mnist):
+    """The literal method: one draw at a time, the copies one after another, no batching."""
     spec, f, data = mnist
-    local = noise.local_noise(local_seed=0, m=5, shape=(1, 28, 28), local_sigma=0.25)
+    local = local_noise(local_seed=0, m=5, shape=(1, 28, 28), local_sigma=0.25)
     literal = np.zeros(10, dtype=int)
     for draw in range(50):
         e = np.empty((1, 1, 28, 28), np.float32)
-        noise.draw_noise(e, seed=0, stage="estimation", sample=8, draws=[draw], sigma=spec.smoothing.sigma)
+        Noise.of(spec.smoothing).fill(e, "estimation", 8, [draw])
         x0 = f.denoise(torch.from_numpy(data[8].image_CHW[None] + e))
         score = sum(f.classify(x0 + torch.from_numpy(copy)).softmax(1) for copy in local)
         literal[int(score.argmax())] += 1
     assert counts(f, data, BLOCKS[:1])[BLOCKS[0]] == tuple(literal)
 
 
-def test_scores_and_parts(mnist):
+def test_scores_are_probabilities_and_denoised_images_are_in_range(mnist):
     _, f, data = mnist
     x = torch.from_numpy(np.stack([data[i].image_CHW for i in range(4)]))
     assert f.local_noise_MCHW.shape == (5, 1, 28, 28)
@@ -76,7 +76,7 @@ def test_scores_and_parts(mnist):
     assert x0.max() <= 1
 
 
-def test_embedded_models_classify_what_they_never_saw(mnist):
+def test_embedded_models_classify_held_out_images(mnist):
     _, f, data = mnist
     x = torch.from_numpy(np.stack([data[i].image_CHW for i in range(200)]))
     right = f(x).argmax(1) == torch.tensor([data[i].label for i in range(200)])
@@ -92,7 +92,7 @@ def test_cohen_and_dds_are_special_cases():
     assert torch.allclose(cohen(x), cohen.classify(x).softmax(1), atol=1e-6)
 
 
-def test_half_space_votes_follow_the_exact_law(raw_spec):
+def test_half_space_votes_follow_the_exact_distribution(raw_spec):
     """P(class 1) = Phi(distance / sigma), within 4.5 standard errors at 20,000 draws."""
     from scipy.stats import norm
 
@@ -104,19 +104,30 @@ def test_half_space_votes_follow_the_exact_law(raw_spec):
     assert abs(votes[1] / 20_000 - p) < 4.5 * np.sqrt(p * (1 - p) / 20_000)
 
 
-def test_seed_and_local_seed_matter(mnist):
+def test_seed_and_local_seed_change_the_result(mnist):
     _, f, data = mnist
     assert counts(f, data, BLOCKS[:2], seed=1) != counts(f, data, BLOCKS[:2], seed=0)
     other = build_base_classifier(load_spec(MNIST, ["smoothing.local_seed=1"]), "cpu")
     assert not torch.equal(other.local_noise_MCHW, f.local_noise_MCHW)
 
 
+@pytest.mark.parametrize("grid", [None, 255])
+def test_noisy_images_are_the_inputs_of_cast_votes(mnist, grid):
+    _, f, data = mnist
+    noise, block = Noise(4, 0.5, grid), Block(8, "estimation", 30, 70)
+    (cast,) = cast_votes(f, [block], {8: data[8]}, noise, CastOptions(40))
+    x = noisy_images(data[8].image_CHW, noise, "estimation", 8, range(30, 70))
+    assert np.bincount(f(x).argmax(dim=1), minlength=10).tolist() == cast.counts_K.tolist()
+    if grid:
+        assert torch.equal((x * grid).round() / grid, x)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "tests.models:three_classes"}, r"the classifier has 3 classes, the data set 2"),
+        ({"arch": "tests.models:three_classes"}, r"the classifier has 3 classes, but the data set has 2"),
         ({"arch": "tests.models:missing"}, r"tests\.models:missing.*name a function"),
-        ({"arch": "mnist_cnn"}, r"classifier\.checkpoint is missing"),
+        ({"arch": "mnist_cnn"}, r"classifier\.checkpoint is missing.*; set it"),
     ],
 )
 def test_classifiers_that_do_not_fit(raw_spec, change, message):
@@ -125,13 +136,13 @@ def test_classifiers_that_do_not_fit(raw_spec, change, message):
         build_base_classifier(load_spec(raw_spec), "cpu")
 
 
-def test_nan_stops_with_the_block_named(raw_spec):
+def test_nan_is_reported_with_its_block(raw_spec):
     raw_spec["classifier"] = {"arch": "tests.models:not_a_number"}
     spec = load_spec(raw_spec)
     with pytest.raises(UserError, match=r"not finite for estimation draws 0 to 99 of sample 1"):
         counts(build_base_classifier(spec, "cpu"), open_dataset(spec.data), [Block(1, "estimation", 0, 100)])
 
 
-def test_weights_ids_tell_networks_in_one_file_apart():
+def test_weights_ids_distinguish_networks_in_one_file():
     ids = [weights_ids(load_spec(f"jobs/specs/mnist-{name}-0.25.toml"))["classifier"] for name in ("dds", "diffsmooth")]
     assert ids[0] != ids[1]

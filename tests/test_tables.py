@@ -75,21 +75,21 @@ def test_envelope_is_the_best_run_at_each_radius(caplog):
     assert block["best_run"].tolist() == [LOW.name, HIGH.name, HIGH.name]
     assert block["certified_accuracy"].tolist() == [0.75, 0.5, 0.25]
     assert table["best_run"].isna().sum() == 6
-    assert "not a certificate of one classifier" in caplog.text
+    assert "not the certificate of one classifier" in caplog.text
     text = render([LOW, HIGH], radii=RADII[:3], envelope=True)
     assert "0 from low_0.25 (sigma 0.25); 0.5 to 1 from high & 50% | x (sigma 0.5)" in text
     assert ["envelope", "75.0", "50.0", "25.0"] in [line.split() for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_post_hoc_is_said_in_every_format(form, caplog):
+def test_every_format_marks_post_hoc_runs(form, caplog):
     text = render([curve("run", 0.5, post_hoc=True, incomplete=2)], form)
-    assert "post hoc: an earlier order has looked" in text + caplog.text
+    assert "post hoc: an earlier order covers" in text + caplog.text
     if form != "csv":
         assert "* (2 incomplete)" in text
 
 
-def test_text_is_as_wide_as_it_must_be_and_takes_any_name():
+def test_text_is_never_truncated_and_accepts_any_name():
     name = "[red]" + "n" * 90 + "_0.50"
     lines = render([curve(name, 0.25)], radii=np.arange(60) / 16).splitlines()
     (row,) = (line.split() for line in lines if name in line)

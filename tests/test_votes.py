@@ -1,4 +1,4 @@
-"""The votes: what is written is read, and whatever is wrong with a block is found and named."""
+"""Votes: what is written is read back, and everything that is wrong with a block is found and named."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import pytest
 
 from pipeline.block import Block
 from pipeline.errors import RunError, UserError
-from pipeline.spec import BlockLengths
+from pipeline.run import Run, claim_run
+from pipeline.spec import ClassifierIdentity, DataIdentity, Identity, SmoothingIdentity
 from pipeline.storage.store import FolderStore
 from pipeline.votes import (
     block_key,
-    claim_run,
     encode_block,
     glance,
     list_blocks,
@@ -23,19 +23,29 @@ from pipeline.votes import (
     read_votes,
     write_table,
 )
+from tests.models import METADATA
 
-RUN = {
-    "votes_id": "a" * 32,
-    "num_classes": 3,
-    "name": "run",
-    "spec": {"smoothing": {"sigma": 0.5, "block": {"selection": 10, "estimation": 20}}},
-}
-LENGTHS = BlockLengths(selection=10, estimation=20)
+
+def run_of(**smoothing) -> Run:
+    settings = {"sigma": 0.5, "block": {"selection": 10, "estimation": 20}, **smoothing}
+    spec = Identity(
+        data=DataIdentity(name="mnist"),
+        classifier=ClassifierIdentity(arch="mnist_cnn"),
+        smoothing=SmoothingIdentity(**settings),
+        f_version=3,
+        weights={},
+    )
+    return Run(votes_id=spec.votes_id, num_classes=3, spec=spec, name="run")
+
+
+RUN = run_of()
+LENGTHS = RUN.block
 FIRST = Block(4, "estimation", 20, 40)
 
 
-def put(store, block, counts, *, votes_id=RUN["votes_id"], sha256="s", label=2, key=None):
-    data = encode_block(block, label, np.array(counts), {"votes_id": votes_id, "sample_sha256": sha256, "device": "x"})
+def put(store, block, counts, *, votes_id=RUN.votes_id, sha256="s", label=2, key=None):
+    changes = {"votes_id": votes_id, "sample_sha256": sha256, "device": "x"}
+    data = encode_block(block, label, np.array(counts), METADATA.model_copy(update=changes))
     store.put_if_absent(key or block_key(block), data)
 
 
@@ -54,7 +64,7 @@ def test_round_trip_and_schema(store):
     estimation = votes[votes.stage == "estimation"]
     assert estimation.groupby(["sample", "class"]).votes.sum().to_dict() == {(4, 1): 15, (4, 2): 5}
     assert set(estimation.label) == {2}
-    pd.testing.assert_frame_equal(write_table(store, read_blocks(store)), votes)
+    pd.testing.assert_frame_equal(write_table(store, RUN, read_blocks(store, RUN)), votes)
     derived = pq.read_table(f"{store.uri}/votes.parquet")
     assert [str(field.type) for field in derived.schema] == [
         "int32",
@@ -69,7 +79,7 @@ def test_round_trip_and_schema(store):
     assert sorted(folder.votes) == sorted(votes.votes)
 
 
-def test_listing_knows_blocks_by_name_alone(store):
+def test_listing_opens_no_block(store):
     assert list_blocks(store, LENGTHS) == {FIRST, Block(4, "selection", 0, 10)}
 
 
@@ -85,15 +95,15 @@ def test_foreign_names_are_refused(store, name):
 def test_truncated_file_is_named_with_its_remedy(store, tmp_path):
     path = tmp_path / block_key(FIRST)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(RunError, match=r"4-20\.parquet is damaged.*delete it and run the same command"):
-        read_blocks(store)
+    with pytest.raises(RunError, match=r"4-20\.parquet is damaged.*delete it and run the same command to cast"):
+        read_blocks(store, RUN)
 
 
 def test_foreign_and_false_blocks_are_refused(store):
     other = Block(5, "estimation", 0, 20)
     put(store, other, [20, 0, 0], votes_id="b" * 32)
     with pytest.raises(RunError, match="belongs to another run"):
-        read_blocks(store)
+        read_blocks(store, RUN)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +116,7 @@ def test_foreign_and_false_blocks_are_refused(store):
 def test_swapped_and_impossible_blocks_are_refused(store, counts, key, reason):
     put(store, Block(5, "estimation", 0, 20), counts, key=key)
     with pytest.raises(RunError, match=reason):
-        read_blocks(store)
+        read_blocks(store, RUN)
 
 
 def test_votes_that_do_not_sum_are_refused(store, tmp_path):
@@ -114,13 +124,13 @@ def test_votes_that_do_not_sum_are_refused(store, tmp_path):
     table = pq.read_table(path)
     pq.write_table(table.slice(0, 1), path)
     with pytest.raises(RunError, match="holds 15 votes for 20 draws"):
-        read_blocks(store)
+        read_blocks(store, RUN)
 
 
 def test_another_image_under_the_same_index_is_refused(store):
     put(store, Block(4, "estimation", 0, 20), [20, 0, 0], sha256="other")
-    with pytest.raises(RunError, match="sample 4 was another image"):
-        read_blocks(store)
+    with pytest.raises(RunError, match="the image of sample 4 differs"):
+        read_blocks(store, RUN)
 
 
 @pytest.fixture
@@ -136,13 +146,13 @@ def opened(store, monkeypatch):
     return keys
 
 
-def test_a_glance_opens_only_what_the_table_lacks(store, opened):
-    assert glance(store, list_blocks(store, LENGTHS))[1] == {"x": 2}
+def test_a_glance_opens_only_blocks_that_the_table_lacks(store, opened):
+    assert glance(store, RUN, list_blocks(store, LENGTHS))[1] == {"x": 2}
     assert len(opened) == 2
-    write_table(store, read_blocks(store))
+    write_table(store, RUN, read_blocks(store, RUN))
     put(store, Block(5, "estimation", 0, 20), [0, 0, 20])
     opened.clear()
-    votes, devices = glance(store, list_blocks(store, LENGTHS))
+    votes, devices = glance(store, RUN, list_blocks(store, LENGTHS))
     assert opened == ["votes/estimation/5-0.parquet"]
     assert devices == {"x": 3}
     pd.testing.assert_frame_equal(votes.sort_values(["sample", "stage"], ignore_index=True), read_votes(store.uri))
@@ -157,7 +167,7 @@ def change_a_sum(store):
 def claim_another_run(store):
     path = Path(store.uri, "votes.parquet")
     table = pq.read_table(path)
-    facts = table.schema.metadata[b"diffsmooth"].replace(b"a" * 32, b"b" * 32)
+    facts = table.schema.metadata[b"diffsmooth"].replace(RUN.votes_id.encode(), b"b" * 32)
     pq.write_table(table.replace_schema_metadata({b"diffsmooth": facts}), path)
 
 
@@ -171,38 +181,37 @@ def claim_another_run(store):
         lambda store: pd.DataFrame({"sample": [4]}).to_parquet(Path(store.uri, "votes.parquet")),
     ],
 )
-def test_a_glance_believes_no_false_or_stale_table(store, opened, spoil):
-    write_table(store, read_blocks(store))
+def test_a_glance_ignores_a_false_or_stale_table(store, opened, spoil):
+    write_table(store, RUN, read_blocks(store, RUN))
     spoil(store)
-    standing = list_blocks(store, LENGTHS)
+    committed = list_blocks(store, LENGTHS)
     opened.clear()
-    votes, devices = glance(store, standing)
-    assert sorted(opened) == sorted(map(block_key, standing))
-    assert devices == {"x": len(standing)}
+    votes, devices = glance(store, RUN, committed)
+    assert sorted(opened) == sorted(map(block_key, committed))
+    assert devices == {"x": len(committed)}
     pd.testing.assert_frame_equal(votes, read_votes(store.uri))
 
 
-def test_a_glance_is_not_misled_by_a_flipped_bit(store):
-    write_table(store, read_blocks(store))
-    path, votes, standing = Path(store.uri, "votes.parquet"), read_votes(store.uri), list_blocks(store, LENGTHS)
+def test_a_glance_detects_a_flipped_bit(store):
+    write_table(store, RUN, read_blocks(store, RUN))
+    path, votes, committed = Path(store.uri, "votes.parquet"), read_votes(store.uri), list_blocks(store, LENGTHS)
     whole = path.read_bytes()
     footer = int.from_bytes(whole[-8:-4], "little") + 8
     for position in range(4, len(whole) - footer, 7):
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
-        pd.testing.assert_frame_equal(glance(store, standing)[0], votes)
+        pd.testing.assert_frame_equal(glance(store, RUN, committed)[0], votes)
 
 
 def test_a_run_is_claimed_once(store):
     claim_run(store, RUN)
-    changed = {**RUN, "votes_id": "b" * 32, "spec": {"smoothing": {**RUN["spec"]["smoothing"], "sigma": 1.0}}}
-    with pytest.raises(UserError, match=r"smoothing\.sigma is 0\.5 there, 1\.0 here.*--out"):
-        claim_run(store, changed)
+    with pytest.raises(UserError, match=r"smoothing\.sigma is 0\.5 there and 1\.0 here.*--out"):
+        claim_run(store, run_of(sigma=1.0))
 
 
-def test_no_run_there(tmp_path):
-    with pytest.raises(UserError, match=r"no run there"):
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run here"):
         read_votes(str(tmp_path / "nothing"))
 
 
@@ -211,8 +220,8 @@ def totals(votes):
     return votes.groupby(["sample", "stage", "class"]).votes.sum().to_dict()
 
 
-def test_pandas_duckdb_and_pyarrow_read_the_blocks_as_they_stand(store):
-    """Beside a write in progress, under its name that begins with a dot."""
+def test_pandas_duckdb_and_pyarrow_read_the_blocks(store):
+    """Also next to a write in progress, whose name begins with a dot."""
     (Path(store.uri) / "votes/estimation/.unfinished").write_bytes(b"half")
     ours = totals(read_votes(store.uri))
     assert ours == {(4, "estimation", 1): 15, (4, "estimation", 2): 5, (4, "selection", 0): 10}
@@ -235,7 +244,7 @@ def test_blocks_written_with_dictionaries_and_statistics_are_read(store, tmp_pat
 def test_reading_many_blocks_keeps_their_order_and_shares_their_metadata(store):
     for start in range(40, 4000, 20):
         put(store, Block(4, "estimation", start, start + 20), [start % 20, 20 - start % 20, 0])
-    stored = read_blocks(store)
+    stored = read_blocks(store, RUN)
     assert [one.block for one in stored] == sorted(one.block for one in stored)
     assert len(stored) == 200
-    assert len({id(one.metadata["device"]) for one in stored}) == 1
+    assert len({id(one.metadata.device) for one in stored}) == 1

@@ -1,8 +1,11 @@
-"""Checkpoints in every layout that the field has; what is no checkpoint is refused, and code in one is never run."""
+"""Checkpoints in all common layouts; other files are refused, and code in a checkpoint is never run."""
 
 import argparse
+import json
 import os
 import pickle
+import struct
+import zipfile
 from importlib.resources import files
 
 import numpy as np
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.models.files import load_json, weights_id
 from pipeline.models.weights import build, load_weights
 from pipeline.smoothing import build_base_classifier, weights_ids
 from pipeline.spec import load_spec
@@ -72,7 +76,7 @@ def test_safetensors(tmp_path, trained):
 def test_several_networks_in_one_file_need_a_name(tmp_path, trained):
     other = {key: torch.zeros_like(value) for key, value in trained.state_dict().items()}
     torch.save({"model": other, "model_ema": prefixed(trained, "module.")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"holds model, model_ema; choose one, say '#model'"):
+    with pytest.raises(UserError, match=r"holds model, model_ema; choose one, for example '#model'"):
         build(make, f"{tmp_path}/a.pt", CPU)
     assert same(trained, f"{tmp_path}/a.pt#model_ema")
     save_file(
@@ -93,7 +97,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
             _use_new_zipfile_serialization=zipped,
         )
         with pytest.raises(
-            UserError, match=r"holds Python objects besides tensors, which are never run .*mkdir"
+            UserError, match=r"holds Python objects besides tensors, which are never executed .*mkdir"
         ) as error:
             load_weights(f"{tmp_path}/{name}")
         assert "weights_only" not in str(error.value)
@@ -104,27 +108,27 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_is_named(tmp_path, trained):
+def test_tensors_that_do_not_fit_are_named(tmp_path, trained):
     state = trained.state_dict()
     cases = {
         "shape": (
             {**state, "3.weight": torch.zeros(5, 16)},
-            r"3\.weight has shape \(5, 16\).* expects \(3, 16\): give a file of this",
+            r"3\.weight has shape \(5, 16\).* expects \(3, 16\); use a file of this",
         ),
         "missing": ({key: state[key] for key in state if key != "1.bias"}, r"1\.bias \(4,\) is missing"),
-        "superfluous": ({**state, "4.weight": torch.zeros(2)}, r"4\.weight \(2,\) has no place"),
+        "superfluous": ({**state, "4.weight": torch.zeros(2)}, r"4\.weight \(2,\) is not part of the architecture"),
     }
     for name, (changed, message) in cases.items():
         torch.save(changed, tmp_path / f"{name}.pt")
         with pytest.raises(UserError, match=message):
             build(make, f"{tmp_path}/{name}.pt", CPU)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no state dict in it"):
+    with pytest.raises(UserError, match="holds no state dict"):
         build(make, f"{tmp_path}/list.pt", CPU)
 
 
-def test_buffers_that_are_computed_may_stand_in_the_file(tmp_path):
-    """Early timm files hold BEiT's relative_position_index, which timm computes anew today."""
+def test_a_file_may_contain_computed_buffers(tmp_path):
+    """Early timm files contain BEiT's relative_position_index, which timm now computes."""
     beit = pytest.importorskip("timm").models.beit.Beit
 
     def tiny():
@@ -145,7 +149,7 @@ def test_buffers_that_are_computed_may_stand_in_the_file(tmp_path):
         assert torch.allclose(loaded(x), network(x), rtol=1e-5)
 
 
-def test_no_initial_weights_are_drawn(tmp_path, trained):
+def test_initial_weights_are_never_generated(tmp_path, trained):
     torch.save(trained.state_dict(), tmp_path / "a.pt")
     before = torch.get_rng_state()
     build(make, f"{tmp_path}/a.pt", CPU)
@@ -164,11 +168,129 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
         f"{tmp_path}/cut.safetensors": "damaged",
         f"{tmp_path}/cut.pt": "damaged",
         f"{tmp_path}/page.pt": "not a file of weights",
-        "embedded:mnist.safetensors#denoiser": r"missing: the architecture is mnist_cnn for the data set's 10 classes",
+        "embedded:mnist.safetensors#denoiser": r"missing; the architecture is mnist_cnn with the data set's 10 classes",
         "embedded:mnist.safetensors#nothing": r"no keys that begin with 'nothing\.'",
     }
     for location, message in cases.items():
         with pytest.raises(UserError, match=message):
             build_base_classifier(load_spec(MNIST, [f"classifier.checkpoint='{location}'"]), "cpu")
-    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, the spec expects 0{64}"):
+    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, but the spec expects 0{64}"):
         weights_ids(load_spec(MNIST, [f"classifier.sha256='{'0' * 64}'"]))
+
+
+def zipped_pickle(path, content: bytes):
+    """Write a torch file whose pickle is `content`."""
+    torch.save({"a": torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, old in entries.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+
+
+def safetensors(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+def tensor_of(**changes) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}}).encode()
+
+
+PICKLES = {
+    "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 100_000 + b".",
+    "empty stack": b"\x80\x02.",
+    "unknown memo": b"\x80\x02h\x07.",
+    "no such opcode": b"\x80\x02\xff.",
+    "cut string": b"\x80\x02X\xff\xff\xff\x7fabc",
+    "not utf-8": b"\x80\x02X\x02\x00\x00\x00\xff\xfe.",
+    "persistent id": b"\x80\x02K\x01Q.",
+    "integer keys": b"\x80\x02}K\x01K\x02s.",
+    "empty": b"",
+}
+HEADERS = {
+    "no header": b"",
+    "endless header": safetensors(b"{}", 2**63),
+    "not json": safetensors(b"{not json}"),
+    "a list": safetensors(b"[1, 2]"),
+    "deep json": safetensors(b"[" * 50_000 + b"]" * 50_000),
+    "unknown type": safetensors(tensor_of(dtype="F33")) + bytes(4),
+    "offsets outside": safetensors(tensor_of(data_offsets=[0, 400])) + bytes(4),
+    "negative shape": safetensors(tensor_of(shape=[-1])) + bytes(4),
+    "huge shape": safetensors(tensor_of(shape=[10**18])) + bytes(4),
+}
+
+
+@pytest.mark.parametrize("kind", [*PICKLES, *HEADERS])
+def test_hostile_checkpoints_give_one_line(tmp_path, kind):
+    if kind in PICKLES:
+        path = tmp_path / "a.pt"
+        zipped_pickle(path, PICKLES[kind])
+    else:
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(HEADERS[kind])
+    with pytest.raises(UserError, match=r"^checkpoint /.*; (get|use) (a|the|the right) file") as error:
+        load_weights(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_any_damage_to_a_checkpoint_gives_one_line(tmp_path, trained):
+    save_file(trained.state_dict(), tmp_path / "a.safetensors")
+    torch.save(trained.state_dict(), tmp_path / "a.pt")
+    torch.save(trained.state_dict(), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    generator, lines = np.random.default_rng(2), []
+    for name in ("a.safetensors", "a.pt", "b.pt"):
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(60):
+            damaged = bytearray(whole[: generator.integers(len(whole))] if generator.random() < 0.2 else whole)
+            for _ in range(3):
+                if damaged:
+                    damaged[generator.integers(len(damaged)) % 2000] ^= 1 << generator.integers(8)
+            path = tmp_path / f"damaged.{name}"
+            path.write_bytes(damaged)
+            try:
+                build(make, str(path), CPU)
+            except UserError as error:
+                lines.append(str(error))
+    assert len(lines) > 60
+    assert not any("\n" in line for line in lines)
+
+
+def test_only_regular_files_are_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    for name in ("fifo.pt", "folder.pt", "loop.pt", "zero.pt", "n" * 300, "embedded:../errors.py", "embedded:nothing"):
+        location = name if name.startswith("embedded") else f"{tmp_path}/{name}"
+        for read in (load_weights, weights_id):
+            with pytest.raises(UserError, match=r"; (give|use)") as error:
+                read(location)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(4, dtype=torch.int64), torch.ones(4).to_sparse(), torch.ones(4, device="meta")],
+    ids=["integers", "sparse", "without memory"],
+)
+def test_tensors_of_an_unsuitable_kind_are_refused(tmp_path, trained, tensor):
+    torch.save({**trained.state_dict(), "1.bias": tensor}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"1\.bias is a tensor of .*, the architecture expects torch\.float32; use a"):
+        build(make, f"{tmp_path}/a.pt", CPU)
+
+
+def test_a_network_that_cannot_be_allocated_is_refused():
+    with pytest.raises(UserError, match=r"its network cannot be allocated .*; use a smaller network"):
+        build(lambda: nn.Linear(2**31, 2**31), "embedded:mnist.safetensors", CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "holds a JSON list, not an object"), ("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"),
+     ("\udcff", "not valid JSON")],
+)  # fmt: skip
+def test_configuration_files_that_are_not_objects_are_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=rf"config\.json: {message}.*; get the file again"):
+        load_json(str(tmp_path / "config.json"))

@@ -1,4 +1,4 @@
-"""A worker: commits beside the computing, batches that back off, and what it says of them."""
+"""A worker: it commits while it computes, and reduces its batch size when memory runs out."""
 
 import threading
 
@@ -8,33 +8,38 @@ import torch
 from cluster.worker import Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, UserError
+from pipeline.run import claim_run, describe_run, read_run
 from pipeline.smoothing import weights_ids
 from pipeline.spec import load_spec
 from pipeline.storage.store import FolderStore, open_store
-from pipeline.votes import claim_run, read_blocks, run_of
+from pipeline.votes import read_blocks
 
 BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in (0, 1) for start in (0, 100)]
 
 
 @pytest.fixture
 def make(raw_spec, tmp_path):
-    """Makes a worker and its store; runs of several names lie apart."""
+    """Returns a function that makes a worker and its store; each name is another run."""
 
     def make(name="run", batch_size=None, **changes):
         spec = load_spec({**raw_spec, **changes})
-        described, store = run_of(spec, weights_ids(spec), 2), open_store(str(tmp_path / name))
-        claim_run(store, described)
-        return Worker(Setup(spec, store.uri, described["votes_id"], batch_size)), store
+        run, store = describe_run(spec, weights_ids(spec), 2), open_store(str(tmp_path / name))
+        claim_run(store, run)
+        return Worker.load(Setup(spec, store.uri, run.votes_id, batch_size)), store
 
     return make
 
 
+def stored(store):
+    return read_blocks(store, read_run(store))
+
+
 def votes(store):
-    return {one.block: dict(zip(one.classes.tolist(), one.votes.tolist(), strict=True)) for one in read_blocks(store)}
+    return {one.block: one.votes().counts for one in stored(store)}
 
 
 def out_of_memory_above(worker, draws, after=0):
-    """Let f fail as a GPU does, for batches above `draws`, once it was called `after` times."""
+    """Make f run out of memory for batches above `draws`, after it was called `after` times."""
     inner, calls = worker._f._mean_softmax, []
 
     def scores(x_BCHW):
@@ -48,22 +53,22 @@ def out_of_memory_above(worker, draws, after=0):
 
 
 @pytest.mark.parametrize("after", [0, 3, 5])
-def test_a_task_outlives_the_end_of_memory(make, after):
+def test_a_task_continues_with_smaller_batches_when_memory_runs_out(make, after):
     worker, store = make(batch_size=64)
     calls = out_of_memory_above(worker, 20, after)
     receipt = worker.run(BLOCKS, "one")
     assert [block for block, _, _ in receipt.votes] == BLOCKS
     assert set(calls) == {64, 32, 16}
-    assert {one.metadata["batch_size"] for one in read_blocks(store)} == ({16} if after < 2 else {64, 16})
+    assert {one.metadata.batch_size for one in stored(store)} == ({16} if after < 2 else {64, 16})
     plain, other = make("plain", batch_size=16)
     plain.run(BLOCKS, "two")
     assert votes(store) == votes(other)
 
 
-def test_one_draw_that_does_not_fit_is_said(make):
+def test_one_draw_that_does_not_fit_is_an_error(make):
     worker, _ = make()
     out_of_memory_above(worker, 0)
-    with pytest.raises(UserError, match="one draw does not fit the memory of cpu"):
+    with pytest.raises(UserError, match="one draw does not fit in the memory of cpu"):
         worker.run(BLOCKS, "one")
 
 
@@ -72,23 +77,23 @@ def test_warm_up_finds_the_largest_batch_that_fits(make):
     calls = out_of_memory_above(worker, 300)
     worker._warm_up()
     assert calls == [2048, 1024, 512, 256]
-    assert worker._batch_size == 256
+    assert worker.batch_size == 256
 
 
-def test_compiling_is_asked_for_and_recorded(make, monkeypatch):
+def test_compilation_is_requested_and_recorded(make, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
     worker, store = make(compute={"device": "cpu", "compile": True})
     worker.run(BLOCKS, "one")
     assert compiled == [{"dynamic": False, "mode": "default"}]
-    assert {one.metadata["compiled"] for one in read_blocks(store)} == {True}
+    assert {one.metadata.compiled for one in stored(store)} == {True}
     plain, other = make("plain")  # claims the same votes_id
     plain.run(BLOCKS, "two")
     assert votes(store) == votes(other)
 
 
 def test_a_block_is_committed_while_the_next_is_computed(make, monkeypatch):
-    """The first commit ends only once the second block's draws have been at f."""
+    """The first commit returns only after f has seen draws of the second block."""
     worker, store = make(batch_size=100)
     calls, reached = out_of_memory_above(worker, 1000), threading.Event()
     inner_scores, put = worker._f._mean_softmax, FolderStore.put_if_absent
@@ -110,7 +115,7 @@ def test_a_block_is_committed_while_the_next_is_computed(make, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", range(len(BLOCKS)))
-def test_a_commit_that_fails_ends_the_task_and_loses_nothing_else(make, monkeypatch, broken):
+def test_a_failed_commit_ends_the_task_and_loses_nothing_else(make, monkeypatch, broken):
     worker, store = make(batch_size=100)
     put, commits = FolderStore.put_if_absent, []
 
@@ -129,7 +134,7 @@ def test_a_commit_that_fails_ends_the_task_and_loses_nothing_else(make, monkeypa
     assert set(votes(store)) == set(BLOCKS)
 
 
-def test_what_was_cast_before_a_bad_block_stands(make):
+def test_blocks_before_a_bad_block_are_committed(make):
     worker, store = make(batch_size=100, classifier={"arch": "tests.models:not_a_number"})
     with pytest.raises(UserError, match="not finite"):
         worker.run(BLOCKS, "one")

@@ -1,15 +1,16 @@
 #!/bin/sh
-# `diffsmooth certify` as a RayJob's entrypoint: exit status 2, a mistake that no retry mends, becomes 0 with a word.
+# The entrypoint of a RayJob: runs `diffsmooth certify`, and turns exit status 2 (a user error, which a retry cannot
+# fix) into 0 with a message.
 #
-# KubeRay's backoffLimit retries every job that ends FAILED, that is with any status but 0, and gives no way to except a
-# status: submitterConfig knows a backoffLimit alone, and a podFailurePolicy, which belongs to a Kubernetes Job, would see
-# the submitter's status, 1 for every failed job. So the choice has to be made here: 1 (incomplete, a lost head) and 143
-# (stopped by SIGTERM) pass and are retried, which resumes the run.
-trap : TERM # certify gets its own SIGTERM, finishes the blocks in flight, and its status is passed on
+# KubeRay's backoffLimit retries every job with a nonzero exit status and cannot exclude a status: submitterConfig has
+# only a backoffLimit, and the podFailurePolicy of a Kubernetes Job sees the status of the submitter, which is 1 for
+# every failed job. This script therefore decides: 1 (incomplete, lost head node) and 143 (stopped by SIGTERM) are
+# returned unchanged, so KubeRay retries the job, which resumes the run.
+trap : TERM # certify receives its own SIGTERM and finishes the blocks in progress; the script returns its status
 diffsmooth certify "$@"
 status=$?
 if [ "$status" -eq 2 ]; then
-    echo "diffsmooth: NOT CERTIFIED: the mistake above has to be mended first; ends with status 0 so that it is not retried" >&2
+    echo "diffsmooth: NOT CERTIFIED; fix the error above. The exit status is 0 so that the job is not retried" >&2
     exit 0
 fi
 exit "$status"

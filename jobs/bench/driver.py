@@ -13,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.sampling import blocks_of, order_of
+from cluster.driver import Cluster, Work
+from cluster.scheduler import Scheduler
+from cluster.worker import Setup
+from pipeline.orders import order_of
+from pipeline.run import claim_run, describe_run
+from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
-from pipeline.votes import claim_run, run_of
 
 _DRAWS = 10  # per task: one block
 
@@ -30,11 +34,6 @@ def nothing(spec: RunSpec, device: Any) -> Callable[[Any], Any]:
 
 def bench_driver(tasks: int) -> dict[str, Any]:
     """Cast `tasks` one-block tasks of the do-nothing classifier on a local Ray; the driver's own time per task."""
-    from cluster.driver import Cluster
-    from cluster.scheduler import Scheduler
-    from cluster.worker import Setup
-    from pipeline.smoothing import weights_ids
-
     with tempfile.TemporaryDirectory(prefix="diffsmooth-bench-") as folder:
         data = Path(folder, "image.parquet")
         image = io.BytesIO()
@@ -54,16 +53,13 @@ def bench_driver(tasks: int) -> dict[str, Any]:
                 "compute": {"device": "cpu"},
             }
         )
-        described, store = run_of(spec, weights_ids(spec), 2), open_store(str(Path(folder, "run")))
-        claim_run(store, described)
-        blocks = list(blocks_of(order_of(spec, [0]), spec.smoothing.block))
+        run, store = describe_run(spec, weights_ids(spec), 2), open_store(str(Path(folder, "run")))
+        claim_run(store, run)
+        blocks = list(order_of(spec, [0]).blocks(spec.smoothing.block))
         before = _peak_memory()
         with Cluster(address=None, device="cpu", actors=None) as cluster:
-            outcome = cluster.cast(
-                Setup(spec, store.uri, described["votes_id"], _DRAWS),
-                blocks,
-                scheduler=Scheduler(target_seconds=0.0, first_draws=1),
-            )
+            work = Work(setup=Setup(spec, store.uri, run.votes_id, _DRAWS), blocks=blocks)
+            outcome = cluster.cast(work, scheduler=Scheduler(target_seconds=0.0, first_draws=1))
     return {
         "tasks": outcome.tasks,
         "draws": outcome.draws,

@@ -1,10 +1,11 @@
-"""The published algorithm done literally: what `diffsmooth bench` compares the pipeline with.
+"""The published algorithm, implemented literally: what `diffsmooth bench` compares the pipeline with.
 
-Cohen et al.'s certify with DiffSmooth's base classifier (Zhang et al. 2023, arXiv 2308.14333, Algorithm 1) on OpenAI's
-p_sample, in float32: one sample at a time; the timestep embedded anew for each batch; the learned variance and the full
-posterior (mean, variance, sample) computed, though x0 alone is used; the m copies one after another; each batch's votes
-fetched to the host and counted there. Networks are taken as they were trained: nothing folded, rows of pixels (NCHW).
-Written apart from the pipeline on purpose, sharing with it the networks' weights and layout alone.
+It is Cohen et al.'s certify with DiffSmooth's base classifier (Zhang et al. 2023, arXiv 2308.14333, Algorithm 1) on
+OpenAI's p_sample, in float32. Samples are processed one at a time. For each batch the timestep is embedded again, and
+the learned variance and the full posterior (mean, variance, sample) are computed, although only x0 is used. The m
+copies are classified one after another, and each batch's votes are copied to the host and counted there. The networks
+are used as they were trained: nothing is folded, and images are contiguous (NCHW). This code is independent of the
+pipeline on purpose: it shares only the weights and the layout of the networks.
 
 Shapes: B batch, C channels, H W image, E time embedding, T attention positions, K classes, M local copies.
 """
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import noise
-from pipeline.models.classifiers import load_classifier
-from pipeline.models.denoisers import load_unet, schedule, timestep
+from pipeline.models.classifiers import resolve_classifier
+from pipeline.models.denoisers import OpenAIUNet, resolve_denoiser
 from pipeline.models.unet import Attention, ResBlock, UNet
+from pipeline.noise import local_noise
 from pipeline.spec import RunSpec, UNetSettings
 
 
@@ -31,9 +32,10 @@ class Literal:
 
     def __init__(self, spec: RunSpec, device: torch.device, shape: tuple[int, int, int], num_classes: int) -> None:
         smoothing = spec.smoothing
-        self._diffusion = None if spec.denoiser.arch == "none" else _Diffusion(spec, device, shape)
-        self._classifier = load_classifier(spec, device, shape[0], num_classes)
-        local_MCHW = noise.local_noise(
+        source = resolve_denoiser(spec)
+        self._diffusion = _Diffusion(source, device, shape) if isinstance(source, OpenAIUNet) else None
+        self._classifier = resolve_classifier(spec).load(device, shape[0], num_classes)
+        local_MCHW = local_noise(
             local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
         )
         self._local_noise = list(torch.from_numpy(local_MCHW).to(device))
@@ -42,7 +44,7 @@ class Literal:
 
     @torch.no_grad()
     def scores(self, x_BCHW: Tensor) -> Tensor:
-        """Sum over the local copies of softmax, B x K, of images with their noise."""
+        """Return scores_BK, the sum of the softmax over the local copies, for noisy images."""
         x0_BCHW = x_BCHW if self._diffusion is None else self._diffusion.denoise(x_BCHW, self._generator)
         scores_BK = torch.zeros(len(x_BCHW), self._num_classes, device=x_BCHW.device)
         for local_CHW in self._local_noise:
@@ -51,7 +53,7 @@ class Literal:
 
     @torch.no_grad()
     def count(self, x_CHW: Tensor, draws: int, batch_size: int) -> NDArray[np.int64]:
-        """Votes per class of one sample's draws, noise made on the device."""
+        """Return counts_K, the votes of one sample's draws; the noise is generated on the device."""
         counts_K = np.zeros(self._num_classes, dtype=np.int64)
         for _ in range(math.ceil(draws / batch_size)):
             this_batch_size = min(batch_size, draws)
@@ -69,13 +71,13 @@ class _PSample(NamedTuple):
 
 
 class _Diffusion:
-    """GaussianDiffusion of improved-diffusion and guided-diffusion, as far as p_sample needs it."""
+    """The parts of GaussianDiffusion (improved-diffusion and guided-diffusion) that p_sample needs."""
 
-    def __init__(self, spec: RunSpec, device: torch.device, shape: tuple[int, int, int]) -> None:
-        self._unet = load_unet(spec, device, shape)
+    def __init__(self, source: OpenAIUNet, device: torch.device, shape: tuple[int, int, int]) -> None:
+        self._unet = source.load(device, shape)
         self._channels = shape[0]
-        self._abar = abar = schedule(spec)
-        self._t = timestep(abar, spec.smoothing.sigma)
+        self._abar = abar = source.abar
+        self._t = source.timesteps[0]
         before = np.append(1.0, abar[:-1])
         self._betas = betas = 1 - abar / before
         self._variance = betas * (1 - before) / (1 - abar)
@@ -92,7 +94,7 @@ class _Diffusion:
         timestep_map = torch.tensor(list(range(len(self._abar))), device=t_B.device)  # of the spaced diffusion
         out_BCHW = literal_unet(self._unet, x_BCHW, timestep_map[t_B])
         eps_BCHW, log_variance_BCHW = out_BCHW[:, : self._channels], _extract(self._log_variance, t_B, x_BCHW)
-        if out_BCHW.shape[1] == 2 * self._channels:  # interpolates between the posterior's log variance and log beta
+        if out_BCHW.shape[1] == 2 * self._channels:  # interpolate between the posterior's log variance and log beta
             share_BCHW = (out_BCHW[:, self._channels :] + 1) / 2
             log_beta_BCHW = _extract(np.log(self._betas), t_B, x_BCHW)
             log_variance_BCHW = share_BCHW * log_beta_BCHW + (1 - share_BCHW) * log_variance_BCHW
@@ -109,13 +111,13 @@ class _Diffusion:
 
 
 def _extract(table: NDArray[np.float64], t_B: Tensor, like_BCHW: Tensor) -> Tensor:
-    """A table's entries at t_B, as wide as an image."""
+    """Return the entries of a table at t_B, expanded to the shape of images."""
     values_B = torch.from_numpy(table).to(t_B.device)[t_B].float()
     return values_B[:, None, None, None].expand(like_BCHW.shape)
 
 
 def literal_unet(unet: UNet, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """All output channels of OpenAI's UNet, as its own forward computes them."""
+    """Return all output channels of OpenAI's UNet, as its published forward computes them."""
     settings = unet.settings
     emb_BE = unet.time_embed(_embedding(t_B, settings))
     h_BCHW, skips = F.pixel_unshuffle(x_BCHW, settings.patch), []
@@ -174,4 +176,4 @@ def _norm(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)  # OpenAI's own
+    return x * torch.sigmoid(x)  # as OpenAI implements it

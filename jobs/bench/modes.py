@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.certify import certified_radius
-from pipeline.sampling import plan_draws
+from pipeline.orders import Order
+from pipeline.planning import plan_draws
 from pipeline.sequential import Grid, looks_of
 
 SIGMA, ALPHA, N0, PILOT, LENGTH = 0.5, 0.001, 100, 1000, 100
@@ -64,9 +65,8 @@ def _rows(population: Population, n: int, samples: int, rng: np.random.Generator
 
     def planned(loss: float, active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         draws = np.zeros(samples, dtype=np.int64)
-        draws[active] = plan_draws(
-            pilot[active].tolist(), n0=PILOT, n=n, alpha=ALPHA, sigma=SIGMA, length=LENGTH, max_acr_loss=loss
-        )
+        order = Order(samples=[0], n0=PILOT, n=n, alpha=ALPHA, mode="planned", max_acr_loss=loss)
+        draws[active] = plan_draws(pilot[active].tolist(), order, sigma=SIGMA, length=LENGTH)
         some = draws > 0
         reached = np.zeros(samples)
         reached[some] = certified_radius(rng.binomial(draws[some], p[some]), draws[some], ALPHA, SIGMA)

@@ -1,105 +1,200 @@
-"""`diffsmooth bench SPEC`: how much of the networks' own speed the pipeline keeps, and how far it is ahead of the
-published algorithm.
+"""`diffsmooth bench SPEC`: compare the pipeline's speed with its networks' own and with the published algorithm's.
 
-Three sides take turns in one process, each at the batch size that it likes best: `bare`, f's networks alone on data
-that lie on the device, never compiled; `pipeline`, `cast_votes`; `literal`, the published algorithm,
-in float32. Ratios are medians over the rounds of two rates of the same round. On one CPU thread the clock is the
-process's CPU time, which no other load on the machine stretches and which the noise threads are part of.
+Three sides take turns in one process, each at its fastest batch size:
+
+- `bare`: f's networks alone, never compiled, on data that are already on the device;
+- `pipeline`: `cast_votes`;
+- `literal`: the published algorithm, in float32.
+
+Ratios are medians, over the rounds, of two rates of the same round. With one CPU thread the clock is the CPU time of
+the process. Other load on the machine does not affect it, and it includes the noise threads.
 
 Shapes: B batch, C channels, H W image, K classes, M local copies.
 """
 
+import dataclasses
 import logging
 import math
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from cluster.worker import device_of
 from jobs.bench.literal import Literal
-from jobs.plan import flops_per_draw
-from pipeline import noise
+from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from pipeline.block import Block
 from pipeline.data import known_facts, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED, Sample
+from pipeline.locations import EMBEDDED
 from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
+from pipeline.models.device import device_of
+from pipeline.models.own import is_own
 from pipeline.models.weights import RANDOM
-from pipeline.smoothing import DTYPES, base_classifier, cast_votes, check_base_classifier
+from pipeline.noise import Noise
+from pipeline.smoothing import (
+    DTYPES,
+    CastOptions,
+    base_classifier,
+    cast_votes,
+    check_base_classifier,
+    in_pixels,
+    in_units,
+    noisy_images,
+)
 from pipeline.spec import RunSpec
 from pipeline.storage.fetch import at_hand
 
 logger = logging.getLogger(__name__)
 
 _BATCH_SIZES = {"cpu": (8, 16, 32, 64, 128, 256), "cuda": (64, 128, 256, 512, 1024, 2048, 4096)}
-_IMAGES = 20  # samples that the draws of an agreement are spread over
+_IMAGES = 20  # samples over which the draws of an agreement are spread
+PARTS = ("noise", "transfer", "denoiser", "classifier", "counting")
 
 Clock = Callable[[], float]
 
 
 class Effort(NamedTuple):
-    """How long the bench may take."""
+    """How long the benchmark measures."""
 
     rounds: int = 5
-    seconds: float = 1.0  # that each side works for in a round, at least one batch
+    seconds: float = 1.0  # of each side in a round; at least one batch
     agreement_draws: int = 200
 
 
 _EFFORT = Effort()
 
 
-class _Side(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How our votes and scores compare with those of another f, on the same noise."""
+
+    draws: int
+    equal: int  # draws with the same vote
+    largest_difference: float  # of two scores, each normalised to sum 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """The speed of one side at one batch size."""
+
+    side: str
+    precision: str
+    batch_size: int
+    draws_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedFigures:
+    """Everything that the benchmark measured; dictionaries have a key per side unless a comment says otherwise."""
+
+    name: str
+    device: str
+    clock: str  # "cpu" or "wall"
+    threads: int | None
+    precision: str
+    random_weights: list[str]  # networks that were measured with random weights
+    random_images: bool
+    batch_size: dict[str, int]
+    draws_per_second: dict[str, float]
+    rounds: list[dict[str, float]]
+    pipeline_over_bare: float
+    pipeline_over_literal: float | None
+    warm_up_seconds: dict[str, float]
+    share_of_time: dict[str, float]  # by part of a draw
+    gflop_per_draw: FlopsPerDraw | None
+    gflop_per_second: float | None
+    peak_gflop_per_second: float
+    share_of_peak: float | None
+    peak_memory_bytes: dict[str, int]
+    agreement: dict[str, Agreement]  # by what the pipeline is compared with: "literal" or a precision
+    sweep: list[Rate]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class _Meter(NamedTuple):
+    """How every side is measured."""
+
+    clock: Clock
+    batch_sizes: Sequence[int]
+    effort: Effort
+
+
+@dataclass
+class _Side:
+    """One of the programs that are compared; `tune` fills in what it measures."""
+
     name: str
     precision: str
-    run: Callable[[int, int], object]  # works through that many batches of that many draws
-    warm_up: dict[int, float]  # seconds on the wall of the first batch of each size, compiling where that is asked for
+    run: Callable[[int, int], object]  # processes a number of batches, given batch size and number
+    warm_up: dict[int, float] = field(default_factory=dict)  # batch size -> wall seconds of the first batch
+    rates: dict[int, float] = field(default_factory=dict)  # batch size -> draws per second
+
+    @property
+    def best_size(self) -> int:
+        return max(self.rates, key=lambda size: self.rates[size])
+
+    def batches(self, seconds: float) -> int:
+        """Return how many batches of the best size take so many seconds."""
+        return math.ceil(seconds * self.rates[self.best_size] / self.best_size)
 
     def rate(self, batch_size: int, batches: int, clock: Clock) -> float:
-        """Draws per second."""
-        # torch keeps these for the whole process, and each side wants its own
+        """Measure draws per second."""
+        # torch has one such setting per process, and the sides need different ones
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         start = clock()
         self.run(batch_size, batches)
         return batch_size * batches / (clock() - start)
 
-    def tune(self, batch_sizes: Sequence[int], clock: Clock, seconds: float) -> dict[int, float]:
-        """Draws per second at ascending batch sizes, up to where they fall or memory ends."""
-        rates: dict[int, float] = {}
-        for batch_size in sorted(batch_sizes):
+    def tune(self, meter: "_Meter") -> None:
+        """Measure ascending batch sizes until the rate falls or memory is exhausted."""
+        clock, seconds = meter.clock, meter.effort.seconds
+        for batch_size in sorted(meter.batch_sizes):
             try:
                 start = time.perf_counter()
                 self.rate(batch_size, 1, clock)
                 self.warm_up[batch_size] = time.perf_counter() - start
                 first = self.rate(batch_size, 1, clock)
                 batches = math.ceil(seconds / 2 * first / batch_size)
-                # the better of two: what else runs on the machine only ever slows a side down
-                rates[batch_size] = max(self.rate(batch_size, batches, clock) for _ in range(2))
+                # the better of two, because other load on the machine can only slow a side down
+                self.rates[batch_size] = max(self.rate(batch_size, batches, clock) for _ in range(2))
             except torch.OutOfMemoryError:
                 break
-            if rates[batch_size] < 0.85 * max(rates.values()):
+            if self.rates[batch_size] < 0.85 * max(self.rates.values()):
                 break
-        if not rates:
-            raise UserError(f"a batch of {min(batch_sizes)} draws does not fit the device: give a smaller --batch-size")
-        return rates
+        if not self.rates:
+            raise UserError(
+                f"a batch of {min(meter.batch_sizes)} draws exceeds the device's memory; use a smaller --batch-size"
+            )
+
+    def sweep(self) -> list[Rate]:
+        return [
+            Rate(side=self.name, precision=self.precision, batch_size=size, draws_per_second=rate)
+            for size, rate in self.rates.items()
+        ]
 
 
 class _Pipeline:
-    """A spec's f as it certifies, and the samples that it does so for."""
+    """A spec's f as it certifies, and some samples."""
 
     def __init__(self, spec: RunSpec, device: torch.device, samples: Mapping[int, Sample], num_classes: int) -> None:
         self.spec, self.device, self.samples = spec, device, samples
+        self.noise = Noise(0, spec.smoothing.sigma, spec.smoothing.noise_grid)
         self.sample, (image_CHW, _, _) = next(iter(samples.items()))
         self.image_CHW = torch.from_numpy(image_CHW).to(device)
         self.f = base_classifier(spec, device, image_CHW.shape, num_classes)
@@ -108,10 +203,10 @@ class _Pipeline:
 
     def sides(self) -> list[_Side]:
         precision = self.spec.smoothing.precision
-        return [_Side("bare", precision, self._networks, {}), _Side("pipeline", precision, self._cast_votes, {})]
+        return [_Side("bare", precision, self._run_networks), _Side("pipeline", precision, self._cast_votes)]
 
     @torch.inference_mode()
-    def _networks(self, batch_size: int, batches: int) -> None:
+    def _run_networks(self, batch_size: int, batches: int) -> None:
         f, generator = self.f, torch.Generator(self.device).manual_seed(0)
         copies, shape = batch_size * len(f.local_noise_MCHW), self.image_CHW.shape
         x_BCHW = torch.rand(copies, *shape, generator=generator, device=self.device)
@@ -124,33 +219,26 @@ class _Pipeline:
             f.classifier(x_BCHW)
 
     def _cast_votes(self, batch_size: int, batches: int) -> None:
-        smoothing, block = self.spec.smoothing, Block(self.sample, "estimation", 0, batch_size * batches)
-        for _ in cast_votes(self.f, [block], self.samples, sigma=smoothing.sigma, seed=0, batch_size=batch_size):
+        block = Block(self.sample, "estimation", 0, batch_size * batches)
+        for _ in cast_votes(self.f, [block], self.samples, self.noise, CastOptions(batch_size)):
             pass
-
-    def noise(self, sample: int, draws: range) -> Tensor:
-        smoothing = self.spec.smoothing
-        noise_BCHW = torch.empty(len(draws), *self.image_CHW.shape, pin_memory=self.device.type == "cuda")
-        noise.draw_noise(
-            noise_BCHW.numpy(),
-            seed=0,
-            stage="estimation",
-            sample=sample,
-            draws=draws,
-            sigma=smoothing.sigma,
-        )
-        return noise_BCHW
 
     @torch.inference_mode()
     def shares(self, batch_size: int, batches: int, clock: Clock) -> dict[str, float]:
-        """Of the time of all parts of a draw, measured apart, each part's; on a GPU noise is made beside the rest."""
+        """Return the fraction of time that each part of a draw takes, the parts being measured separately.
+
+        On a GPU, the pipeline itself generates noise in parallel with the rest.
+        """
         f, M, seconds = self.f, len(self.f.local_noise_MCHW), dict.fromkeys(PARTS, 0.0)
         counts_K = torch.zeros(f.num_classes, dtype=torch.int64, device=self.device)
+        image_1CHW = in_units(self.image_CHW[None], self.noise, [self.sample])
         for batch in range(batches):
+            draws = range(batch * batch_size, (batch + 1) * batch_size)
             times = [clock()]
-            noise_BCHW = self.noise(self.sample, range(batch * batch_size, (batch + 1) * batch_size))
+            noise_BCHW = torch.empty(batch_size, *self.image_CHW.shape, pin_memory=self.device.type == "cuda")
+            self.noise.fill(noise_BCHW.numpy(), "estimation", self.sample, draws)
             times.append(clock())
-            x_BCHW = self.image_CHW + noise_BCHW.to(self.device, non_blocking=True)
+            x_BCHW = in_pixels(image_1CHW + noise_BCHW.to(self.device, non_blocking=True), self.noise)
             times.append(clock())
             x0_BCHW = f.denoise(x_BCHW)
             times.append(clock())
@@ -163,8 +251,21 @@ class _Pipeline:
                 seconds[part] += stop - start
         return {part: value / sum(seconds.values()) for part, value in seconds.items()}
 
-
-PARTS = ("noise", "transfer", "denoiser", "classifier", "counting")
+    def agreement(self, others: Callable[[Tensor], Tensor], batch_size: int, least_draws: int) -> Agreement:
+        """Compare with another f on the same noise; the draws are spread over the samples."""
+        draws, equal, largest = 0, 0, 0.0
+        per_sample = max(1, math.ceil(least_draws / len(self.samples)))
+        for sample, (image_CHW, _, _) in self.samples.items():
+            for start in range(0, per_sample, batch_size):
+                chosen = range(start, min(start + batch_size, per_sample))
+                x_BCHW = noisy_images(image_CHW, self.noise, "estimation", sample, chosen).to(self.device)
+                ours, theirs = (scores_of(x_BCHW).double() for scores_of in (self.f, others))
+                equal += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+                difference = ours - theirs / theirs.sum(dim=1, keepdim=True)
+                draws, largest = draws + len(x_BCHW), max(largest, float(difference.abs().max()))
+            if draws >= least_draws:
+                break
+        return Agreement(draws=draws, equal=equal, largest_difference=largest)
 
 
 def bench_speed(
@@ -174,101 +275,99 @@ def bench_speed(
     precisions: Sequence[str] = (),
     threads: int = 1,
     effort: Effort = _EFFORT,
-) -> dict[str, Any]:
-    """Measure a spec. Weights that are not on this machine are random, and so are images: nothing is downloaded.
+) -> SpeedFigures:
+    """Measure a spec. Weights and images that are not on this machine are random; nothing is downloaded.
 
-    Empty `batch_sizes` are some that suit the device; `precisions` are swept besides the spec's own; `threads` are a
-    CPU's. Raises: UserError for a spec that cannot be certified, and for a device that is not there.
+    By default the batch sizes depend on the device. `precisions` are measured in addition to the spec's own; `threads`
+    are those of a CPU. Raises: UserError for a spec that cannot be certified and for a missing device.
     """
     check_base_classifier(spec)
     device = device_of(spec)
     if device.type == "cpu":
         torch.set_num_threads(threads)
     clock, kind = _clock(device, threads)
+    meter = _Meter(clock, batch_sizes or _BATCH_SIZES[device.type], effort)
     spec, random_weights = _with_weights(spec)
     samples, num_classes, random_images = _samples(spec)
     ours = _Pipeline(spec, device, samples, num_classes)
     literal = _literal(ours, num_classes)
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
-    sizes = batch_sizes or _BATCH_SIZES[device.type]
-    tuned = {side.name: side.tune(sizes, clock, effort.seconds) for side in sides}
-    best = {name: max(rates, key=lambda size: rates[size]) for name, rates in tuned.items()}
-    rounds, memory = _alternate(sides, tuned, best, clock, effort)
-    precision = spec.smoothing.precision
-    shares = ours.shares(best["pipeline"], _batches(tuned["pipeline"], best["pipeline"], effort.seconds), clock)
-    sweep = [_row(side, size, rate) for side in sides for size, rate in tuned[side.name].items()]
-    agreements = {} if literal is None else {"literal": _agreement(ours, literal.scores, best["pipeline"], effort)}
+    for side in sides:
+        side.tune(meter)
+    rounds, memory = _alternate(sides, meter)
+    best = {side.name: side.best_size for side in sides}
+    shares = ours.shares(best["pipeline"], sides[1].batches(effort.seconds), clock)
+    sweep = [rate for side in sides for rate in side.sweep()]
+    agreements = {}
+    if literal is not None:
+        agreements["literal"] = ours.agreement(literal.scores, best["pipeline"], effort.agreement_draws)
     for other in dict.fromkeys(precisions):
-        if other != precision:
-            changed = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"precision": other})})
-            theirs = _Pipeline(changed, device, samples, num_classes)
-            for side in theirs.sides():
-                sweep += [_row(side, *one) for one in side.tune(sizes, clock, effort.seconds).items()]
-            agreements[other] = _agreement(ours, theirs.f, best["pipeline"], effort)
+        if other != spec.smoothing.precision:
+            agreements[other], measured = _other_precision(ours, other, best["pipeline"], meter)
+            sweep += measured
     rates = {side.name: statistics.median(one[side.name] for one in rounds) for side in sides}
     flops = flops_per_draw(spec, tuple(ours.image_CHW.shape), num_classes)
-    peak, done = _peak(device, precision, clock), None if flops is None else rates["pipeline"] * sum(flops.values())
-
-    def ratio(above: str, below: str) -> float | None:
-        return statistics.median(one[above] / one[below] for one in rounds) if below in rates else None
-
-    return {
-        "name": spec.name,
-        "device": _name(device),
-        "clock": kind,
-        "threads": threads if device.type == "cpu" else None,
-        "precision": precision,
-        "random_weights": random_weights,
-        "random_images": random_images,
-        "batch_size": best,
-        "draws_per_second": rates,
-        "rounds": rounds,
-        "pipeline_over_bare": ratio("pipeline", "bare"),
-        "pipeline_over_literal": ratio("pipeline", "literal"),
-        "warm_up_seconds": {side.name: side.warm_up[best[side.name]] for side in sides},
-        "share_of_time": shares,
-        "gflop_per_draw": None if flops is None else {name: value / 1e9 for name, value in flops.items()},
-        "gflop_per_second": None if done is None else done / 1e9,
-        "peak_gflop_per_second": peak / 1e9,
-        "share_of_peak": None if done is None else done / peak,
-        "peak_memory_bytes": memory,
-        "agreement": agreements,
-        "sweep": sweep,
-    }
+    peak = _peak(device, spec.smoothing.precision, clock)
+    achieved = None if flops is None else rates["pipeline"] * flops.total
+    return SpeedFigures(
+        name=spec.name,
+        device=_name(device),
+        clock=kind,
+        threads=threads if device.type == "cpu" else None,
+        precision=spec.smoothing.precision,
+        random_weights=random_weights,
+        random_images=random_images,
+        batch_size=best,
+        draws_per_second=rates,
+        rounds=rounds,
+        pipeline_over_bare=_ratio(rounds, "bare"),
+        pipeline_over_literal=None if literal is None else _ratio(rounds, "literal"),
+        warm_up_seconds={side.name: side.warm_up[side.best_size] for side in sides},
+        share_of_time=shares,
+        gflop_per_draw=None if flops is None else in_gflop(flops),
+        gflop_per_second=None if achieved is None else achieved / 1e9,
+        peak_gflop_per_second=peak / 1e9,
+        share_of_peak=None if achieved is None else achieved / peak,
+        peak_memory_bytes=memory,
+        agreement=agreements,
+        sweep=sweep,
+    )
 
 
-def _row(side: _Side, batch_size: int, rate: float) -> dict[str, Any]:
-    return {"side": side.name, "precision": side.precision, "batch_size": batch_size, "draws_per_second": rate}
+def _other_precision(ours: _Pipeline, precision: str, batch_size: int, meter: _Meter) -> tuple[Agreement, list[Rate]]:
+    """Compare the pipeline with itself in another precision, and measure that one's speed."""
+    smoothing = ours.spec.smoothing.model_copy(update={"precision": precision})
+    other = _Pipeline(
+        ours.spec.model_copy(update={"smoothing": smoothing}), ours.device, ours.samples, ours.f.num_classes
+    )
+    sides = other.sides()
+    for side in sides:
+        side.tune(meter)
+    agreement = ours.agreement(other.f, batch_size, meter.effort.agreement_draws)
+    return agreement, [rate for side in sides for rate in side.sweep()]
 
 
-def _batches(rates: Mapping[int, float], batch_size: int, seconds: float) -> int:
-    return math.ceil(seconds * rates[batch_size] / batch_size)
+def _ratio(rounds: Sequence[Mapping[str, float]], other: str) -> float:
+    return statistics.median(one["pipeline"] / one[other] for one in rounds)
 
 
-def _alternate(
-    sides: Sequence[_Side],
-    tuned: Mapping[str, Mapping[int, float]],
-    best: Mapping[str, int],
-    clock: Clock,
-    effort: Effort,
-) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """The sides' rates, round by round, in turns; the most memory that each took."""
+def _alternate(sides: Sequence[_Side], meter: _Meter) -> tuple[list[dict[str, float]], dict[str, int]]:
+    """Return the rates of the sides in each round, measured in alternating order, and the peak memory of each side."""
     rounds: list[dict[str, float]] = []
     memory: dict[str, int] = {}
-    for index in range(effort.rounds):
+    for index in range(meter.effort.rounds):
         rates = {}
         for side in sides if index % 2 == 0 else reversed(sides):
-            batch_size = best[side.name]
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            rates[side.name] = side.rate(batch_size, _batches(tuned[side.name], batch_size, effort.seconds), clock)
-            memory[side.name] = _memory()
+            rates[side.name] = side.rate(side.best_size, side.batches(meter.effort.seconds), meter.clock)
+            memory[side.name] = _peak_memory()
         rounds.append(rates)
     return rounds, memory
 
 
-def _memory() -> int:
-    """Bytes at most: of the GPU since the last reset, else of the process in all its life."""
+def _peak_memory() -> int:
+    """Return the peak memory in bytes: the GPU's since the last reset, or the process's since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -292,7 +391,7 @@ def _name(device: torch.device) -> str:
 
 
 def _peak(device: torch.device, precision: str, clock: Clock) -> float:
-    """FLOP per second of a large matrix product in the precision: the best of several."""
+    """Measure the FLOP per second of a large matrix product in a precision, the best of several."""
     side, times = 1024 if device.type == "cpu" else 8192, []
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(DTYPES[precision])
@@ -305,25 +404,25 @@ def _peak(device: torch.device, precision: str, clock: Clock) -> float:
 
 
 def _with_weights(spec: RunSpec) -> tuple[RunSpec, list[str]]:
-    """The spec with random weights for the networks whose own are not on this machine, and these networks' names."""
+    """Return the spec with random weights for networks whose weights are not on this machine, and their names."""
     changed: dict[str, Any] = {}
     for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
-        family, colon, _ = section.arch.partition(":")
-        own = colon and family not in ("timm", "torchvision")
-        if own or section.arch in ("none", "diffusers", "transformers"):
+        if is_own(section.arch) or section.arch in ("none", "diffusers", "transformers"):
             continue
         location = (section.checkpoint or "").partition("#")[0]
-        if not location.startswith("embedded:") and ("${" in location or not at_hand(location)):
+        if not location.startswith(EMBEDDED) and ("${" in location or not at_hand(location)):
             changed[name] = section.model_copy(update={"checkpoint": f"{RANDOM}0"})
     return spec.model_copy(update=changed), list(changed)
 
 
 def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:
-    """Some of the spec's samples, or random ones where its data are not on this machine; the number of classes."""
-    facts, path = known_facts(spec.data), spec.data.path
-    if facts is not None and spec.data.name != "mnist" and (path is None or not Path(path).exists()):
+    """Return some samples, the number of classes, and whether the samples are random because the data are missing."""
+    facts, path, grid = known_facts(spec.data), spec.data.path, spec.smoothing.noise_grid
+    if facts is not None and spec.data.name != "mnist" and (path is None or not os.path.exists(path)):
         generator = np.random.Generator(np.random.Philox(0))
         images = generator.random((_IMAGES, *facts.shape_CHW), dtype=np.float32)
+        if grid is not None:
+            images = np.rint(images * np.float32(grid)) / np.float32(grid)
         return {index: Sample(image, UNLABELLED, "") for index, image in enumerate(images)}, facts.num_classes, True
     data = open_dataset(spec.data)
     indices = sample_indices(spec.data.samples, len(data))
@@ -332,10 +431,10 @@ def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:
 
 
 def _literal(ours: _Pipeline, num_classes: int) -> Literal | None:
-    """None where the published algorithm has no place for the spec's denoiser."""
+    """Return the published algorithm, or None if it does not support the spec's denoiser."""
     denoiser = ours.spec.denoiser
     if denoiser.arch not in ("none", "unet", *PRESETS) or denoiser.steps > 1:
-        logger.warning("the published algorithm knows OpenAI's UNets in one step only: it is left out")
+        logger.warning("the published algorithm supports only OpenAI's UNets with one step; it is not measured")
         return None
     channels, height, width = ours.image_CHW.shape
     return Literal(ours.spec, ours.device, (channels, height, width), num_classes)
@@ -345,68 +444,57 @@ def _literal_side(literal: Literal, ours: _Pipeline) -> _Side:
     def run(batch_size: int, batches: int) -> object:
         return literal.count(ours.image_CHW, batch_size * batches, batch_size)
 
-    return _Side("literal", "fp32", run, {})
+    return _Side("literal", "fp32", run)
 
 
-def _agreement(
-    ours: _Pipeline, theirs: Callable[[Tensor], Tensor], batch_size: int, effort: Effort
-) -> dict[str, float]:
-    """Our votes and another's on the same noise, draws spread over the samples; scores as shares of one."""
-    draws, equal, largest = 0, 0, 0.0
-    per_sample = max(1, math.ceil(effort.agreement_draws / len(ours.samples)))
-    for sample, (image_CHW, _, _) in ours.samples.items():
-        for start in range(0, per_sample, batch_size):
-            noise_BCHW = ours.noise(sample, range(start, min(start + batch_size, per_sample)))
-            x_BCHW = (torch.from_numpy(image_CHW) + noise_BCHW).to(ours.device)
-            scores, others = (scores_of(x_BCHW).double() for scores_of in (ours.f, theirs))
-            equal += int((scores.argmax(dim=1) == others.argmax(dim=1)).sum())
-            difference = scores - others / others.sum(dim=1, keepdim=True)
-            draws, largest = draws + len(x_BCHW), max(largest, float(difference.abs().max()))
-        if draws >= effort.agreement_draws:
-            break
-    return {"draws": draws, "equal": equal, "largest_difference": largest}
-
-
-def print_speed(figures: Mapping[str, Any], console: Console) -> None:
-    """The figures in words and tables."""
-    seconds = "CPU second" if figures["clock"] == "cpu" else "second"
+def print_speed(figures: SpeedFigures, console: Console) -> None:
+    """Print the figures in words and tables."""
+    unit = "draws per CPU second" if figures.clock == "cpu" else "draws per second"
     console.width = max(console.width, 110)
-    random = [*figures["random_weights"], *(["images"] if figures["random_images"] else [])]
+    random = [*figures.random_weights, *(["images"] if figures.random_images else [])]
     console.print(
-        f"{figures['name']} on {figures['device']}, {figures['precision']}"
+        f"{escape(figures.name)} on {escape(figures.device)}, {figures.precision}"
         + (f"; random: {', '.join(random)}" if random else ""),
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("side", "batch", f"draws per {seconds}", "memory"):
+    for heading in ("side", "batch", unit, "memory"):
         table.add_column(heading, justify="left" if heading == "side" else "right", no_wrap=True)
-    for name, rate in figures["draws_per_second"].items():
-        memory = f"{figures['peak_memory_bytes'][name] / 1e9:.2f} GB"
-        table.add_row(name, str(figures["batch_size"][name]), f"{rate:,.4g}", memory)
+    for name, rate in figures.draws_per_second.items():
+        memory = f"{figures.peak_memory_bytes[name] / 1e9:.2f} GB"
+        table.add_row(name, str(figures.batch_size[name]), f"{rate:,.4g}", memory)
     console.print(table)
-    lines = [f"pipeline over bare networks: {figures['pipeline_over_bare']:.3f}"]
-    if figures["pipeline_over_literal"] is not None:
-        lines.append(f"pipeline over the published algorithm: {figures['pipeline_over_literal']:.3f}")
-    lines.append(f"warm-up of the pipeline: {figures['warm_up_seconds']['pipeline']:.1f} s on the wall")
-    lines.append("time: " + ", ".join(f"{part} {share:.1%}" for part, share in figures["share_of_time"].items()))
-    if figures["share_of_peak"] is not None:
+    console.print("\n".join(_sentences(figures)), highlight=False)
+    console.print(_sweep_table(figures.sweep, f"{unit} by batch size"))
+
+
+def _sentences(figures: SpeedFigures) -> list[str]:
+    lines = [f"pipeline over bare networks: {figures.pipeline_over_bare:.3f}"]
+    if figures.pipeline_over_literal is not None:
+        lines.append(f"pipeline over the published algorithm: {figures.pipeline_over_literal:.3f}")
+    lines.append(f"warm-up of the pipeline: {figures.warm_up_seconds['pipeline']:.1f} s of wall time")
+    lines.append("time: " + ", ".join(f"{part} {share:.1%}" for part, share in figures.share_of_time.items()))
+    if figures.share_of_peak is not None:
         lines.append(
-            f"{figures['gflop_per_second']:,.1f} GFLOP/s, {figures['share_of_peak']:.0%} of a matrix product's "
-            f"{figures['peak_gflop_per_second']:,.1f}"
+            f"{figures.gflop_per_second:,.1f} GFLOP/s, {figures.share_of_peak:.0%} of the "
+            f"{figures.peak_gflop_per_second:,.1f} of a matrix product"
         )
-    for name, one in figures["agreement"].items():
+    for name, one in figures.agreement.items():
         lines.append(
-            f"votes equal to {name}'s: {one['equal']:,} of {one['draws']:,}, scores within "
-            f"{one['largest_difference']:.1e}"
+            f"votes equal to those of {name}: {one.equal:,} of {one.draws:,}; scores differ by at most "
+            f"{one.largest_difference:.1e}"
         )
-    console.print("\n".join(lines), highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, title=f"draws per {seconds} by batch size", title_justify="left")
-    sizes = sorted({one["batch_size"] for one in figures["sweep"]})
+    return lines
+
+
+def _sweep_table(sweep: Sequence[Rate], title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    sizes = sorted({one.batch_size for one in sweep})
     for heading in ("side", "precision", *map(str, sizes)):
         table.add_column(heading, justify="right" if heading.isdigit() else "left", no_wrap=True)
     rows: dict[tuple[str, str], dict[int, float]] = {}
-    for one in figures["sweep"]:
-        rows.setdefault((one["side"], one["precision"]), {})[one["batch_size"]] = one["draws_per_second"]
+    for one in sweep:
+        rows.setdefault((one.side, one.precision), {})[one.batch_size] = one.draws_per_second
     for (side, precision), rates in rows.items():
         table.add_row(side, precision, *(f"{rates[size]:,.4g}" if size in rates else "-" for size in sizes))
-    console.print(table)
+    return table

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from jobs.bench.driver import _peak_memory
-from pipeline.sampling import Order, Sampler, blocks_of
-from pipeline.spec import BlockLengths
+from pipeline.orders import Order
+from pipeline.run import claim_run, describe_run
+from pipeline.sampling import Sampler
+from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
-from pipeline.votes import block_key, claim_run, encode_block, list_blocks, read_blocks, write_table
+from pipeline.votes import BlockMetadata, block_key, encode_block, list_blocks, read_blocks, write_table
 
 _WRITERS = 16
 
@@ -24,12 +26,16 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
     The blocks are left there. `seconds_to_resume` is all that a resumed run does between looking at its storage and
     handing out its first task.
     """
-    lengths = BlockLengths(selection=100, estimation=1000)
+    spec = load_spec(
+        {"name": "bench", "data": {"name": "none"}, "classifier": {"arch": "none"}, "smoothing": {"sigma": 1.0}}
+    )
+    run, lengths = describe_run(spec, {}, 1000), spec.smoothing.block
     order = Order(samples=list(range(-(-blocks // 11))), n0=100, n=10_000, alpha=0.001)
-    wanted = list(blocks_of(order, lengths))
-    spec = {"smoothing": {"block": lengths.model_dump()}}
-    run = {"votes_id": "0" * 32, "num_classes": 1000, "name": "bench", "spec": spec}
-    metadata = {"votes_id": run["votes_id"], "sample_sha256": "0" * 64, "attempt": f"{0:016x}-1", "device": "none"}
+    wanted = list(order.blocks(lengths))
+    metadata = BlockMetadata(
+        votes_id=run.votes_id, sample_sha256="0" * 64, attempt=f"{0:016x}-1", device="none", versions={}, batch_size=1,
+        threads=1, precision="fp32", seconds=0.0,
+    )  # fmt: skip
     store = open_store(f"{uri.rstrip('/')}/bench-{os.urandom(4).hex()}")
     store.prepare()
     claim_run(store, run)
@@ -51,11 +57,11 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
     with timed("seconds_to_list"):
         standing = list_blocks(store, lengths)
     with timed("seconds_to_find_missing"):
-        missing = Sampler(store, "001", order, lengths, 1.0, standing, lambda blocks: ()).start()
+        missing = Sampler(order, lengths, 1.0, committed=standing, read=lambda blocks: ()).start()
     with timed("seconds_to_read"):
-        stored = read_blocks(store, standing)
+        stored = read_blocks(store, run, standing)
     with timed("seconds_to_write_table"):
-        write_table(store, stored)
+        write_table(store, run, stored)
     resume = seconds["seconds_to_list"] + seconds["seconds_to_find_missing"]
     return {
         "run": store.uri,

@@ -1,1 +1,44 @@
-"""One TOML per published number, and the embedded default (mnist*.toml)."""
+"""The shipped specs, and how the argument SPEC of a command is found and loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.spec import RunSpec, load_spec
+
+SPECS = Path(__file__).parent
+
+
+def find_spec(name: str) -> Path:
+    """The path of a spec: a file, or the name of one that ships with the package."""
+    shipped, path = SPECS / f"{name}.toml", Path(name)
+    if path.is_file() or not shipped.is_file():
+        if not path.exists():
+            names = ", ".join(sorted(path.stem for path in SPECS.glob("*.toml")))
+            raise UserError(f"{name}: no such spec; give the path of a TOML file or a shipped name: {names}")
+        return path
+    return shipped
+
+
+def load_specs(names: Sequence[str], overrides: Sequence[str]) -> list[RunSpec]:
+    """The specs of one command. Raises: UserError, also if two have the same name and would share a run."""
+    loaded = [load_spec(find_spec(name), overrides) for name in names]
+    seen: set[str] = set()
+    for spec in loaded:
+        if spec.name in seen:
+            raise UserError(f"two specs have the name {spec.name!r} and would share a run; rename one of them")
+        seen.add(spec.name)
+    return loaded
+
+
+def load_shipped(name: str) -> RunSpec | None:
+    """The spec of this name that ships with the package, if there is one."""
+    names = {path.stem: path for path in SPECS.glob("*.toml")}
+    return load_spec(names[name]) if name in names else None
+
+
+def home_of(spec: RunSpec, out: str | None, *, several: bool) -> str:
+    """Where the run of a spec is stored: below --out if there are several specs, at --out if there is one."""
+    if out is None:
+        return f"runs/{spec.name}"
+    return f"{out.rstrip('/')}/{spec.name}" if several else out

@@ -1,4 +1,4 @@
-"""CLASSIFIERS: networks that turn x_BCHW in [0, 1] into logits_BK, resizing and normalisation inside.
+"""CLASSIFIERS: networks that turn x_BCHW in [0, 1] into logits_BK, including resizing and normalisation.
 
 Shapes: B batch, C channels, H W image, K classes.
 """
@@ -7,23 +7,37 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Protocol, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.locations import require_set
-from pipeline.models.weights import as_folder, build, function_id, library, load_json, own_function, weights_id
+from pipeline.models.files import (
+    Config,
+    as_folder,
+    first_file,
+    library,
+    library_errors,
+    load_json,
+    one_line,
+    parse_config,
+    weights_id,
+)
+from pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
+from pipeline.models.weights import State, build
+from pipeline.spec import Classifier as Section
 from pipeline.spec import Normalize, RunSpec
-from pipeline.storage.fetch import fetch_first
 
 logger = logging.getLogger(__name__)
 
-# name -> mean and std per channel, in [0, 1] pixel units
+# name -> mean and standard deviation per channel, in [0, 1] pixel units
 _NORMALIZATIONS = {
     "cifar10": Normalize(mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
     "imagenet": Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
@@ -31,28 +45,32 @@ _NORMALIZATIONS = {
     "half": Normalize(mean=[0.5], std=[0.5]),
     "none": Normalize(mean=[0.0], std=[1.0]),
 }
-_AS_IS = _NORMALIZATIONS["none"]
+_IDENTITY = _NORMALIZATIONS["none"]
+
+Logits = Callable[[Tensor], Tensor]  # x_BCHW in [0, 1] -> logits_BK
 
 
 class Input(NamedTuple):
-    """What a network wants of its input, as the metadata that travel with its weights say."""
+    """The input that a network expects, according to the metadata of its weights."""
 
     normalize: Normalize
     size: int | None = None  # side in pixels; images of another size are resized to it
-    interpolation: str = "bicubic"  # how, antialiased: bicubic or bilinear
+    interpolation: str = "bicubic"  # of the resizing, which antialiases: bicubic or bilinear
 
 
 class Architecture(NamedTuple):
     make: Callable[[int], nn.Module]  # number of classes -> network
-    input: Input | None = None  # None: its files do not say, so the spec must
-    weights: Callable[[], str | None] = lambda: None  # where the published weights lie
-    beside: tuple[tuple[str, str], ...] = ()  # what votes_id calls a file that stands beside the weights, its location
+    input: Input | None = None  # None: the files do not contain it, so the spec must
+    published: Callable[[], str | None] = lambda: None  # location of the published weights
+    configs: tuple[tuple[str, str], ...] = ()  # what votes_id calls each configuration file, and its location
     load: Callable[[str, torch.device], nn.Module] | None = None  # weights, device -> network; None: `weights.build`
 
 
 class MnistCNN(nn.Module):
-    """The embedded default's classifier: three convolutions of widths 16, 32, 32 and a linear layer, 17,000
-    parameters; 1 x 28 x 28 in."""
+    """The classifier of the embedded default, for 1 x 28 x 28 images.
+
+    Three convolutions of widths 16, 32 and 32 and a linear layer: 17,000 parameters.
+    """
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -87,8 +105,10 @@ class _BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32 x 32 images of depth 6 n + 2 (He et al. 2016, arXiv 1512.03385, section 4.2), projecting where the
-    width doubles, with the key names of Cohen's files."""
+    """ResNet of depth 6 n + 2 for 32 x 32 images (He et al. 2016, arXiv 1512.03385, section 4.2).
+
+    Shortcuts are projections if the width doubles. Key names are those of Cohen's files.
+    """
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
@@ -116,7 +136,7 @@ def _resnet50(num_classes: int) -> nn.Module:
 
 
 CLASSIFIERS: dict[str, Architecture] = {
-    "mnist_cnn": Architecture(MnistCNN, Input(_AS_IS)),
+    "mnist_cnn": Architecture(MnistCNN, Input(_IDENTITY)),
     "cifar_resnet20": Architecture(lambda num_classes: CifarResNet(20, num_classes)),
     "cifar_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
     "imagenet32_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
@@ -125,87 +145,120 @@ CLASSIFIERS: dict[str, Architecture] = {
 
 
 def _torchvision(name: str) -> Architecture:
-    """A model of torchvision, with the input of its default weights."""
+    """Return a torchvision model with the input of its default weights."""
     from torchvision import models
 
+    # these two transform their input in a way that their metadata do not describe
     if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
-        # those two change their input in a way of their own, which no metadata tell
         raise UserError(
-            f"classifier.arch = 'torchvision:{name}': not a classifier of torchvision that can be used here; take one "
+            f"classifier.arch = 'torchvision:{name}' is not a torchvision classifier that can be used here; choose one "
             "of torchvision.models.list_models()"
         )
     weights = models.get_model_weights(name).DEFAULT
-    says = weights.transforms()
+    metadata = weights.transforms()
     return Architecture(
         lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes),
-        Input(Normalize(mean=says.mean, std=says.std), says.crop_size[0], says.interpolation.value),
+        Input(Normalize(mean=metadata.mean, std=metadata.std), metadata.crop_size[0], metadata.interpolation.value),
         lambda: weights.url,
     )
 
 
 def _timm(name: str) -> Architecture:
-    """A model of timm, with the input of its pretrained configuration."""
+    """Return a timm model with the input of its pretrained configuration."""
     create, models = library("timm", "create_model"), library("timm", "models")
-    says = models.get_pretrained_cfg(name) if models.is_model(name) else None
-    if says is None:
+    metadata = models.get_pretrained_cfg(name) if models.is_model(name) else None
+    if metadata is None:
         raise UserError(
-            f"classifier.arch = 'timm:{name}': the installed timm knows no such model; take one of timm.list_models()"
+            f"classifier.arch = 'timm:{name}' is not a model of the installed timm; choose one of timm.list_models()"
         )
-    home = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    on_hub = f"{hub}/{metadata.hf_hub_id}/resolve/main/model.safetensors"
     return Architecture(
         lambda num_classes: create(name, num_classes=num_classes),
-        Input(Normalize(mean=list(says.mean), std=list(says.std)), says.input_size[-1], says.interpolation),
-        lambda: f"{home}/{says.hf_hub_id}/resolve/main/model.safetensors" if says.hf_hub_id else says.url or None,
+        Input(
+            Normalize(mean=list(metadata.mean), std=list(metadata.std)),
+            metadata.input_size[-1],
+            metadata.interpolation,
+        ),
+        lambda: on_hub if metadata.hf_hub_id else metadata.url or None,
     )
 
 
-def _transformers(spec: RunSpec) -> Architecture:
-    """An image classifier in transformers' layout: config.json, preprocessor_config.json and weights in one folder."""
-    folder = require_set("classifier.checkpoint", spec.classifier.checkpoint or "").rstrip("/")
+_LIBRARIES: dict[str, Callable[[str], Architecture]] = {TORCHVISION: _torchvision, TIMM: _timm}
+
+
+class _Size(Config):
+    height: int | None = Field(default=None, ge=1, le=10_000)
+
+
+class _Preprocessor(Config):
+    """The keys of transformers' preprocessor_config.json that we use."""
+
+    do_normalize: bool | None = True
+    image_mean: list[float] = Field(default=[])
+    image_std: list[float] = Field(default=[])
+    size: Annotated[int, Field(ge=1, le=10_000)] | _Size | None = None
+    resample: int | None = 2  # Pillow's number of the interpolation
+
+    @model_validator(mode="after")
+    def _check_normalisation(self) -> Self:
+        suits = len(self.image_mean) == len(self.image_std) > 0 and all(std > 0 for std in self.image_std)
+        if self.do_normalize and not suits:
+            raise ValueError(f"image_mean = {self.image_mean} and image_std = {self.image_std} are no normalisation")
+        return self
+
+    def input(self) -> Input:
+        normalize = Normalize(mean=self.image_mean, std=self.image_std) if self.do_normalize else _IDENTITY
+        size = self.size.height if isinstance(self.size, _Size) else self.size
+        interpolations = {2: "bilinear", 3: "bicubic"}
+        return Input(normalize, size, interpolations.get(self.resample or 0, f"resample = {self.resample}"))
+
+
+def _transformers(section: Section) -> Architecture:
+    """Return an image classifier in transformers' layout.
+
+    Its folder holds config.json, preprocessor_config.json and the weights.
+    """
+    folder = require_set("classifier.checkpoint", section.checkpoint or "").rstrip("/")
     if not folder:
-        raise UserError("classifier.checkpoint is missing: arch = 'transformers' needs the folder of a model")
+        raise UserError(
+            "classifier.checkpoint is missing, but arch = 'transformers' needs the folder of a model; set it"
+        )
     auto = library("transformers", "AutoModelForImageClassification")
-    files = {name: str(fetch_first([f"{folder}/{name}.json"])) for name in ("config", "preprocessor_config")}
-    config, says = load_json(files["config"]), load_json(files["preprocessor_config"])
-    size = says.get("size", {}).get("height") if isinstance(says.get("size"), dict) else says.get("size")
-    wants = Input(
-        Normalize(mean=says["image_mean"], std=says["image_std"]) if says.get("do_normalize", True) else _AS_IS,
-        size,
-        {2: "bilinear", 3: "bicubic"}.get(says.get("resample", 2), f"resample = {says.get('resample')}"),
-    )
+    files = {name: first_file([f"{folder}/{name}.json"]) for name in ("config", "preprocessor_config")}
+    config, processor = files["config"], files["preprocessor_config"]
+    content = load_json(config)
+    expected = parse_config(_Preprocessor, load_json(processor), processor).input()
 
     def make(num_classes: int) -> nn.Module:
-        configuration = library("transformers", "AutoConfig").for_model(**config)
-        if configuration.num_labels != num_classes:
-            raise UserError(
-                f"{folder}: a classifier of {configuration.num_labels} classes, the data set has {num_classes}: take "
-                "one of this data set, or set data.num_classes"
-            )
-        return _Logits(auto.from_config(configuration))
+        with library_errors(config):
+            configuration = library("transformers", "AutoConfig").for_model(**content)
+            if configuration.num_labels != num_classes:
+                raise UserError(
+                    f"{folder}: the classifier has {configuration.num_labels} classes, but the data set has "
+                    f"{num_classes}; use a classifier of this data set, or set data.num_classes"
+                )
+            return _OnlyLogits(auto.from_config(configuration))
 
     def load(weights: str, device: torch.device) -> nn.Module:
         names = {f"{'model' if weights.endswith('.safetensors') else 'pytorch_model'}{Path(weights).suffix}": weights}
-        with as_folder({**names, "config.json": files["config"]}) as local:
-            try:
-                network, found = auto.from_pretrained(local, output_loading_info=True, local_files_only=True)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); get the files again"
-                ) from error
-        amiss = sorted({*found["missing_keys"], *found["unexpected_keys"]})
-        if amiss:
+        with as_folder({**names, "config.json": config}) as local, library_errors(folder):
+            network, found = auto.from_pretrained(local, output_loading_info=True, local_files_only=True)
+        wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+        if wrong:
             raise UserError(
-                f"{folder}: {amiss[0]} and {len(amiss) - 1} more keys are missing or superfluous; get the files again"
+                f"{folder}: {wrong[0]} and {len(wrong) - 1} more keys are missing or unexpected; get the files again"
             )
-        return _Logits(network).to(device).eval().requires_grad_(False)
+        return _OnlyLogits(network).to(device).eval().requires_grad_(False)
 
     def weights() -> str:
-        return str(fetch_first([f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"]))
+        return first_file([f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"])
 
-    return Architecture(make, wants, weights, tuple((f"classifier.{name}", path) for name, path in files.items()), load)
+    configs = tuple((f"classifier.{name}", path) for name, path in files.items())
+    return Architecture(make, expected, weights, configs, load)
 
 
-class _Logits(nn.Module):
+class _OnlyLogits(nn.Module):
     """A transformers model that returns its logits alone."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -216,165 +269,173 @@ class _Logits(nn.Module):
         return self.network(x_BCHW).logits
 
 
-def _architecture(spec: RunSpec) -> Architecture | None:
-    """None for an own function. Raises: UserError for a name that is not known."""
-    arch = spec.classifier.arch
-    family, colon, name = arch.partition(":")
-    if arch == "transformers":
-        return _transformers(spec)
-    if colon and family in _FAMILIES:
-        return _FAMILIES[family](name)
-    if colon:
-        own_function(arch)
-        return None
-    if arch not in CLASSIFIERS:
-        raise UserError(
-            f"classifier.arch = {arch!r} is unknown: choose one of {', '.join(CLASSIFIERS)}, transformers, "
-            "torchvision:NAME, timm:NAME, or name your own as package.module:function"
-        )
-    return CLASSIFIERS[arch]
-
-
-_FAMILIES: dict[str, Callable[[str], Architecture]] = {"torchvision": _torchvision, "timm": _timm}
-
-
-def _input(spec: RunSpec, architecture: Architecture) -> Input:
-    """What the spec and the metadata together say of the network's input."""
-    normalize, interpolation = spec.classifier.normalize, spec.classifier.interpolation
-    if isinstance(normalize, str):
-        normalize = _NORMALIZATIONS[normalize]
-    if architecture.input is not None:
-        says = architecture.input
-        return Input(normalize or says.normalize, says.size, interpolation or says.interpolation)
-    if normalize is None:
-        raise UserError(
-            f"classifier.normalize is missing, and files of {spec.classifier.arch} do not say it: set it; Cohen's "
-            "CIFAR models want 'cifar10', his ImageNet models 'imagenet', SmoothAdv's ImageNet models 'center-imagenet'"
-        )
-    return Input(normalize)
-
-
 class Prepared(nn.Module):
-    """Resize where the size differs, (x - mean) / std, then the network."""
+    """A network preceded by its preprocessing: resizing if the size differs, then (x - mean) / std."""
 
     mean_1C11: Tensor
     std_1C11: Tensor
 
-    def __init__(self, network: nn.Module, wants: Input) -> None:
+    def __init__(self, network: nn.Module, expected: Input) -> None:
         super().__init__()
         self.network = network
-        self.wants = wants
-        self.as_is = wants.normalize == _AS_IS
-        self.register_buffer("mean_1C11", torch.tensor(wants.normalize.mean)[None, :, None, None], persistent=False)
-        self.register_buffer("std_1C11", torch.tensor(wants.normalize.std)[None, :, None, None], persistent=False)
+        self.expected = expected
+        self.is_identity = expected.normalize == _IDENTITY
+        self.register_buffer("mean_1C11", torch.tensor(expected.normalize.mean)[None, :, None, None], persistent=False)
+        self.register_buffer("std_1C11", torch.tensor(expected.normalize.std)[None, :, None, None], persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        size = self.wants.size
+        size = self.expected.size
         if size is not None and x_BCHW.shape[2:] != (size, size):
-            mode = self.wants.interpolation
+            mode = self.expected.interpolation
             x_BCHW = F.interpolate(x_BCHW, (size, size), mode=mode, antialias=True, align_corners=False)
-        if not self.as_is:
+        if not self.is_identity:
             x_BCHW = (x_BCHW - self.mean_1C11) / self.std_1C11
         dtype = next(self.network.parameters()).dtype
         return self.network(x_BCHW.to(dtype)).float()
 
 
-def load_classifier(spec: RunSpec, device: torch.device, channels: int, num_classes: int) -> Callable[[Tensor], Tensor]:
-    """The spec's classifier as it was trained, float32: x_BCHW in [0, 1] -> logits_BK; weightless on the meta device.
+class ClassifierSource(Protocol):
+    """A spec's classifier, checked but not loaded."""
 
-    Raises: UserError for weights that do not load and for images that do not fit.
-    """
-    architecture = _architecture(spec)
-    if architecture is None:
-        return own_function(spec.classifier.arch)(spec, device)
-    wants = _input(spec, architecture)
-    if len(wants.normalize.mean) not in (1, channels):
-        raise UserError(
-            f"the images have {channels} channels, classifier.normalize has {len(wants.normalize.mean)}: take a "
-            "classifier of such images, or the normalisation that it was trained with"
-        )
-    location = "" if device.type == "meta" else _weights(spec, architecture)
+    def ids(self) -> dict[str, str]:
+        """Return what votes_id must know besides the spec.
 
-    def explain(state: dict[str, Tensor]) -> str:
-        return (
-            f"the architecture is {spec.classifier.arch} for the data set's {num_classes} classes; take its file, or "
-            "another classifier.arch"
-        )
+        These are the hashes of the files or of an own function's source, and the input that a library's metadata
+        describe. Raises: UserError for a missing file or a sha256 that differs from the spec's.
+        """
+        ...
 
-    if architecture.load is not None and device.type != "meta":
-        network = architecture.load(location, device)
-    else:
-        network = build(lambda: architecture.make(num_classes), location, device, explain=explain)
-    first = next((one for one in network.parameters() if one.ndim == 4), None)
-    if first is not None and first.shape[1] != channels:
-        raise UserError(
-            f"the classifier takes images of {first.shape[1]} channels, the data set's have {channels}: take a "
-            "classifier of such images"
-        )
-    return Prepared(network, wants).to(device)
+    def load(self, device: torch.device, channels: int, num_classes: int) -> Logits:
+        """Return the classifier as it was trained, float32; on the meta device, without its weights.
+
+        Raises: UserError for weights that do not load and for images that do not fit.
+        """
+        ...
+
+    def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> Logits:
+        """Return the classifier made fast and in a precision. Raises: UserError, as `load` does."""
+        ...
 
 
-def build_classifier(
-    spec: RunSpec, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int
-) -> Callable[[Tensor], Tensor]:
-    """The same, made fast and in the precision that f asks for. Raises: UserError, as `load_classifier` does."""
-    classifier = load_classifier(spec, device, channels, num_classes)
-    if isinstance(classifier, Prepared):
+class _OwnClassifier(OwnNetwork):
+    def load(self, device: torch.device, channels: int, num_classes: int) -> Logits:
+        return self.call(device)
+
+    def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> Logits:
+        return self.call(device)
+
+
+@dataclass(frozen=True)
+class _KnownClassifier:
+    """A classifier of CLASSIFIERS or of a library."""
+
+    section: Section
+    architecture: Architecture
+    expected: Input
+
+    def ids(self) -> dict[str, str]:
+        ids = {}
+        if self.section.arch not in CLASSIFIERS:
+            metadata = {**self.expected._asdict(), "normalize": self.expected.normalize.model_dump()}
+            ids["classifier.input"] = json.dumps(metadata, sort_keys=True)
+        ids["classifier"] = weights_id(self._location(), self.section.sha256)
+        return ids | {name: weights_id(location) for name, location in self.architecture.configs}
+
+    def _location(self) -> str:
+        """Return the location of the weights: the spec's, or else where a library publishes them."""
+        given = None if self.architecture.load else self.section.checkpoint  # a loader's checkpoint is a folder
+        location = given or self.architecture.published()
+        if location is None:
+            raise UserError(f"classifier.checkpoint is missing, but arch = {self.section.arch!r} needs weights; set it")
+        return require_set("classifier.checkpoint", location)
+
+    def load(self, device: torch.device, channels: int, num_classes: int) -> Prepared:
+        given = len(self.expected.normalize.mean)
+        if given not in (1, channels):
+            raise UserError(
+                f"the images have {channels} channels, but classifier.normalize has {given}; use a classifier for such "
+                "images, or the normalisation that it was trained with"
+            )
+        location = "" if device.type == "meta" else self._location()
+
+        def explain(state: State) -> str:
+            return (
+                f"the architecture is {self.section.arch} with the data set's {num_classes} classes; use its file or "
+                "another classifier.arch"
+            )
+
+        if self.architecture.load is not None and device.type != "meta":
+            network = self.architecture.load(location, device)
+        else:
+            network = build(lambda: self.architecture.make(num_classes), location, device, explain=explain)
+        first = next((one for one in network.parameters() if one.ndim == 4), None)
+        if first is not None and first.shape[1] != channels:
+            raise UserError(
+                f"the classifier processes images with {first.shape[1]} channels, but the data set's have {channels}; "
+                "use a classifier for such images"
+            )
+        return Prepared(network, self.expected).to(device)
+
+    def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> Prepared:
+        classifier = self.load(device, channels, num_classes)
         if device.type != "meta":
             classifier.network = fold_batch_norms(classifier.network)
         classifier.network.to(dtype)
-        classifier.to(memory_format=torch.channels_last)
-    return classifier
+        return classifier.to(memory_format=torch.channels_last)
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Each batch norm merged into the convolution before it: the same function but for rounding."""
+    """Merge each batch norm into the convolution before it, which changes the output by rounding alone."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
     try:
         return fuse(network)
-    except Exception as error:  # a network may do anything that cannot be traced, and is only slower as it is
-        logger.info("batch norms stay apart, the network cannot be traced (%s: %s)", type(error).__name__, error)
+    except Exception as error:  # tracing can fail in any way; without it the network is only slower
+        logger.info("batch norms are not merged: tracing failed with %s: %s", type(error).__name__, one_line(error))
         return network
 
 
-def classifier_ids(spec: RunSpec) -> dict[str, str]:
-    """What votes_id must know of the classifier besides the spec: the weights' hash, an own function's source hash, the
-    input that a library's metadata ask for.
+def resolve_classifier(spec: RunSpec) -> ClassifierSource:
+    """Check a spec's classifier without loading its weights.
 
-    Raises: UserError for a missing file, another sha256 than the spec's, or a function without a source file.
+    Raises: UserError for an unknown architecture, a missing normalisation and an unknown interpolation.
     """
-    architecture, arch = _architecture(spec), spec.classifier.arch
-    ids = {}
-    if architecture is None:
-        ids["classifier.source"] = function_id(arch)
-    elif arch not in CLASSIFIERS:
-        wants = _input(spec, architecture)
-        says = {**wants._asdict(), "normalize": wants.normalize.model_dump()}
-        ids["classifier.input"] = json.dumps(says, sort_keys=True)
-    if architecture is not None or spec.classifier.checkpoint is not None:
-        ids["classifier"] = weights_id(_weights(spec, architecture), spec.classifier.sha256)
-    beside = architecture.beside if architecture else ()
-    return ids | {name: weights_id(location) for name, location in beside}
-
-
-def _weights(spec: RunSpec, architecture: Architecture | None) -> str:
-    """Where the weights lie: where the spec says, else where a library publishes them."""
-    given = None if architecture and architecture.load else spec.classifier.checkpoint  # a folder where it has a loader
-    location = given or (architecture.weights() if architecture else None)
-    if location is None:
-        raise UserError(f"classifier.checkpoint is missing: arch = {spec.classifier.arch!r} needs a file of weights")
-    return require_set("classifier.checkpoint", location)
-
-
-def check_classifier(spec: RunSpec) -> None:
-    """Raises: UserError for an architecture that is not known, or whose normalisation or interpolation is not."""
-    architecture = _architecture(spec)
-    if architecture is None:
-        return
-    wants = _input(spec, architecture)
-    if wants.interpolation not in ("bicubic", "bilinear"):
+    section = spec.classifier
+    arch = section.arch
+    if is_own(arch):
+        return _OwnClassifier("classifier", section, spec)
+    family, _, name = arch.partition(":")
+    if arch == "transformers":
+        architecture = _transformers(section)
+    elif name and family in _LIBRARIES:
+        architecture = _LIBRARIES[family](name)
+    elif arch in CLASSIFIERS:
+        architecture = CLASSIFIERS[arch]
+    else:
         raise UserError(
-            f"classifier.arch = {spec.classifier.arch!r} resizes by {wants.interpolation!r}; bicubic and bilinear are "
-            "known here: name your own as package.module:function"
+            f"classifier.arch = {arch!r} is unknown; choose one of {', '.join(CLASSIFIERS)}, transformers, "
+            "torchvision:NAME, timm:NAME, or name your own as package.module:function"
         )
+    expected = _expected_input(section, architecture)
+    if expected.interpolation not in ("bicubic", "bilinear"):
+        raise UserError(
+            f"classifier.arch = {arch!r} resizes with {expected.interpolation!r}, but only bicubic and bilinear are "
+            "supported; set classifier.interpolation, or name your own as package.module:function"
+        )
+    return _KnownClassifier(section, architecture, expected)
+
+
+def _expected_input(section: Section, architecture: Architecture) -> Input:
+    """Combine the spec and the metadata; the spec has precedence."""
+    normalize = section.normalize
+    if isinstance(normalize, str):
+        normalize = _NORMALIZATIONS[normalize]
+    if architecture.input is not None:
+        metadata = architecture.input
+        return Input(normalize or metadata.normalize, metadata.size, section.interpolation or metadata.interpolation)
+    if normalize is None:
+        raise UserError(
+            f"classifier.normalize is missing, and files of {section.arch} do not contain it; set it: Cohen's CIFAR "
+            "models need 'cifar10', his ImageNet models 'imagenet', SmoothAdv's ImageNet models 'center-imagenet'"
+        )
+    return Input(normalize)

@@ -1,34 +1,38 @@
-"""DENOISERS: x_BCHW in [0, 1] plus noise -> x0_BCHW in [0, 1], by a diffusion model.
+"""DENOISERS: diffusion models that turn x_BCHW in [0, 1] plus noise into x0_BCHW in [0, 1].
 
-A diffusion model lives on [-1, 1], so noise of std sigma on [0, 1] is noise of std 2 sigma for it; the factor 2 stands
-here and nowhere else. With abar_t the schedule's cumulative product of 1 - beta (DDPM, arXiv 2006.11239):
+Diffusion models work on [-1, 1], so noise of standard deviation sigma on [0, 1] is noise of 2 sigma for them. That
+factor 2 occurs in this module only. With abar_t the cumulative product of 1 - beta (DDPM, arXiv 2006.11239):
 
     t   = the first timestep with sqrt(1 - abar_t) / sqrt(abar_t) >= 2 sigma
     x_t = sqrt(abar_t) (2 x - 1)
-    x0  = clamp((x_t - sqrt(1 - abar_t) eps(x_t, t)) / sqrt(abar_t), -1, 1), back to [0, 1]
+    x0  = clamp((x_t - sqrt(1 - abar_t) eps(x_t, t)) / sqrt(abar_t), -1, 1), mapped back to [0, 1]
 
 (Carlini et al. 2023, arXiv 2206.10550, Algorithm 1; Zhang et al. 2023, arXiv 2308.14333, section 3.) With more than one
-step, x0 is noised again, deterministically, to the next lower timestep, and predicted anew (DDIM with eta = 0, arXiv
+step, x0 is noised deterministically to the next lower timestep and predicted again (DDIM with eta = 0, arXiv
 2010.02502, equation 12; DensePure, arXiv 2211.00322, uses several steps). Shapes: B C H W.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.locations import require_set
+from pipeline.models.files import Config, first_file, library, library_errors, load_json, parse_config, weights_id
+from pipeline.models.fused import FusedUNet
+from pipeline.models.own import OwnNetwork, is_own
 from pipeline.models.unet import UNet, settings_in
-from pipeline.models.weights import State, build, function_id, library, load_json, own_function, weights_id
+from pipeline.models.weights import State, build
 from pipeline.spec import RunSpec, UNetSettings
-from pipeline.storage.fetch import fetch_first
 
-# The public checkpoints' hyper-parameters (improved-diffusion's CIFAR-10, guided-diffusion's ImageNet 256).
+# The hyper-parameters of the public checkpoints: improved-diffusion's CIFAR-10 and guided-diffusion's ImageNet 256.
 PRESETS = {
     "openai-cifar10": UNetSettings(
         model_channels=128,
@@ -58,13 +62,31 @@ Shape = tuple[int, int, int]  # C, H, W
 
 
 class Denoiser(Protocol):
-    """What f asks of a denoiser; `sigma` is in [0, 1] pixel units."""
+    """A loaded denoiser; `sigma` is in [0, 1] pixel units."""
 
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor: ...
 
 
+class DenoiserSource(Protocol):
+    """A spec's denoiser, checked but not loaded."""
+
+    def ids(self) -> dict[str, str]:
+        """Return what votes_id must know besides the spec: the hash of each file, or of an own function's source.
+
+        Raises: UserError for a missing file or a sha256 that differs from the spec's.
+        """
+        ...
+
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser | None:
+        """Return the denoiser for images of a shape, with its weights; on the meta device, without them.
+
+        Raises: UserError for weights that do not load and for images that do not fit.
+        """
+        ...
+
+
 def alphas_cumprod(schedule: str, steps: int) -> NDArray[np.float64]:
-    """abar_t for t = 0 .. steps - 1, float64: "linear" (DDPM) or "cosine" (arXiv 2102.09672, equation 17)."""
+    """Return abar_t for t = 0 .. steps - 1: "linear" (DDPM) or "cosine" (arXiv 2102.09672, equation 17)."""
     if schedule == "linear":
         scale = 1000 / steps
         betas = np.linspace(scale * 1e-4, scale * 0.02, steps)
@@ -76,29 +98,29 @@ def alphas_cumprod(schedule: str, steps: int) -> NDArray[np.float64]:
 
 
 def timestep(abar: NDArray[np.float64], sigma: float) -> int:
-    """The first timestep of a schedule whose noise is at least that of `sigma`.
+    """Return the first timestep of a schedule whose noise is at least that of `sigma`.
 
-    Raises: UserError past the end of the schedule, naming the largest sigma.
+    Raises: UserError for a sigma beyond the schedule, naming the largest one.
     """
     ratio = np.sqrt(1 - abar) / np.sqrt(abar)
-    if 2 * sigma > ratio[-1]:
+    if not 2 * sigma <= ratio[-1]:
         raise UserError(
-            f"sigma = {sigma} is beyond the denoiser's schedule of {len(abar)} steps: "
-            f"it reaches {math.floor(ratio[-1] / 2 * 1000) / 1000} at most: take a lower sigma, or another denoiser"
+            f"sigma = {sigma} is beyond the denoiser's schedule of {len(abar)} steps, which ends at "
+            f"{math.floor(ratio[-1] / 2 * 1000) / 1000}; use a lower sigma or another denoiser"
         )
     return int(np.argmax(ratio >= 2 * sigma))
 
 
 def timesteps(abar: NDArray[np.float64], sigma: float, steps: int) -> list[int]:
-    """The timesteps at which a denoiser predicts: that of `sigma`, then evenly down towards 0.
+    """Return the timesteps at which a denoiser predicts: that of `sigma`, then evenly spaced ones towards 0.
 
-    Raises: UserError for a sigma beyond the schedule, or for more steps than there are timesteps.
+    Raises: UserError for a sigma beyond the schedule, and for more steps than there are timesteps.
     """
     first = timestep(abar, sigma)
     if steps > max(first, 1):
         raise UserError(
-            f"denoiser.steps = {steps}, but sigma = {sigma} is reached at timestep {first}: take {max(first, 1)} steps "
-            "at most"
+            f"denoiser.steps = {steps}, but sigma = {sigma} corresponds to timestep {first}; use at most "
+            f"{max(first, 1)} steps"
         )
     return [round(first * (steps - index) / steps) for index in range(steps)]
 
@@ -106,7 +128,7 @@ def timesteps(abar: NDArray[np.float64], sigma: float, steps: int) -> list[int]:
 class DiffusionDenoiser:
     """x0 from passes of a diffusion model at fixed timesteps.
 
-    `predict_eps(x_t_BCHW, t)` is the model on [-1, 1]; `abar` its schedule; `timesteps` what `timesteps` gives.
+    `predict_eps(x_t_BCHW, t)` is the model on [-1, 1], `abar` its schedule, and `timesteps` comes from `timesteps()`.
     """
 
     def __init__(
@@ -114,10 +136,10 @@ class DiffusionDenoiser:
     ) -> None:
         self.predict_eps = predict_eps
         self.timesteps = timesteps
-        # plain numbers: torch.compile makes constants of them, but nothing good of NumPy's
+        # Python floats: torch.compile treats them as constants, but not NumPy's
         self._signal_and_noise = {t: (math.sqrt(abar[t]), math.sqrt(1 - abar[t])) for t in timesteps}
         ratio, first = np.append(0.0, np.sqrt(1 - abar) / np.sqrt(abar)), timesteps[0]
-        self._ratios = (float(ratio[first]), float(ratio[first + 1]))  # of the timestep before and of the first
+        self._ratios = (float(ratio[first]), float(ratio[first + 1]))  # of the timestep before the first, of the first
 
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
         assert self._ratios[0] < 2 * sigma <= self._ratios[1], "built for another sigma"
@@ -125,7 +147,7 @@ class DiffusionDenoiser:
         x0_BCHW = self._predict_x0(x_t_BCHW, self.timesteps[0])
         for t, lower in zip(self.timesteps, self.timesteps[1:], strict=False):
             signal, noise = self._signal_and_noise[t]
-            eps_BCHW = (x_t_BCHW - signal * x0_BCHW) / noise  # of the clamped x0
+            eps_BCHW = (x_t_BCHW - signal * x0_BCHW) / noise  # consistent with the clamped x0
             signal, noise = self._signal_and_noise[lower]
             x_t_BCHW = signal * x0_BCHW + noise * eps_BCHW
             x0_BCHW = self._predict_x0(x_t_BCHW, lower)
@@ -136,68 +158,142 @@ class DiffusionDenoiser:
         return ((x_t_BCHW - noise * self.predict_eps(x_t_BCHW, t)) / signal).clamp(-1, 1)
 
 
-def load_unet(spec: RunSpec, device: torch.device, shape: Shape) -> UNet:
-    """The spec's OpenAI-style UNet as it was trained, float32, nothing folded, for images of a shape.
+class _NoDenoiser:
+    """arch = "none": Cohen's smoothing."""
 
-    Raises: UserError for weights that do not load and for images that do not fit.
-    """
-    settings, (channels, height, width) = _unet_settings(spec), shape
-    multiple = settings.patch * 2 ** (len(settings.channel_mult) - 1)
-    if height % multiple or width % multiple:
-        raise UserError(
-            f"images of {height} x {width} pixels do not fit the denoiser, whose levels shrink them to 1/{multiple}: "
-            f"both sides must be multiples of {multiple}; set data.resize and data.crop"
-        )
+    def ids(self) -> dict[str, str]:
+        return {}
 
-    def explain(state: State) -> str:
-        given = settings.model_dump()
-        told = {key: value for key, value in settings_in(state, channels).items() if given[key] != value}
-        differing = (f"{key} = {value} where the architecture has {given[key]}" for key, value in told.items())
-        return f"the file is a UNet of {', '.join(differing)}" if told else ""
-
-    unet = build(lambda: UNet(settings, channels), _weights(spec, device), device, explain=explain)
-    assert isinstance(unet, UNet)
-    return unet
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
+        return None
 
 
-def _unet(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
-    """An OpenAI-style UNet, all that depends on its timesteps alone precomputed in float32."""
-    abar, unet = schedule(spec), load_unet(spec, device, shape)
-    at = timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps)
-    unet.fold(at)
-    return DiffusionDenoiser(unet.to(dtype).lay_out(compiled=spec.compute.compile), abar, at)
+class _OwnDenoiser(OwnNetwork):
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+        return self.call(device)
 
 
-def _weights(spec: RunSpec, device: torch.device) -> str:
-    """Where the weights lie; the meta device needs none."""
-    return "" if device.type == "meta" else _file(spec, "denoiser")
+@dataclass(frozen=True)
+class OpenAIUNet:
+    """A UNet in OpenAI's layout: one file of weights, hyper-parameters from a preset or from [denoiser.unet]."""
+
+    spec: RunSpec
+    settings: UNetSettings
+    abar: NDArray[np.float64]
+    timesteps: list[int]
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "OpenAIUNet":
+        settings = PRESETS.get(spec.denoiser.arch, spec.denoiser.unet)
+        assert settings is not None, "the spec checks that arch = 'unet' has its settings"
+        abar = alphas_cumprod(settings.schedule, settings.steps)
+        return cls(spec, settings, abar, timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps))
+
+    def ids(self) -> dict[str, str]:
+        return {"denoiser": weights_id(_checkpoint(self.spec), self.spec.denoiser.sha256)}
+
+    def load(self, device: torch.device, shape: Shape) -> UNet:
+        """Return the network as it was trained, float32, for images of a shape. Raises: UserError, as `build` does."""
+        settings, (channels, height, width) = self.settings, shape
+        multiple = settings.side_multiple
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"images of {height} x {width} pixels do not fit the denoiser, whose lowest level has 1/{multiple} of "
+                f"their size; use images whose sides are multiples of {multiple}, or set data.resize and data.crop"
+            )
+
+        def explain(state: State) -> str:
+            given = settings.model_dump()
+            found = {key: value for key, value in settings_in(state, channels).items() if given[key] != value}
+            if not found:
+                return ""
+            differences = (f"{key} = {value} instead of {given[key]}" for key, value in found.items())
+            return f"the file holds a UNet with {', '.join(differences)}; correct these settings or use another file"
+
+        location = "" if device.type == "meta" else _checkpoint(self.spec)
+        unet = build(lambda: UNet(settings, channels), location, device, explain=explain)
+        assert isinstance(unet, UNet)
+        return unet
+
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+        unet = FusedUNet(self.load(device, shape), self.timesteps, dtype, compiled=self.spec.compute.compile)
+        return DiffusionDenoiser(unet, self.abar, self.timesteps)
 
 
-def _diffusers(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
-    """A UNet2DModel in diffusers' layout: config.json and weights in one folder, the scheduler's config beside them."""
-    UNet2DModel, file = library("diffusers", "UNet2DModel"), _file(spec, "denoiser.config")
-    config, kind = load_json(file), _scheduler(spec).get("prediction_type", "epsilon")
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{file}: a {config['_class_name']}, and only a UNet2DModel denoises images: take one")
-    if config["in_channels"] != shape[0]:
-        raise UserError(
-            f"{file}: a denoiser of {config['in_channels']} channels, the images have {shape[0]}: "
-            "take a denoiser of such images"
-        )
-    if kind not in _EPS:
-        raise UserError(
-            f"{_file(spec, 'denoiser.scheduler')}: prediction_type = {kind!r} must be one of {', '.join(_EPS)}"
-        )
-    abar = schedule(spec)
-    network = build(lambda: UNet2DModel.from_config(config), _weights(spec, device), device, convert=_of_today).to(
-        dtype
-    )
+def _checkpoint(spec: RunSpec) -> str:
+    arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
+    if checkpoint is None:
+        raise UserError(f"denoiser.checkpoint is missing, but arch = {arch!r} needs weights; set it")
+    return require_set("denoiser.checkpoint", checkpoint)
 
-    def predict_eps(x_t_BCHW: Tensor, t: int) -> Tensor:
-        out_BCHW = network(x_t_BCHW.to(dtype), t, return_dict=False)[0].float()[:, : shape[0]]
-        return _EPS[kind](out_BCHW, x_t_BCHW, math.sqrt(abar[t]), math.sqrt(1 - abar[t]))
 
-    return DiffusionDenoiser(predict_eps, abar, timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps))
+class _DiffusersConfig(Config):
+    class_name: str = Field(default="UNet2DModel", alias="_class_name")
+    in_channels: int
+
+
+class _SchedulerConfig(Config):
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    num_train_timesteps: int = Field(default=1000, ge=1, le=100_000)
+
+
+class DiffusersUNet:
+    """A UNet2DModel in diffusers' layout: a folder that holds its config.json, its weights and its scheduler's
+    configuration."""
+
+    # what votes_id calls a file -> its possible names, and its subfolder in the folder of a whole pipeline
+    _FILES: ClassVar = {
+        "denoiser": (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"], "unet/"),
+        "denoiser.config": (["config.json"], "unet/"),
+        "denoiser.scheduler": (["scheduler_config.json"], "scheduler/"),
+    }
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._folder, self._sha256 = _checkpoint(spec).rstrip("/"), spec.denoiser.sha256
+        self._config_file, scheduler_file = self._file("denoiser.config"), self._file("denoiser.scheduler")
+        self._config, scheduler = load_json(self._config_file), load_json(scheduler_file)
+        self._input = parse_config(_DiffusersConfig, self._config, self._config_file)
+        self._kind = parse_config(_SchedulerConfig, scheduler, scheduler_file).prediction_type
+        if self._input.class_name != "UNet2DModel":
+            raise UserError(
+                f"{self._config_file}: holds a {self._input.class_name}, which cannot denoise images; use a UNet2DModel"
+            )
+        with library_errors(scheduler_file):
+            betas = library("diffusers", "DDPMScheduler").from_config(scheduler).betas.double().numpy()
+        if not ((betas >= 0) & (betas <= 1)).all():
+            raise UserError(f"{scheduler_file}: its betas must lie between 0 and 1; correct them")
+        self.abar = np.cumprod(1 - betas)
+        self.timesteps = timesteps(self.abar, spec.smoothing.sigma, spec.denoiser.steps)
+
+    def _file(self, name: str) -> str:
+        names, inner = self._FILES[name]
+        return first_file([f"{self._folder}/{folder}{file}" for file in names for folder in ("", inner)])
+
+    def ids(self) -> dict[str, str]:
+        expected = {"denoiser": self._sha256}
+        return {name: weights_id(self._file(name), expected.get(name)) for name in self._FILES}
+
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+        channels, make = self._input.in_channels, library("diffusers", "UNet2DModel").from_config
+        if channels != shape[0]:
+            raise UserError(
+                f"{self._config_file}: the denoiser processes {channels} channels, but the images have {shape[0]}; use "
+                "a denoiser for such images"
+            )
+
+        def made() -> nn.Module:
+            with library_errors(self._config_file):
+                return make(self._config)
+
+        location = "" if device.type == "meta" else self._file("denoiser")
+        network, eps_from = build(made, location, device, convert=_with_current_names), _EPS[self._kind]
+        network, abar = network.to(dtype), self.abar
+
+        def predict_eps(x_t_BCHW: Tensor, t: int) -> Tensor:
+            out_BCHW = network(x_t_BCHW.to(dtype), t, return_dict=False)[0].float()[:, :channels]
+            return eps_from(out_BCHW, x_t_BCHW, math.sqrt(abar[t]), math.sqrt(1 - abar[t]))
+
+        return DiffusionDenoiser(predict_eps, abar, self.timesteps)
 
 
 # prediction_type -> eps from (the network's output, x_t, sqrt(abar_t), sqrt(1 - abar_t))
@@ -208,8 +304,8 @@ _EPS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
-def _of_today(state: State) -> State:
-    """Give the attention layers of diffusers' early files today's key names."""
+def _with_current_names(state: State) -> State:
+    """Rename the attention layers of diffusers' early files to the current key names."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     renamed = {}
     for key, value in state.items():
@@ -219,93 +315,27 @@ def _of_today(state: State) -> State:
     return renamed
 
 
-# name -> build(spec, device, dtype, image shape)
-DENOISERS: dict[str, Callable[[RunSpec, torch.device, torch.dtype, Shape], Denoiser]] = {
-    "unet": _unet,
-    **dict.fromkeys(PRESETS, _unet),
-    "diffusers": _diffusers,
+# arch -> the denoiser of a spec, checked
+DENOISERS: dict[str, Callable[[RunSpec], DenoiserSource]] = {
+    "unet": OpenAIUNet.of,
+    **dict.fromkeys(PRESETS, OpenAIUNet.of),
+    "diffusers": DiffusersUNet,
 }
 
 
-def build_denoiser(spec: RunSpec, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser | None:
-    """The spec's denoiser with its weights (without, on the meta device), for images of a shape; None for arch "none".
+def resolve_denoiser(spec: RunSpec) -> DenoiserSource:
+    """Check a spec's denoiser without loading its weights.
 
-    Raises: UserError for weights that do not load and for images that do not fit.
+    Raises: UserError for an unknown architecture, a sigma beyond its schedule, and a damaged configuration file.
     """
     arch = spec.denoiser.arch
     if arch == "none":
-        return None
-    return own_function(arch)(spec, device) if ":" in arch else DENOISERS[arch](spec, device, dtype, shape)
-
-
-def check_denoiser(spec: RunSpec) -> None:
-    """Raises: UserError for an architecture that is not known or a sigma beyond its schedule."""
-    arch = spec.denoiser.arch
-    if arch == "none":
-        return
-    if ":" in arch:
-        own_function(arch)
-        return
+        return _NoDenoiser()
+    if is_own(arch):
+        return _OwnDenoiser("denoiser", spec.denoiser, spec)
     if arch not in DENOISERS:
         raise UserError(
-            f"denoiser.arch = {arch!r} is unknown: choose one of none, {', '.join(DENOISERS)}, or name your own as "
+            f"denoiser.arch = {arch!r} is unknown; choose one of none, {', '.join(DENOISERS)}, or name your own as "
             "package.module:function"
         )
-    if arch == "diffusers":
-        _file(spec, "denoiser.config")
-    timesteps(schedule(spec), spec.smoothing.sigma, spec.denoiser.steps)
-
-
-def denoiser_ids(spec: RunSpec) -> dict[str, str]:
-    """What votes_id must know of the denoiser besides the spec: its files' hashes, an own function's source hash.
-
-    Raises: UserError for a missing file, another sha256 than the spec's, or a function without a source file.
-    """
-    arch, section = spec.denoiser.arch, spec.denoiser
-    if arch == "none":
-        return {}
-    if ":" in arch:
-        ids = {} if section.checkpoint is None else {"denoiser": weights_id(section.checkpoint, section.sha256)}
-        return {**ids, "denoiser.source": function_id(arch)}
-    names = _DIFFUSERS_FILES if arch == "diffusers" else ["denoiser"]
-    expected = {"denoiser": section.sha256}
-    return {name: weights_id(_file(spec, name), expected.get(name)) for name in names}
-
-
-def _file(spec: RunSpec, name: str) -> str:
-    """The location of one of the files that the denoiser is made of, by what votes_id calls it; no other is fetched."""
-    arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
-    if checkpoint is None:
-        raise UserError(f"denoiser.checkpoint is missing: arch = {arch!r} needs a file of weights")
-    require_set("denoiser.checkpoint", checkpoint)
-    if arch != "diffusers":
-        return checkpoint
-    folder, (names, inner) = checkpoint.rstrip("/"), _DIFFUSERS_FILES[name]
-    return str(fetch_first([f"{folder}/{place}{file}" for file in names for place in ("", inner)]))
-
-
-# what votes_id calls it -> file names, and the subfolder where a whole pipeline was saved
-_DIFFUSERS_FILES = {
-    "denoiser": (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"], "unet/"),
-    "denoiser.config": (["config.json"], "unet/"),
-    "denoiser.scheduler": (["scheduler_config.json"], "scheduler/"),
-}
-
-
-def _unet_settings(spec: RunSpec) -> UNetSettings:
-    settings = PRESETS.get(spec.denoiser.arch, spec.denoiser.unet)
-    assert settings is not None
-    return settings
-
-
-def schedule(spec: RunSpec) -> NDArray[np.float64]:
-    """abar_t of the spec's diffusion model."""
-    if spec.denoiser.arch != "diffusers":
-        settings = _unet_settings(spec)
-        return alphas_cumprod(settings.schedule, settings.steps)
-    scheduler = library("diffusers", "DDPMScheduler").from_config(_scheduler(spec))
-    return np.cumprod(1 - scheduler.betas.double().numpy())
-
-
-def _scheduler(spec: RunSpec) -> dict[str, Any]:
-    return load_json(_file(spec, "denoiser.scheduler"))
+    return DENOISERS[arch](spec)

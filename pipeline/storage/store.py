@@ -23,7 +23,7 @@ from pyarrow import fs
 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import is_remote, shown
-from pipeline.storage.local import check_size, is_regular, read_regular, translated
+from pipeline.storage.local import Absent, check_size, is_regular, read_regular, translated
 from pipeline.storage.remote import (
     CONNECT_SECONDS,
     READ_SECONDS,
@@ -371,7 +371,52 @@ class S3Store:
 # what Arrow's client can raise; the same call of boto3 then says what is wrong
 _ARROW_FAILURES = (OSError, pa.ArrowException, botocore.exceptions.BotoCoreError)
 
-Store = FolderStore | S3Store
+
+class MemoryStore:
+    """Objects in this process, for a run that is not stored."""
+
+    failures = 0
+    readers = 1
+
+    def __init__(self) -> None:
+        self.uri = self.location = "memory"
+        self._objects: dict[str, bytes] = {}
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Store an object unless it exists; returns whether this call stored it."""
+        return self._objects.setdefault(key, data) is data
+
+    def replace(self, key: str, data: bytes) -> None:
+        self._objects[key] = data
+
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
+        if key not in self._objects:
+            raise Absent(f"{key}: no such object in memory; store it first")
+        check_size(key, len(self._objects[key]), limit)
+        return self._objects[key]
+
+    def reader(self) -> Callable[[str], bytes]:
+        return self.read
+
+    def exists(self, key: str) -> bool:
+        return key in self._objects
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        for key in self.keys(prefix):
+            yield Entry(key, len(self._objects[key]), 0.0)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        yield from [key for key in self._objects if key.startswith(f"{prefix}/")]
+
+    def existing(self, keys: Iterable[str]) -> set[str]:
+        return {key for key in keys if key in self._objects}
+
+
+Store = FolderStore | S3Store | MemoryStore
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:

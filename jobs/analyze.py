@@ -1,0 +1,104 @@
+"""`diffsmooth analyze`: another order from the committed votes, without draws and without a GPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.console import print_order
+from jobs.places import writing
+from pipeline.block import STAGES, Block, Stage
+from pipeline.errors import UserError
+from pipeline.logs import write_log
+from pipeline.orders import Certificate, Order, check_size, read_costly
+from pipeline.planning import planned_before, store_plan
+from pipeline.results import OrderResult, StoredRun
+from pipeline.spec import check_alpha, check_multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What differs from the first order of the run; None: nothing."""
+
+    alpha: float | None = None
+    n0: int | None = None
+    n: int | None = None
+    certificate: Certificate | None = None
+    costly: str | None = None
+
+
+def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, quiet: bool = False) -> OrderResult:
+    """Place another order over all samples of the run's orders, and certify it from the committed votes.
+
+    `export_tsv` is the file of a log in Cohen's layout. Raises: UserError for draws that were not cast, naming how many
+    were.
+    """
+    stored = StoredRun.open(run_uri)
+    if not stored.orders:
+        raise UserError(f"{run_uri} has no order yet; certify it first")
+    first = next(iter(stored.orders.values()))
+    order = _order(stored, first, request)
+    _check_drawn(stored, order)
+    name = stored.place(order)
+    if order.mode == "planned":  # the draws that were cast
+        planned, samples = planned_before(stored.store, first), set(order.samples)
+        store_plan(stored.store, name, {sample: n for sample, n in planned.items() if sample in samples})
+    result = StoredRun(stored.store).finish(name)
+    print_order(result, quiet=quiet)
+    if export_tsv:
+        with writing("--export-tsv", export_tsv):
+            Path(export_tsv).write_text(write_log(result.certificates))
+    return result
+
+
+def _order(stored: StoredRun, first: Order, request: Request) -> Order:
+    """The first order with what the request changes, over the samples of all orders."""
+    certificate = request.certificate or first.certificate
+    n0 = 0 if certificate == "predict" else first.n0 if request.n0 is None else request.n0
+    n = first.n if request.n is None else request.n
+    for name, value, least in (("n0", n0, 0 if certificate == "predict" else 1), ("n", n, 1)):
+        if value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    alpha = first.alpha if request.alpha is None else request.alpha
+    check_alpha("--alpha", alpha, n)
+    changes_costs = request.certificate is not None or request.costly is not None
+    costly = read_costly(certificate, request.costly, stored.run.num_classes) if changes_costs else first.costly
+    to_fixed = request.n is not None and first.mode != "fixed"
+    if certificate in ("predict", "cost") and first.mode != "fixed" and not to_fixed:
+        raise UserError(f"--certificate {certificate} needs the same n for each sample; give it with --n")
+    if certificate != "top" and first.mode == "grid" and not to_fixed:
+        raise UserError(f"--certificate {certificate} is not available in grid mode; use --n for fixed mode")
+    order = first.changed(
+        samples=sorted({sample for order in stored.orders.values() for sample in order.samples}),
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        certificate=certificate,
+        costly=costly,
+        skip_wrong=first.skip_wrong and certificate not in ("predict", "cost"),
+        **({"mode": "fixed", "max_acr_loss": None, "radii": None} if to_fixed else {}),
+    )
+    check_size(order, stored.run.block)
+    return order
+
+
+def _check_drawn(stored: StoredRun, order: Order) -> None:
+    """Refuse draws that were not cast; those that an adaptive order found unnecessary are not missing."""
+    lengths, committed = stored.run.block, stored.committed()
+    for (name, value), stage in zip((("n0", order.n0), ("n", order.n)), STAGES, strict=True):
+        check_multiple(f"--{name}", value, lengths.of(stage), stage)
+        if stage == "estimation" and order.mode != "fixed":
+            continue
+        needed = set(order.samples)
+        if stage == "estimation" and order.skip_wrong:
+            needed = {block.sample for block in stored.sampler(order, committed).start()}
+        drawn = min((_drawn(committed, sample, stage, lengths.of(stage)) for sample in needed), default=value)
+        if value > drawn:
+            most = f"every sample has {drawn} draws; use at most that" if drawn else "some samples have no draws yet"
+            raise UserError(f"--{name} {value}: {most}, or cast more draws with certify")
+
+
+def _drawn(committed: set[Block], sample: int, stage: Stage, length: int) -> int:
+    """How many draws of a sample are committed without a gap from the first."""
+    drawn = 0
+    while Block(sample, stage, drawn, drawn + length) in committed:
+        drawn += length
+    return drawn

@@ -1,0 +1,198 @@
+"""The Python API behind `import diffsmooth`: certify a model or a spec, open a stored run."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from jobs.analyze import Request
+from jobs.analyze import analyze as analyze_run
+from jobs.certify import Options, certify_all
+from jobs.in_process import Model, Settings, certify_in_process
+from jobs.report import report
+from jobs.specs import find_spec, home_of, load_shipped
+from pipeline.curve import Curve
+from pipeline.errors import RunError, UserError
+from pipeline.models.denoisers import Denoiser
+from pipeline.orders import Certificate
+from pipeline.results import OrderResult, RunStatus, StoredRun
+from pipeline.spec import RunSpec
+from pipeline.spec import load_spec as load_spec_file
+from pipeline.votes import to_table
+
+
+class Result:
+    """The certificates of one order, and what follows from them."""
+
+    def __init__(self, stored: StoredRun, order: str | None = None) -> None:
+        self._stored = stored
+        self._name = order or list(stored.orders)[-1]
+
+    @cached_property
+    def votes(self) -> pd.DataFrame:
+        """All votes of the run, one row per block and class; columns as in `pipeline.votes.SCHEMA`."""
+        return to_table(self._stored.read_blocks())
+
+    @cached_property
+    def _result(self) -> OrderResult:
+        return self._stored.result(self.votes, self._name)
+
+    @property
+    def certificates(self) -> pd.DataFrame:
+        """One row per sample; columns as in `pipeline.certify.COLUMNS`."""
+        return self._result.certificates
+
+    @property
+    def curve(self) -> Curve:
+        """Certified accuracy over the radius: `.acr`, `.at(radii)`, `.table(radii)`, `.plot()`."""
+        return self._result.curve
+
+    @property
+    def complete(self) -> bool:
+        """Whether no sample lacks draws."""
+        return not self._result.incomplete
+
+    def accuracy_at(self, radius: float) -> float:
+        """Certified accuracy at an l2 radius in [0, 1] pixel units."""
+        return float(self.curve.at([radius])[0])
+
+    def __repr__(self) -> str:
+        curve = self.curve
+        return (
+            f"<Result: {curve.num_samples} samples at sigma = {self._stored.run.sigma:g}, ACR {curve.acr:.3f}, "
+            f"certified accuracy {curve.at([0.0])[0]:.1%} at r = 0{', incomplete' if not self.complete else ''}>"
+        )
+
+
+def certify(
+    model: Callable[[Tensor], Tensor] | str | RunSpec,
+    images: Any = None,
+    labels: Any = None,
+    *,
+    sigma: float | None = None,
+    n0: int = 100,
+    n: int = 1000,
+    alpha: float = 0.001,
+    denoiser: Denoiser | None = None,
+    m: int = 1,
+    local_sigma: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: bool = False,
+    out: str | None = None,
+    identity: str | None = None,
+    address: str | None = None,
+    actors: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Certify a model in this process, or a spec on Ray.
+
+    A model is any torch.nn.Module or callable, x_BCHW float32 in [0, 1] -> logits_BK. `images` are N x C x H x W, or a
+    data set with __len__ and __getitem__ that gives an image, or an image and its label; values are floats in [0, 1] or
+    uint8. f(x) is the mean softmax of the model over m copies of the (denoised) image with fixed noise of std
+    `local_sigma`; a vote is argmax f(x + N(0, sigma^2)). `denoiser` maps (x_BCHW, sigma) to x0_BCHW. With `out`, a
+    folder or s3://BUCKET/PREFIX, the run is stored and resumed; `identity` then names the model, by default the sha256
+    of its weights and code.
+
+    A spec is a RunSpec, the path of a TOML file, or the name of a shipped spec; only `out`, `address`, `actors`,
+    `batch_size`, `progress` and `overrides` apply, and the result is the same as that of `diffsmooth certify`.
+
+    Raises: UserError, RunError; Stopped if a signal stops a run on Ray.
+    """
+    if isinstance(model, str | RunSpec):
+        if images is not None or labels is not None or sigma is not None or denoiser is not None:
+            raise UserError('a spec has its own data and settings; change them with overrides=["section.key=value"]')
+        spec = load_spec(model, overrides) if isinstance(model, str) else model
+        home = home_of(spec, out, several=False)
+        options = Options(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
+        (certified,) = certify_all([(spec, home)], options)
+        return Result(StoredRun.open(home), certified.result.name)
+    if images is None or sigma is None:
+        missing = "images" if images is None else "sigma"
+        raise UserError(f"{missing} is missing; call certify(model, images, labels, sigma=0.25)")
+    if not callable(model):
+        raise UserError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a callable, or a spec")
+    settings = Settings(
+        sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, device=device, progress=progress
+    )
+    in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
+    stored = certify_in_process(in_memory, images, labels, settings, out)
+    if out is not None:
+        stored.finish(list(stored.orders)[-1])
+    return Result(stored)
+
+
+def load_spec(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
+    """A spec from a TOML file or by the name of a shipped one, with `section.key=value` overrides.
+
+    Raises: UserError.
+    """
+    return load_spec_file(find_spec(path_or_name), overrides)
+
+
+class OpenRun:
+    """A stored run, read-only."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._stored = StoredRun.open(uri)
+
+    @property
+    def orders(self) -> list[str]:
+        """The names of the orders, in the sequence in which they were placed."""
+        return list(self._stored.orders)
+
+    @cached_property
+    def _votes(self) -> pd.DataFrame:
+        return to_table(self._stored.read_blocks())
+
+    def votes(self) -> pd.DataFrame:
+        """All votes, read from the blocks and checked. Raises: RunError for a damaged block."""
+        return self._votes
+
+    def certificates(self, order: str | None = None) -> pd.DataFrame:
+        """The certificates of an order, by default the first that has radii. Raises: UserError if there is none."""
+        return self._stored.result(self._votes, self._stored.choose(order)).certificates
+
+    def curve(self, order: str | None = None) -> Curve:
+        """The curve of an order, by default the first that has radii. Raises: UserError if there is none."""
+        return self._stored.result(self._votes, self._stored.choose(order)).curve
+
+    def status(self) -> RunStatus:
+        """What is committed and what is missing."""
+        return StoredRun.open(self.uri).status()
+
+    def report(self, path: str, *, spec: RunSpec | None = None) -> None:
+        """Write the report to an HTML file; with `spec`, or a shipped spec of the run's name, with pictures."""
+        report([self.uri], specs=[] if spec is None else [spec], shipped=load_shipped, output=path)
+
+    def __repr__(self) -> str:
+        return f"<OpenRun {self.uri}: {self._stored.run.name}, orders {', '.join(self.orders) or 'none'}>"
+
+
+def open_run(uri: str) -> OpenRun:
+    """Open a folder or s3://BUCKET/PREFIX that certify wrote. Raises: UserError if there is no run."""
+    return OpenRun(uri)
+
+
+def analyze(
+    uri: str,
+    *,
+    alpha: float | None = None,
+    n0: int | None = None,
+    n: int | None = None,
+    certificate: Certificate | None = None,
+    costly: str | None = None,
+) -> Result:
+    """Certify the votes of a run with other settings, without draws; a second look is marked post hoc.
+
+    Raises: UserError for draws that were not cast.
+    """
+    request = Request(alpha=alpha, n0=n0, n=n, certificate=certificate, costly=costly)
+    return Result(StoredRun.open(uri), analyze_run(uri, request, quiet=True).name)
+
+
+__all__ = ["OpenRun", "Result", "RunError", "UserError", "analyze", "certify", "load_spec", "open_run"]

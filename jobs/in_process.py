@@ -1,0 +1,273 @@
+"""Certify a model that is in memory, in this process: no Ray, and no files unless a folder for the run is given.
+
+The same worker casts the votes as on a cluster, so they equal those of the command for the same f, images, seed and
+batch size.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from cluster.worker import Setup, Worker
+from jobs.watch import progress_bar
+from pipeline.block import Block
+from pipeline.errors import UserError
+from pipeline.images import UNLABELLED, Sample
+from pipeline.models.denoisers import Denoiser
+from pipeline.noise import local_noise
+from pipeline.orders import order_of
+from pipeline.results import StoredRun
+from pipeline.run import claim_run, describe_run
+from pipeline.smoothing import BaseClassifier
+from pipeline.spec import RunSpec, load_spec
+from pipeline.storage.store import MemoryStore, open_store
+
+_BATCHES_PER_TASK = 20  # a stop loses at most so much work, and the progress bar moves this often
+_IN_MEMORY = "python"  # stands for the data set and the architectures, which have no name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """f in memory: the classifier, and how it is smoothed."""
+
+    classifier: Callable[[Tensor], Tensor]  # x_BCHW in [0, 1] -> logits_BK
+    denoiser: Denoiser | None = None  # x_BCHW, sigma -> x0_BCHW, both in [0, 1]
+    m: int = 1
+    local_sigma: float = 0.0
+    identity: str | None = None  # names the weights and code of both; None: their sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The noise and the order."""
+
+    sigma: float
+    n0: int = 100
+    n: int = 1000
+    alpha: float = 0.001
+    seed: int = 0
+    batch_size: int | None = None
+    device: str | torch.device | None = None  # None: a GPU if there is one
+    progress: bool = False
+
+
+class MemoryImages:
+    """Images and labels in memory as a data set of ours; see `pipeline.data.Dataset`."""
+
+    def __init__(self, images: Any, labels: Any, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._images, self._labels = images, labels
+        size = len(images)
+        if size == 0:
+            raise UserError("images is empty; give at least one image")
+        if labels is not None and len(labels) != size:
+            raise UserError(f"there are {size} images but {len(labels)} labels; give one label per image")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample:
+        item = self._images[index]
+        label = None if self._labels is None else self._labels[index]
+        if label is None and isinstance(item, tuple | list) and len(item) == 2:
+            item, label = item
+        image_CHW = as_image(item, index)
+        number = UNLABELLED if label is None else _as_label(label, index, self.num_classes)
+        digest = hashlib.sha256(image_CHW.tobytes() + str(image_CHW.shape).encode() + str(number).encode())
+        return Sample(image_CHW, number, digest.hexdigest())
+
+
+def as_image(item: Any, index: int) -> NDArray[np.float32]:
+    """An image as C x H x W float32 in [0, 1]: from a tensor or array of floats, or of bytes, or from a PIL image.
+
+    Raises: UserError for another shape, type or range of values.
+    """
+    values = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+    if not isinstance(item, Tensor | np.ndarray) and values.ndim in (2, 3):  # a PIL image: H x W, or H x W x C
+        values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    if values.ndim != 3:
+        raise UserError(f"image {index} has shape {values.shape}; it must be C x H x W")
+    if values.dtype == np.uint8:
+        values = values.astype(np.float32) / np.float32(255)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise UserError(f"image {index} has values of type {values.dtype}; they must be floats in [0, 1], or uint8")
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if not (values.size and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise UserError(
+            f"image {index} has values between {values.min():g} and {values.max():g}; they must be in [0, 1]: move the "
+            "normalisation into the model"
+        )
+    return values
+
+
+def _as_label(label: Any, index: int, num_classes: int) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"label {index} is {label!r}; it must be a whole number") from error
+    if not UNLABELLED <= number < num_classes:
+        raise UserError(f"label {index} is {number}; it must be a class between 0 and {num_classes - 1}")
+    return number
+
+
+def certify_in_process(model: Model, images: Any, labels: Any, settings: Settings, out: str | None) -> StoredRun:
+    """Cast and store all votes of an order on the images; returns the run, whose last placed order is this one.
+
+    `images` are N x C x H x W, or a data set with __len__ and __getitem__ that gives an image, or an image and its
+    label. Raises: UserError for input that cannot be certified.
+    """
+    with _evaluating(model):
+        device = torch.device(settings.device) if settings.device is not None else _device_of(model)
+        f = _base_classifier(model, settings, MemoryImages(images, None, 2)[0].image_CHW, device)
+        data = MemoryImages(images, labels, f.num_classes)
+        spec = _spec(model, settings, data)
+        store = MemoryStore() if out is None else open_store(out)
+        store.prepare()
+        weights = {"f": _identity(model) if out is not None and model.identity is None else model.identity or "memory"}
+        run = describe_run(spec, weights, f.num_classes)
+        claim_run(store, run)
+        stored = StoredRun(store)
+        name = stored.place(order_of(spec, range(len(data))))
+        missing = stored.sampler(stored.orders[name], stored.committed(), name=name).start()
+        setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
+        _cast(Worker(setup, f, data, store), missing, show=settings.progress)
+    return stored
+
+
+def _cast(worker: Worker, blocks: Sequence[Block], *, show: bool) -> None:
+    """Cast and commit blocks, a few batches at a time."""
+    console = Console(stderr=True, quiet=not show)
+    with progress_bar(console) as bar:
+        task = bar.add_task("certify", total=sum(block.draws for block in blocks), rate=0.0, note="")
+        chunk: list[Block] = []
+        for index, block in enumerate(blocks):
+            chunk.append(block)
+            draws = sum(one.draws for one in chunk)
+            if draws >= _BATCHES_PER_TASK * worker.batch_size or index == len(blocks) - 1:
+                receipt = worker.run(chunk, "in-process")
+                bar.update(task, advance=draws, rate=receipt.draws / max(receipt.seconds, 1e-9))
+                chunk = []
+
+
+def _device_of(model: Model) -> torch.device:
+    """Where the model's parameters are; the CPU for a callable without any."""
+    for part in (model.classifier, model.denoiser):
+        if isinstance(part, nn.Module):
+            for tensor in (*part.parameters(), *part.buffers()):
+                return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Put the modules into evaluation mode, in which a vote does not depend on its batch, and restore them after."""
+    parts = [part for part in (model.classifier, model.denoiser) if isinstance(part, nn.Module)]
+    before = [(module, module.training) for part in parts for module in part.modules()]
+    try:
+        for part in parts:
+            part.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _base_classifier(
+    model: Model, settings: Settings, image_CHW: NDArray[np.float32], device: torch.device
+) -> BaseClassifier:
+    """f on a device, checked with one image. Raises: UserError for a model that does not give logits."""
+    copies_MCHW = local_noise(local_seed=0, m=model.m, shape=image_CHW.shape, local_sigma=model.local_sigma)
+    for part in (model.classifier, model.denoiser):
+        if isinstance(part, nn.Module) and settings.device is not None:
+            part.to(device)
+    x_BCHW = torch.from_numpy(image_CHW)[None].to(device)
+    try:
+        with torch.inference_mode():
+            logits = model.classifier(x_BCHW)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the model cannot classify an image of shape {image_CHW.shape}: {reason}; give images of the shape "
+            "that it was trained on"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model returns {found} for one image; it must return logits of shape (1, classes)")
+    return BaseClassifier(
+        denoiser=model.denoiser,
+        classifier=model.classifier,
+        local_noise_MCHW=torch.from_numpy(copies_MCHW).to(device),
+        sigma=settings.sigma,
+        num_classes=logits.shape[1],
+    )
+
+
+def _spec(model: Model, settings: Settings, data: MemoryImages) -> RunSpec:
+    """The spec of this run; data set and architectures have no name here."""
+    n0, n = settings.n0, settings.n
+    return load_spec(
+        {
+            "name": "in-process",
+            "data": {"name": _IN_MEMORY, "samples": f"0:{len(data)}", "num_classes": data.num_classes},
+            "denoiser": {"arch": "none" if model.denoiser is None else _IN_MEMORY},
+            "classifier": {"arch": _IN_MEMORY},
+            "smoothing": {
+                "sigma": settings.sigma,
+                "m": model.m,
+                "local_sigma": model.local_sigma,
+                "seed": settings.seed,
+                "n0": n0,
+                "n": n,
+                "alpha": settings.alpha,
+                "block": {"selection": _block_length(n0, 100), "estimation": _block_length(n, 1000)},
+            },
+            "compute": {"device": "auto"},
+        }
+    )
+
+
+def _block_length(draws: int, usual: int) -> int:
+    """The usual block length if it divides the draws, else one block for all of them."""
+    return usual if draws % usual == 0 else max(draws, 1)
+
+
+def _identity(model: Model) -> str:
+    """The sha256 of the weights and of the code of a model. Raises: UserError if it has none that can be hashed."""
+    digest = hashlib.sha256()
+    for name, part in (("classifier", model.classifier), ("denoiser", model.denoiser)):
+        if part is None:
+            continue
+        if not isinstance(part, nn.Module):
+            raise UserError(
+                f"the {name} is a {type(part).__name__}, whose votes cannot be identified; with out=, give "
+                'identity="NAME", a new one for each change of the model'
+            )
+        digest.update(f"{name}:{part!r}".encode())
+        for kind in sorted({type(module) for module in part.modules()}, key=lambda one: (one.__module__, one.__name__)):
+            digest.update(_source(kind, name).encode())
+        for key, tensor in part.state_dict().items():
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{key}:{values.dtype}:{tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _source(kind: type, name: str) -> str:
+    if kind.__module__.startswith("torch."):
+        return f"{kind.__module__}.{kind.__qualname__}"  # the version of torch is recorded in each block
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError) as error:
+        raise UserError(
+            f"the source of {kind.__name__}, a part of the {name}, cannot be read; with out=, give identity='NAME', "
+            "a new one for each change of the model"
+        ) from error

@@ -1,0 +1,66 @@
+"""The device that runs the networks: how it is chosen, and which facts about it can change a vote."""
+
+import contextlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import UserError
+from pipeline.spec import RunSpec
+
+_PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
+_OPTIONAL_PACKAGES = ("timm", "diffusers")  # only some models need them
+
+
+class DeviceFacts(BaseModel):
+    """The facts about a device and its software that can change a vote; they are recorded with every block."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    tf32: bool
+    cudnn_benchmark: bool
+    versions: dict[str, str]
+
+
+def device_of(spec: RunSpec) -> torch.device:
+    """Return the device that a spec selects.
+
+    Raises: UserError if the spec requires a GPU and there is none; the CPU is never used silently.
+    """
+    selected = spec.compute.device
+    if selected != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if selected == "cuda":
+        raise UserError(
+            f"compute.device = 'cuda', but torch {torch.__version__} sees no GPU on {platform.node()}; run on a GPU "
+            "node, or choose the CPU with --cpu"
+        )
+    return torch.device("cpu")
+
+
+def any_device(spec: RunSpec) -> torch.device:
+    """Return a GPU if there is one and the spec allows it, else the CPU: for work that makes no votes."""
+    on_gpu = spec.compute.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return the facts about a device, torch's settings and the installed packages."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return DeviceFacts(
+        device=f"{device.type} {name}",
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: version(name) for name in _PACKAGES}
+    for name in _OPTIONAL_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -1,0 +1,303 @@
+"""Orders: what is asked of a run, and which of them may be claimed.
+
+    RUN/orders/<order>.json                  numbered in the sequence of placing, put before the first draw
+    RUN/orders/<order>/certificates.parquet  and the other files that follow from it
+
+A confidence bound holds for one look. The first order over a sample is its claim; a later order over the same sample
+with other settings is marked post hoc. New samples are no second look.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.block import STAGES, Block, Stage
+from pipeline.errors import RunError, UserError
+from pipeline.records import LARGEST, Record, first_problem, parse_record
+from pipeline.sequential import Grid, looks_of
+from pipeline.spec import MOST_CLASSES, Alpha, BlockLengths, IntegerKeys, RunSpec, check_alpha, check_radii, looks_at
+from pipeline.storage.store import Store
+
+Certificate = Literal["top", "multiclass", "cost", "predict"]
+CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
+Mode = Literal["fixed", "planned", "grid"]
+
+# certificate -> the sampling modes that can give it: what else draws depend on must not depend on the top class alone
+_MODES: dict[Certificate, tuple[Mode, ...]] = {
+    "top": ("fixed", "planned", "grid"),
+    "multiclass": ("fixed", "planned"),
+    "cost": ("fixed",),
+    "predict": ("fixed",),
+}
+_MOST_BLOCKS = 100_000_000  # of one order; more would not fit in the driver's memory
+_NAME = re.compile(r"orders/(\d{3,9})\.json")
+
+Class = Annotated[int, Field(ge=0, lt=MOST_CLASSES)]
+Draws = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class Order(Record):
+    """One request on a run. Two orders with equal `claim` assert the same, on the samples of both."""
+
+    samples: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field(min_length=1)
+    n0: Draws  # 0 for PREDICT, which selects nothing
+    n: Annotated[int, Field(ge=1, le=LARGEST)]  # of each sample; in planned and grid mode, the maximum of a sample
+    alpha: Alpha
+    mode: Mode = "fixed"
+    certificate: Certificate = "top"
+    skip_wrong: bool = False
+    max_acr_loss: float | None = Field(default=None, gt=0, lt=1)
+    radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    costly: Annotated[dict[int, list[Class]] | None, IntegerKeys] = None  # label -> the classes that are costly for it
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.samples)) < len(self.samples):
+            raise ValueError("samples: a sample is listed twice; list each once")
+        check_alpha("alpha", self.alpha, self.n)
+        check_radii(self.radii)
+        if self.mode not in _MODES[self.certificate]:
+            raise ValueError(
+                f"certificate {self.certificate!r} is not available in sampling.mode = {self.mode!r}; use "
+                f"mode = {' or '.join(map(repr, _MODES[self.certificate]))}, or another certificate"
+            )
+        if self.skip_wrong and self.certificate in ("predict", "cost"):
+            raise ValueError(
+                f"sampling.skip_wrong = true cannot be combined with the certificate {self.certificate!r}, which does "
+                "not depend on the selected class being right; set it to false"
+            )
+        for key, needed in (
+            ("max_acr_loss", self.mode == "planned"),
+            ("radii", self.mode == "grid"),
+            ("costly", self.certificate == "cost"),
+        ):
+            if (getattr(self, key) is not None) != needed:
+                raise ValueError(f"{key} is {'missing' if needed else 'given without need'} in mode = {self.mode!r}")
+        if self.mode != "fixed" and not isinstance(self.alpha, float):
+            raise ValueError(f"alpha is split over several n, which mode = {self.mode!r} does not allow; use one alpha")
+        return self
+
+    @property
+    def claim(self) -> Mapping[str, Any]:
+        """The settings that make another claim of it.
+
+        Skipping spares draws and claims nothing; the looks that alpha was split over in advance are one claim.
+        """
+        unclaimed = {"samples", "skip_wrong"} | ({"n"} if isinstance(self.alpha, dict) else set())
+        return self.model_dump(exclude=unclaimed)
+
+    @property
+    def looks(self) -> dict[int, float]:
+        """The looks up to n and their shares of alpha; one look at n, unless alpha is split."""
+        return looks_at(self.alpha, self.n)
+
+    @property
+    def total_alpha(self) -> float:
+        """The error probability of all its looks together."""
+        return sum(self.alpha.values()) if isinstance(self.alpha, dict) else self.alpha
+
+    def grid(self, sigma: float, lengths: BlockLengths) -> Grid | None:
+        """The looks of grid mode; None in the other modes."""
+        if self.radii is None or isinstance(self.alpha, dict):
+            return None
+        return Grid(tuple(self.radii), sigma, self.alpha, looks_of(self.n, lengths.estimation))
+
+    def blocks(self, lengths: BlockLengths) -> Iterator[Block]:
+        """All blocks that the order can need: sample by sample, selection first."""
+        for sample in self.samples:
+            for stage in STAGES:
+                yield from blocks_up_to(sample, stage, self.n0 if stage == "selection" else self.n, lengths)
+
+    def changed(self, **values: Any) -> "Order":
+        """The order with other values. Raises: UserError for a combination that is not valid."""
+        return make_order(**{**self.model_dump(), **values})
+
+    def __str__(self) -> str:
+        alpha = self.alpha if isinstance(self.alpha, float) else "+".join(f"{one:g}" for one in self.alpha.values())
+        mode = "" if self.mode == "fixed" else f"{self.mode}, "
+        return f"{self.certificate}, {mode}n0 = {self.n0}, n = {self.n}, alpha = {alpha}"
+
+
+@dataclass(frozen=True)
+class OrderKeys:
+    """Where the files of an order are, as keys below the run."""
+
+    name: str
+
+    @property
+    def order(self) -> str:
+        return f"orders/{self.name}.json"
+
+    @property
+    def folder(self) -> str:
+        return f"orders/{self.name}"
+
+    @property
+    def plan(self) -> str:
+        return f"{self.folder}/plan.json"
+
+    @property
+    def certificates(self) -> str:
+        return f"{self.folder}/certificates.parquet"
+
+    @property
+    def curve_table(self) -> str:
+        return f"{self.folder}/curve.csv"
+
+    @property
+    def curve_picture(self) -> str:
+        return f"{self.folder}/curve.png"
+
+
+def blocks_up_to(sample: int, stage: Stage, draws: int, lengths: BlockLengths) -> Iterator[Block]:
+    """The blocks of a sample and stage that hold its first `draws` draws."""
+    length = lengths.of(stage)
+    for start in range(0, draws, length):
+        yield Block(sample, stage, start, start + length)
+
+
+def make_order(**values: Any) -> Order:
+    """An order from values that a user gave. Raises: UserError for a combination that is not valid."""
+    try:
+        return Order(**values)
+    except ValidationError as error:
+        raise UserError(first_problem(error)) from None
+
+
+def order_of(
+    spec: RunSpec,
+    samples: Iterable[int],
+    certificate: Certificate = "top",
+    costly: Mapping[int, Sequence[int]] | None = None,
+) -> Order:
+    """The order that a spec places.
+
+    Raises: UserError for a certificate that the spec's sampling cannot give, and for too many blocks.
+    """
+    smoothing, sampling = spec.smoothing, spec.sampling
+    order = make_order(
+        samples=list(samples),
+        n0=0 if certificate == "predict" else smoothing.n0,
+        n=smoothing.n,
+        alpha=smoothing.alpha,
+        mode=sampling.mode,
+        certificate=certificate,
+        skip_wrong=sampling.skip_wrong,
+        max_acr_loss=sampling.max_acr_loss,
+        radii=sampling.radii,
+        costly=None if costly is None else {y: list(classes) for y, classes in costly.items()},
+    )
+    check_size(order, smoothing.block)
+    return order
+
+
+def check_size(order: Order, lengths: BlockLengths) -> None:
+    """Raises: UserError for an order of more blocks than a driver can hold."""
+    each = sum(-(-draws // lengths.of(stage)) for stage, draws in zip(STAGES, (order.n0, order.n), strict=True))
+    blocks = each * len(order.samples)
+    if blocks > _MOST_BLOCKS:
+        raise UserError(
+            f"the order needs {blocks:,} blocks, the limit is {_MOST_BLOCKS:,}; use longer blocks (smoothing.block), a "
+            "smaller n, or fewer samples"
+        )
+
+
+def place_order(store: Store, order: Order) -> str:
+    """Store an order and return its name; an equal one that is stored already is the same order."""
+    while True:
+        placed = read_orders(store)
+        for name, earlier in placed.items():
+            if earlier == order:
+                return name
+        name = f"{max(map(int, placed), default=0) + 1:03d}"
+        if store.put_if_absent(OrderKeys(name).order, order.model_dump_json(indent=2).encode()):
+            return name
+
+
+def read_orders(store: Store) -> dict[str, Order]:
+    """The orders of a run by name, in the sequence in which they were placed.
+
+    Raises: RunError for an order that is damaged.
+    """
+    names = [match[1] for key in store.keys("orders") if (match := _NAME.fullmatch(key))]
+    return {name: _read_order(store, name) for name in sorted(names, key=int)}
+
+
+def _read_order(store: Store, name: str) -> Order:
+    key = OrderKeys(name).order
+    try:
+        return parse_record(Order, store.read(key))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
+
+
+def post_hoc_samples(orders: Mapping[str, Order], name: str, plans: Mapping[str, Mapping[int, int]]) -> set[int]:
+    """The samples of an order that an earlier order covers with another claim, or with another planned n.
+
+    `plans` are those of the orders in planned mode: order -> sample -> its estimation draws.
+    """
+    later: set[int] = set()
+    seen: dict[int, Any] = {}
+    for earlier, other in orders.items():
+        claim, plan = other.claim, plans.get(earlier, {})
+        for sample in other.samples:
+            claimed = (claim, plan.get(sample))
+            if earlier == name:
+                if seen.get(sample, claimed) != claimed:
+                    later.add(sample)
+            elif other.mode != "planned" or sample in plan:  # before its plan exists, an order has looked at nothing
+                seen.setdefault(sample, claimed)
+        if earlier == name:
+            break
+    return later
+
+
+def read_costly(certificate: Certificate, path: str | None, num_classes: int) -> dict[int, list[int]] | None:
+    """Label -> the classes that are costly for it, from the file of --costly; None for the other certificates.
+
+    CSV: a cost matrix without headings, a row per label and a column per class; entries above 0 are costly.
+    TOML: a line per label with its costly classes in brackets (3 = [5, 7]).
+
+    Raises: UserError, naming what is wrong.
+    """
+    if (certificate == "cost") != (path is not None):
+        raise UserError("--certificate cost and --costly FILE belong together; give both or none")
+    if path is None:
+        return None
+    try:
+        costly = _parse_costly(path, num_classes)
+    except OSError as error:
+        raise UserError(f"--costly {path}: cannot read it: {error.strerror}; give a .csv or .toml file") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"--costly {path}: {str(error).splitlines()[0]}; a .csv file must hold a cost matrix with a row per label, "
+            "a .toml file lines such as 3 = [5, 7]"
+        ) from error
+    for y, classes in costly.items():
+        for k in (y, *classes):
+            if not 0 <= k < num_classes:
+                raise UserError(f"--costly {path}: class {k} must be between 0 and {num_classes - 1}")
+        if y in classes or len(set(classes)) < len(classes):
+            raise UserError(
+                f"--costly {path}: the costly classes {classes} of label {y} repeat a class or contain {y}; remove it"
+            )
+    costly = {y: classes for y, classes in costly.items() if classes}
+    if not costly:
+        raise UserError(f"--costly {path}: names no costly class; add one, or use another certificate")
+    return costly
+
+
+def _parse_costly(path: str, num_classes: int) -> dict[int, list[int]]:
+    if path.endswith(".csv"):
+        matrix = np.loadtxt(path, delimiter=",", ndmin=2)
+        if matrix.shape != (num_classes, num_classes):
+            raise ValueError(f"{matrix.shape[0]} rows and {matrix.shape[1]} columns for {num_classes} classes")
+        return {y: np.flatnonzero(row > 0).tolist() for y, row in enumerate(matrix)}
+    raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    return {int(y): [int(k) for k in classes] for y, classes in raw.items()}

@@ -1,0 +1,336 @@
+"""Results: a stored run, and the certificates, the curve and the status of its orders."""
+
+import io
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.block import Block
+from pipeline.certify import certified_radius, certify
+from pipeline.curve import Curve, curve_of, grid, plot, table_radii
+from pipeline.errors import UserError
+from pipeline.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
+from pipeline.planning import Plan, read_plan, settle_plan
+from pipeline.records import parse_record
+from pipeline.run import Run, read_run
+from pipeline.sampling import Sampler
+from pipeline.storage.store import Store, open_store
+from pipeline.votes import StoredBlock, Votes, glance, list_blocks, read_blocks, to_table, write_table
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_KEY = "progress.json"
+
+
+class Progress(BaseModel):
+    """progress.json: the last status that a driver wrote. For people, never for decisions."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    draws_cast: int = Field(ge=0)
+    draws_wanted: int = Field(ge=0)
+    draws_per_second: float = Field(ge=0)
+    eta_seconds: float | None = Field(ge=0)
+    actors_ready: int = Field(ge=0)
+    updated: float = Field(ge=0, le=1e11)  # seconds since the epoch
+    note: str = Field(max_length=1000)
+
+
+class Summary(BaseModel):
+    """What `--json` prints about an order. Fields that do not apply to its certificate are not set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    run: str
+    order: str
+    votes_id: str
+    complete: bool
+    samples: int
+    skipped: int
+    incomplete: int
+    sigma: float
+    n0: int
+    n: int
+    alpha: float
+    mode: str
+    certificate: str
+    draws_used: int
+    draws_at_n: int  # what n draws of every sample would have taken
+    post_hoc: bool
+    abstention_rate: float | None
+    accuracy: float = 0.0  # of PREDICT
+    acr: float | None = None  # None in grid mode
+    certified_accuracy: dict[str, float] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderResult:
+    """What follows from an order and the committed votes."""
+
+    run_uri: str
+    run: Run
+    name: str
+    order: Order
+    certificates: pd.DataFrame
+    curve: Curve
+
+    @property
+    def predicts(self) -> bool:
+        return self.order.certificate == "predict"
+
+    @property
+    def incomplete(self) -> list[int]:
+        """The samples that lack draws."""
+        rows = self.certificates
+        return rows.loc[rows["status"] == "incomplete", "sample"].tolist()
+
+    def summary(self) -> Summary:
+        order, curve, rows = self.order, self.curve, self.certificates
+        complete = rows[~rows["status"].isin(["incomplete", "exempt"])]
+        reached: dict[str, Any]
+        if self.predicts:
+            reached = {"accuracy": float(curve.at([0.0])[0])}
+        else:
+            radii = table_radii([curve])
+            accuracy = zip(radii, curve.at(radii).tolist(), strict=True)
+            reached = {
+                "acr": None if curve.tested is not None else curve.acr,
+                "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy},
+            }
+        return Summary(
+            name=curve.name,
+            run=self.run_uri,
+            order=self.name,
+            votes_id=self.run.votes_id,
+            complete=curve.incomplete == 0,
+            samples=curve.num_samples,
+            skipped=curve.skipped,
+            incomplete=curve.incomplete,
+            sigma=self.run.sigma,
+            n0=order.n0,
+            n=order.n,
+            alpha=order.total_alpha,
+            mode=order.mode,
+            certificate=order.certificate,
+            draws_used=int(complete["n0"].sum() + complete.loc[complete["status"] != "skipped", "n"].sum()),
+            draws_at_n=len(complete) * (order.n0 + order.n),
+            post_hoc=curve.post_hoc,
+            abstention_rate=curve.abstention_rate if curve.num_samples > curve.skipped else None,
+            **reached,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderStatus:
+    """How far an order has come."""
+
+    summary: Summary
+    draws_done: int
+    draws_missing: int  # at least, in the adaptive modes
+
+    def to_json(self) -> dict[str, Any]:
+        return self.summary.to_json() | {"draws_done": self.draws_done, "draws_missing": self.draws_missing}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What is committed and what is missing, from the files of a run alone."""
+
+    run: str
+    name: str
+    votes_id: str
+    blocks: int
+    draws: int
+    bytes: int
+    last_write: float | None  # seconds since the epoch
+    devices: Mapping[str, int]  # device -> blocks that it cast
+    orders: Mapping[str, OrderStatus]
+    driver: Progress | None
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "driver"}
+        facts["orders"] = {name: order.to_json() for name, order in self.orders.items()}
+        return facts if self.driver is None else facts | {"driver": self.driver.model_dump()}
+
+
+class StoredRun:
+    """A run in storage. run.json, orders and plans are read once, when it is opened."""
+
+    def __init__(self, store: Store) -> None:
+        """Raises: UserError if there is no run, RunError for files that are damaged."""
+        self.store, self.run = store, read_run(store)
+        self.orders: dict[str, Order] = read_orders(store)
+        self.plans: dict[str, Plan] = {}
+        for name, order in self.orders.items():
+            if order.mode == "planned" and (plan := read_plan(store, name)) is not None:
+                self.plans[name] = plan
+
+    @classmethod
+    def open(cls, uri: str) -> "StoredRun":
+        return cls(open_store(uri))
+
+    def place(self, order: Order) -> str:
+        """Store an order and return its name."""
+        name = place_order(self.store, order)
+        self.orders[name] = order
+        return name
+
+    def committed(self) -> set[Block]:
+        return list_blocks(self.store, self.run.block)
+
+    def read_blocks(self, blocks: Iterable[Block] | None = None) -> list[StoredBlock]:
+        """The blocks, all committed ones by default. Raises: RunError, as `votes.read_blocks`."""
+        return read_blocks(self.store, self.run, blocks)
+
+    def sampler(self, order: Order, committed: set[Block], *, name: str = "", plans: bool = False) -> Sampler:
+        """What an order still needs; with `plans`, the sampler may store the plan of the order `name`."""
+        run, store = self.run, self.store
+
+        def read(blocks: list[Block]) -> list[Votes]:
+            return [stored.votes() for stored in read_blocks(store, run, blocks)]
+
+        return Sampler(
+            order,
+            run.block,
+            run.sigma,
+            committed=committed,
+            read=read,
+            plan=self.plans.get(name),
+            settle_plan=(lambda pilots: settle_plan(store, name, order, run.block, run.sigma, pilots))
+            if plans
+            else None,
+        )
+
+    def certificates(self, votes: pd.DataFrame, name: str) -> pd.DataFrame:
+        """The certificates of one of the orders, marked with its name and post hoc samples."""
+        order = self.orders[name]
+        rows = certify(
+            votes,
+            order,
+            sigma=self.run.sigma,
+            num_classes=self.run.num_classes,
+            block=self.run.block,
+            plan=self.plans.get(name, {}) if order.mode == "planned" else None,
+        )
+        later = post_hoc_samples(self.orders, name, self.plans)
+        return rows.assign(order=name, post_hoc=np.array([sample in later for sample in order.samples], dtype=bool))
+
+    def result(self, votes: pd.DataFrame, name: str) -> OrderResult:
+        """What follows from an order and a table of votes."""
+        rows = self.certificates(votes, name)
+        return OrderResult(
+            run_uri=self.store.uri,
+            run=self.run,
+            name=name,
+            order=self.orders[name],
+            certificates=rows,
+            curve=curve_of_order(self.run.name, self.orders[name], rows, self.run.sigma),
+        )
+
+    def finish(self, name: str) -> OrderResult:
+        """Rebuild votes.parquet from the blocks, and write the certificates and the curve of an order."""
+        votes = write_table(self.store, self.run, self.read_blocks())
+        result, keys = self.result(votes, name), OrderKeys(name)
+        buffer = io.BytesIO()
+        result.certificates.to_parquet(buffer, index=False)
+        self.store.replace(keys.certificates, buffer.getvalue())
+        curve = result.curve
+        if curve.num_samples and not result.predicts:
+            fine = curve.table(grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
+            self.store.replace(keys.curve_table, fine.to_csv(index=False).encode())
+            picture, rows, missing = io.BytesIO(), len(result.certificates), len(result.incomplete)
+            plot([curve], picture, f"{missing} of {rows} samples are incomplete and left out" if missing else None)
+            self.store.replace(keys.curve_picture, picture.getvalue())
+        return result
+
+    def choose(self, name: str | None) -> str:
+        """The name of an order that has radii: the named one, or the first. Raises: UserError if there is none."""
+        with_radii = [one for one, order in self.orders.items() if order.certificate != "predict"]
+        chosen = name or next(iter(with_radii or self.orders), "")
+        if chosen not in self.orders:
+            names = ", ".join(self.orders) or "none"
+            raise UserError(f"{self.store.uri} has no order {chosen!r}; choose one of: {names}")
+        if chosen not in with_radii:
+            raise UserError(
+                f"{self.store.uri}: order {chosen} holds predictions, which have no radius; certify the run, or choose "
+                "another order"
+            )
+        return chosen
+
+    def status(self) -> RunStatus:
+        """What is committed and what is missing, from the files alone."""
+        entries = list(self.store.list("votes"))
+        committed = list_blocks(self.store, self.run.block, entries)
+        votes, devices = glance(self.store, self.run, committed)
+        orders = {}
+        for name, order in self.orders.items():
+            missing = self.sampler(order, committed, name=name).start()
+            orders[name] = OrderStatus(
+                summary=self.result(votes, name).summary(),
+                draws_done=sum(block.draws for block in order.blocks(self.run.block) if block in committed),
+                draws_missing=sum(block.draws for block in missing),
+            )
+        return RunStatus(
+            run=self.store.uri,
+            name=self.run.name,
+            votes_id=self.run.votes_id,
+            blocks=len(committed),
+            draws=sum(block.draws for block in committed),
+            bytes=sum(entry.size for entry in entries),
+            last_write=max((entry.modified for entry in entries), default=None),
+            devices=devices,
+            orders=orders,
+            driver=self._progress(),
+        )
+
+    def _progress(self) -> Progress | None:
+        try:
+            return parse_record(Progress, self.store.read(PROGRESS_KEY))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("%s/%s is damaged and ignored: %s", self.store.uri, PROGRESS_KEY, error)
+            return None
+
+
+def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: float) -> Curve:
+    """The curve of an order's certificates."""
+    looks = order.looks
+    largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
+    if order.radii is not None:
+        largest = order.radii[-1]
+    return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredResult:
+    """An order of a stored run with all the blocks that it was derived from."""
+
+    stored: StoredRun
+    blocks: list[StoredBlock]
+    votes: pd.DataFrame  # of these blocks
+    result: OrderResult
+
+
+def read_result(run_uri: str, order_name: str | None = None) -> StoredResult:
+    """One of a run's orders, the first that has radii unless one is named; every block is read and checked.
+
+    Raises: UserError if there is no such order, or none of its samples is complete.
+    """
+    stored = StoredRun.open(run_uri)
+    name = stored.choose(order_name)
+    blocks = stored.read_blocks()
+    votes = to_table(blocks)
+    result = stored.result(votes, name)
+    if not result.curve.num_samples:
+        raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
+    return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result)
