@@ -1,17 +1,26 @@
-"""The three ways in which a command ends early. Each becomes one line and an exit status, never a traceback."""
+"""The three ways in which a command ends early. The command line prints one line for each and exits with its status."""
+
+import re
 
 
 class UserError(ValueError):
-    """The user's mistake: names the value, the limit and the remedy. Exit status 2."""
+    """The user made a mistake. The message names the value, the limit and the remedy. Exit status 2."""
 
 
 class RunError(RuntimeError):
-    """A failure of the environment, such as a full disk or a damaged file: names it and the remedy. Exit status 1."""
+    """The environment failed, for example because a disk is full or a file is damaged. Exit status 1."""
 
 
 class Stopped(Exception):
-    """A signal stopped the work; what is stored is kept, and the same command resumes. Exit status 128 + signal."""
+    """A signal stopped the work. Stored votes are kept, and the same command resumes. Exit status 128 + signal."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Foreign text as part of a message: on one line, with unprintable characters escaped, cut after `limit`."""
+    joined = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[: limit + 1])
+    return escaped if len(escaped) <= limit else f"{escaped[:limit]}..."

@@ -1,7 +1,7 @@
 """Locations: how a path or a URI is written in a spec or on the command line, and how a message shows it.
 
-A location is a path, `embedded:FILE` (shipped with the package), or a URI (s3://BUCKET/KEY, https://...). `${NAME}`
-stands for an environment variable. A relative path counts from the folder of the spec that names it.
+A location is a path, `embedded:FILE` (a file that ships with the package), or a URI (s3://BUCKET/KEY, https://...).
+`${NAME}` is replaced by an environment variable. A relative path starts at the folder of the spec that names it.
 """
 
 import os
@@ -9,30 +9,31 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 
 EMBEDDED = "embedded:"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def resolve(location: str, folder: Path) -> str:
-    """A location with environment variables and `~` expanded and, if it is a relative path, joined to `folder`.
+    """Expand environment variables and `~` in a location, and join a relative path to `folder`.
 
-    Variables that are not set stay as they are: `require_set` refuses them once the location is needed.
+    Variables that are not set are left in place; `require_set` refuses them when the location is needed.
     """
     expanded = os.path.expanduser(_VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), location))
     return str(folder / expanded) if is_relative(expanded) else expanded
 
 
 def require_set(key: str, location: str) -> str:
-    """The location, if all environment variables in it were set when the spec was read.
+    """Return the location if all its environment variables were set when the spec was read.
 
-    Raises: UserError naming the variable and the spec's key.
+    Raises: UserError that names the variable and the spec's key.
     """
     unset = _VARIABLE.search(location)
     if unset:
         raise UserError(
-            f"{key} = {location!r}: the environment variable {unset[1]} is not set; set it, or use --set {key}=PATH"
+            f"{key} = {shown(location)!r}: the environment variable {unset[1]} is not set; set it, or use "
+            f"--set {key}=PATH"
         )
     return location
 
@@ -53,16 +54,19 @@ def embedded_path(location: str) -> Path:
     shipped = sorted(path.name for path in folder.iterdir() if path.suffix in (".parquet", ".safetensors"))
     if name not in shipped:
         raise UserError(
-            f"{location[:200]}: no such embedded file; use one of {', '.join(EMBEDDED + one for one in shipped)}"
+            f"{shown(location)}: no such embedded file; use one of {', '.join(EMBEDDED + one for one in shipped)}"
         )
     return folder / name
 
 
 def shown(location: str) -> str:
-    """A location as a message may show it: without user, password, and query, which may hold a signature."""
-    if not is_remote(location) or location.startswith("s3://"):
-        return location
+    """A location as a message may show it: on one line, without user, password and query.
+
+    A query is hidden because it may hold a signature or a token.
+    """
+    if not is_remote(location):
+        return one_line(location)
     scheme, _, rest = location.partition("://")
     place, query, _ = rest.partition("?")
     host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if query else ''}"
+    return one_line(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if query else ''}")

