@@ -146,7 +146,7 @@ def test_wrong_programs_stop_with_the_first_cause(raw_spec, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         certify(load_spec(raw_spec), tmp_path / "nan")
     raw_spec["classifier"] = {"arch": "tests.models:three_classes"}
-    with pytest.raises(UserError, match="3 classes, the data set 2"):
+    with pytest.raises(UserError, match="3 classes, but the data set has 2"):
         certify(load_spec(raw_spec), tmp_path / "three")
     assert not list((tmp_path / "nan" / "votes" / "estimation").glob("1-*"))
 
