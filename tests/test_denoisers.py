@@ -48,7 +48,7 @@ def test_published_timesteps(settings, expected):
 
 
 def test_sigma_beyond_the_schedule_is_refused_with_the_largest():
-    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps, which ends at 78\.\d+"):
+    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps; use at most 78\.\d+"):
         timestep(LINEAR, 90.0)
 
 
