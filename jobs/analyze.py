@@ -93,8 +93,8 @@ def _check_drawn(stored: StoredRun, order: Order) -> None:
         drawn = min((_drawn(committed, sample, stage, lengths.of(stage)) for sample in needed), default=value)
         if value > drawn:
             raise UserError(
-                f"--{name} {value} exceeds the {drawn} draws that every sample has; use at most that, or cast more draws "
-                "with certify"
+                f"--{name} {value} exceeds the {drawn} draws that every sample has; use at most that, or cast more "
+                "draws with certify"
             )
 
 

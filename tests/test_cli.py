@@ -119,7 +119,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(stored, monkeypatch):
 
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    assert "cannot write" in refused(1, "certify", "mnist", "--out", tmp_path / "run")
+    assert "part of the path is a file" in refused(2, "certify", "mnist", "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("verb", ["status", "analyze", "curve"])
