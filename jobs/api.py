@@ -192,7 +192,8 @@ def analyze(
     Raises: UserError for draws that were not cast.
     """
     request = Request(alpha=alpha, n0=n0, n=n, certificate=certificate, costly=costly)
-    return Result(StoredRun.open(uri), analyze_run(uri, request, quiet=True).name)
+    placed = analyze_run(uri, request, quiet=True)
+    return Result(StoredRun.open(uri), placed.name)
 
 
 __all__ = ["OpenRun", "Result", "RunError", "UserError", "analyze", "certify", "load_spec", "open_run"]

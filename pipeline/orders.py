@@ -10,7 +10,6 @@ with other settings is marked post hoc. New samples are no second look.
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -124,35 +123,15 @@ class Order(Record):
         return f"{self.certificate}, {mode}n0 = {self.n0}, n = {self.n}, alpha = {alpha}"
 
 
-@dataclass(frozen=True)
 class OrderKeys:
     """Where the files of an order are, as keys below the run."""
 
-    name: str
-
-    @property
-    def order(self) -> str:
-        return f"orders/{self.name}.json"
-
-    @property
-    def folder(self) -> str:
-        return f"orders/{self.name}"
-
-    @property
-    def plan(self) -> str:
-        return f"{self.folder}/plan.json"
-
-    @property
-    def certificates(self) -> str:
-        return f"{self.folder}/certificates.parquet"
-
-    @property
-    def curve_table(self) -> str:
-        return f"{self.folder}/curve.csv"
-
-    @property
-    def curve_picture(self) -> str:
-        return f"{self.folder}/curve.png"
+    def __init__(self, name: str) -> None:
+        self.order = f"orders/{name}.json"
+        self.plan = f"orders/{name}/plan.json"
+        self.certificates = f"orders/{name}/certificates.parquet"
+        self.curve_table = f"orders/{name}/curve.csv"
+        self.curve_picture = f"orders/{name}/curve.png"
 
 
 def blocks_up_to(sample: int, stage: Stage, draws: int, lengths: BlockLengths) -> Iterator[Block]:
@@ -238,24 +217,25 @@ def _read_order(store: Store, name: str) -> Order:
 
 
 def post_hoc_samples(orders: Mapping[str, Order], name: str, plans: Mapping[str, Mapping[int, int]]) -> set[int]:
-    """The samples of an order that an earlier order covers with another claim, or with another planned n.
+    """The samples of an order that an order placed earlier covers with another claim, or with another planned n.
 
-    `plans` are those of the orders in planned mode: order -> sample -> its estimation draws.
+    The sequence of placing decides, not that of completion: an order that was interrupted before its first draw still
+    comes first. `plans` are those of the orders in planned mode: order -> sample -> its estimation draws.
     """
     later: set[int] = set()
-    seen: dict[int, Any] = {}
+    claims: dict[int, Any] = {}  # sample -> the claim of the first order that covers it
+    planned: dict[int, int] = {}  # sample -> the n of the first plan that covers it
     for earlier, other in orders.items():
         claim, plan = other.claim, plans.get(earlier, {})
-        for sample in other.samples:
-            claimed = (claim, plan.get(sample))
-            if earlier == name:
-                if seen.get(sample, claimed) != claimed:
-                    later.add(sample)
-            elif other.mode != "planned" or sample in plan:  # before its plan exists, an order has looked at nothing
-                seen.setdefault(sample, claimed)
         if earlier == name:
-            break
-    return later
+            for sample in other.samples:
+                if claims.get(sample, claim) != claim or planned.get(sample, plan.get(sample)) != plan.get(sample):
+                    later.add(sample)
+            return later
+        for sample in other.samples:
+            claims.setdefault(sample, claim)
+        planned = {**plan, **planned}
+    raise KeyError(name)
 
 
 def read_costly(certificate: Certificate, path: str | None, num_classes: int) -> dict[int, list[int]] | None:

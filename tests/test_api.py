@@ -88,7 +88,7 @@ def test_the_model_is_evaluated_and_its_mode_is_restored():
         lambda: (GREY.numpy(), LABELS.tolist()),
         lambda: ((GREY * 255).round().to(torch.uint8), LABELS),
         lambda: (TensorDataset(GREY, LABELS), None),
-        lambda: (list(GREY), np.array(LABELS)),
+        lambda: (list(GREY), LABELS.numpy()),
     ],
     ids=["tensors", "arrays", "bytes", "data set", "lists"],
 )
