@@ -522,17 +522,17 @@ def submit(
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
     files = [(name, find_spec(name)) for name in specs]
-    named = [(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
-    order = submission.Order(named, out, shared, overrides, options, env)
-    cluster, submitted = submission.submit(address, order, confirm=_ask_unless(yes))
-    for line in submission.how_to(cluster, submitted.submission_id):
+    named = [submission.SpecFile(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
+    request = submission.Submission(specs=named, out=out, shared=shared, overrides=overrides, options=options, env=env)
+    server, submitted = submission.submit(address, request, confirm=_ask_unless(yes))
+    for line in submission.how_to(server, submitted.submission_id):
         click.echo(line, err=as_json)
     status = 0
     try:
         if follow:
-            submission.follow(cluster, submitted.submission_id, lambda text: click.echo(text, nl=False, err=as_json))
+            submission.follow(server, submitted.submission_id, lambda text: click.echo(text, nl=False, err=as_json))
         if follow or wait:
-            submitted, status = submission.wait(cluster, submitted.submission_id)
+            submitted, status = submission.wait(server, submitted.submission_id)
     except KeyboardInterrupt:
         click.echo("diffsmooth: stopped waiting; the job continues", err=True)
         status = 130

@@ -1,7 +1,7 @@
-"""A certification as a Ray job: what travels to the cluster, what is checked before, and how the job ended.
+"""`diffsmooth submit`: a certification as a Ray job, what is sent to the cluster, and how the job ended.
 
-The driver runs on the cluster's head, so that it outlives this machine. Only specs and the modules of an own
-`package.module:function` travel; weights and data are fetched by the nodes, votes go to the run's storage.
+The driver runs on the head of the cluster, so that it outlives this machine. Only specs and the modules of own
+functions `package.module:function` are sent. The nodes fetch weights and data, and votes go to the run's storage.
 """
 
 import ast
@@ -18,41 +18,54 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import ray
 import requests
+from pydantic import BaseModel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.certify import warn_of_cost
-from pipeline.errors import RunError, UserError
-from pipeline.spec import RunSpec, load_spec
+from jobs.plan import warn_of_cost
+from pipeline.errors import RunError, UserError, one_line
+from pipeline.locations import is_relative, is_remote, shown
+from pipeline.models.own import is_own
+from pipeline.spec import LOCATIONS, RunSpec, load_spec
 
 logger = logging.getLogger(__name__)
 
-_KNOCK_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 1.0
-_PATIENCE_SECONDS = 300.0  # how long the cluster may be out of reach while a job is waited for
+_UNREACHABLE_SECONDS = 300.0  # how long the cluster may be unreachable while a job is waited for
 _STOP_SECONDS = 60  # from `ray job stop` to SIGKILL; Ray's own 3 s would cost the blocks in flight
-_LIMIT = 50_000_000  # bytes of the working folder
+_LIMIT = 50_000_000  # bytes that are sent
 _STOPPED = 143
-_OURS = ("pipeline", "cluster", "jobs")  # installed on the cluster; never shadowed by copies from here
-_LOCATIONS = (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint"))
-_TOKEN = "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) with the cluster's token"
+_INSTALLED = ("pipeline", "cluster", "jobs", "diffsmooth")  # on the cluster; copies from here must not shadow them
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+_DASHBOARD = "give the address of the dashboard, by default port 8265 of the head"
 
 
-class Order(NamedTuple):
-    """What is asked for; `options` are flags of `diffsmooth certify`, passed on as they are."""
+class SpecFile(NamedTuple):
+    """A spec as it was named, its file, and whether it ships with the package and therefore need not be sent."""
 
-    specs: list[tuple[str, Path, bool]]  # as it was named, its file, whether it ships with the package
+    name: str
+    file: Path
+    shipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A request to certify on a cluster; `options` are flags of `diffsmooth certify` that are passed on unchanged."""
+
+    specs: Sequence[SpecFile]
     out: str | None
-    shared: bool  # --out is a folder that every node sees
-    overrides: tuple[str, ...]
-    options: list[str]
-    env: tuple[str, ...]
+    shared: bool = False  # whether `out` is a folder that all nodes share
+    overrides: Sequence[str] = ()
+    options: Sequence[str] = ()
+    env: Sequence[str] = ()
 
 
 class Submitted(NamedTuple):
@@ -60,162 +73,178 @@ class Submitted(NamedTuple):
     status: str
 
 
-class Cluster:
-    """A cluster's job server, found to be there and to run our Ray and Python.
+class _Versions(BaseModel):
+    rayVersion: str | None = None
+    pythonVersion: str | None = None
 
-    Raises: UserError.
+
+class _Metadata(BaseModel):
+    data: _Versions = _Versions()
+
+
+class _Node(BaseModel):
+    hostname: str | None = None
+
+
+class _NodeList(BaseModel):
+    summary: list[_Node] = []
+
+
+class _Nodes(BaseModel):
+    data: _NodeList = _NodeList()
+
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
+
+
+class JobServer:
+    """The job server of a cluster that runs our versions of Ray and Python.
+
+    Raises: UserError if there is no such server at the address.
     """
 
     def __init__(self, address: str | None) -> None:
-        self.address = _normalise(address)
-        metadata = self._ask("/api/v0/cluster_metadata").get("data", {})
-        ours = {"Ray": ray.__version__, "Python": ".".join(map(str, sys.version_info[:3]))}
-        theirs = {"Ray": metadata.get("rayVersion"), "Python": metadata.get("pythonVersion")}
-        for name, version in ours.items():
-            other = theirs[name]
-            if other is None:
+        self._url = _normalise(address)
+        self.address = shown(self._url)
+        metadata = self._ask("/api/v0/cluster_metadata", _Metadata).data
+        for name, here, there in (
+            ("Ray", ray.__version__, metadata.rayVersion),
+            ("Python", ".".join(map(str, sys.version_info[:3])), metadata.pythonVersion),
+        ):
+            if there is None:
                 raise UserError(
-                    f"--address {self.address}: no Ray that tells its {name} version answers there; give the "
-                    "dashboard's, by default port 8265 of the head"
+                    f"--address {self.address}: not a Ray dashboard (no {name} version reported); {_DASHBOARD}"
                 )
-            if other.split(".")[:2] != version.split(".")[:2]:
+            if there.split(".")[:2] != here.split(".")[:2]:
                 raise UserError(
-                    f"the cluster at {self.address} runs {name} {other}, this machine {name} {version}: submit from "
-                    f"an environment with the cluster's, say the image that its nodes run"
+                    f"the cluster at {self.address} runs {name} {one_line(there, 40)}, this machine {name} {here}; "
+                    "submit from an environment with the cluster's versions, such as the image of its nodes"
                 )
-        with _environment("RAY_API_SERVER_ADDRESS", self.address), self._named():  # it outranks RAY_ADDRESS
-            self.client = JobSubmissionClient(self.address)
+        # the client prefers RAY_ADDRESS to its argument, and this variable to both
+        with _environment("RAY_API_SERVER_ADDRESS", self._url), self._errors():
+            self.client = JobSubmissionClient(self._url)
 
     def is_here(self) -> bool:
-        """Whether the cluster is this machine alone; a loopback address may be a tunnel to another."""
-        if urlsplit(self.address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        """Whether the cluster is this machine alone; a loopback address may also be a tunnel to another one."""
+        if urlsplit(self._url).hostname not in ("127.0.0.1", "localhost", "::1"):
             return False
-        nodes = self._ask("/nodes?view=summary").get("data", {}).get("summary", [])
-        return bool(nodes) and all(node.get("hostname") == socket.gethostname() for node in nodes)
+        nodes = self._ask("/nodes?view=summary", _Nodes).data.summary
+        return bool(nodes) and all(node.hostname == socket.gethostname() for node in nodes)
 
-    def submit(self, **job: Any) -> None:
-        with self._named():
-            self.client.submit_job(**job)
+    def submit(self, submission_id: str, command: Sequence[str], runtime_env: Mapping[str, Any]) -> None:
+        with self._errors():
+            self.client.submit_job(
+                entrypoint=shlex.join(command), runtime_env=dict(runtime_env), submission_id=submission_id
+            )
 
     def details(self, submission_id: str) -> JobDetails:
-        with self._named():
+        with self._errors():
             return self.client.get_job_info(submission_id)
 
-    def _ask(self, path: str) -> dict[str, Any]:
+    def _ask(self, path: str, model: type[_Answer]) -> _Answer:
         try:
-            answer = requests.get(self.address + path, headers=_token_headers(), timeout=_KNOCK_SECONDS)
-        except requests.RequestException as error:
+            answer = requests.get(self._url + path, headers=_token_headers(), timeout=_ANSWER_SECONDS)
+        except (requests.RequestException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
-                f"--address {self.address}: no Ray job server answers there ({type(error).__name__}); give the "
-                "dashboard's, by default port 8265 of the head"
+                f"--address {self.address}: no Ray job server answers ({type(error).__name__}); {_DASHBOARD}"
             ) from error
         if answer.status_code in (401, 403):
-            raise UserError(f"--address {self.address}: the cluster wants a token: {_TOKEN}")
+            raise UserError(f"--address {self.address}: the cluster requires a token; {_TOKEN}")
         try:
-            found = answer.json()
+            if answer.status_code == 200:
+                return model.model_validate_json(answer.content)
         except ValueError:
-            found = None
-        if answer.status_code != 200 or not isinstance(found, dict):
-            raise UserError(
-                f"--address {self.address}: something else than Ray's job server answers there (HTTP status "
-                f"{answer.status_code}); give the dashboard's, by default port 8265 of the head"
-            )
-        return found
+            pass
+        raise UserError(
+            f"--address {self.address}: the server is not Ray's job server (HTTP status {answer.status_code}); "
+            f"{_DASHBOARD}"
+        )
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Turn failures of Ray's client into one line each."""
+    def _errors(self) -> Iterator[None]:
+        """Translate the errors of Ray's client."""
         try:
             yield
         except AuthenticationError as error:
-            raise UserError(f"--address {self.address}: the cluster wants a token: {_TOKEN}") from error
-        except (OSError, RuntimeError) as error:  # requests' exceptions are OSErrors
-            raise RunError(
-                f"the job server at {self.address} failed: {str(error).strip().splitlines()[0]}; try again"
-            ) from error
+            raise UserError(f"--address {self.address}: the cluster requires a token; {_TOKEN}") from error
+        except (OSError, RuntimeError) as error:  # the exceptions of requests are OSErrors
+            raise RunError(f"the job server at {self.address} failed: {one_line(error)}; try again") from error
 
 
 def submit(
-    address: str | None, order: Order, confirm: Callable[[str], None] = logger.warning
-) -> tuple[Cluster, Submitted]:
-    """Check everything that can be checked from here, then hand the job to the cluster.
+    address: str | None, submission: Submission, confirm: Callable[[str], None] = logger.warning
+) -> tuple[JobServer, Submitted]:
+    """Check everything that can be checked from here, then submit the job.
 
-    `confirm` is told of an order of many GPU-hours, as `certify_all`'s is.
+    `confirm` is called with a warning if many GPU-hours are needed.
 
     Raises: UserError, RunError.
     """
-    specs = [load_spec(file, order.overrides) for _, file, _ in order.specs]
-    if len({spec.name for spec in specs}) < len(specs):
-        raise UserError("several specs of one name would share a run: give each a name of its own")
+    specs = [load_spec(one.file, submission.overrides) for one in submission.specs]
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise UserError(f"several specs would share a run, their names are {', '.join(names)}; rename the specs")
     warn_of_cost([(spec, None) for spec in specs], confirm)
-    env_vars = _environment_of(order.env)
-    cluster = Cluster(address)
-    here = cluster.is_here()
-    out = _reachable_out(order.out, here=here, shared=order.shared, address=cluster.address, specs=specs)
-    overrides = [_anchored(override, here) for override in order.overrides]
-    submission_id = f"diffsmooth-{specs[0].name}-{os.urandom(4).hex()}"
+    env_vars = _environment_of(submission.env)
+    server = JobServer(address)
+    here = server.is_here()
+    out = _reachable_out(submission, names, server.address, here=here)
+    overrides = [_anchored(override, here) for override in submission.overrides]
+    submission_id = f"diffsmooth-{names[0]}-{os.urandom(4).hex()}"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        names = [
-            given if shipped else _ship_spec(file, spec.name, folder, here)
-            for (given, file, shipped), spec in zip(order.specs, specs, strict=True)
+        sent = [
+            one.name if one.shipped else _ship_spec(one.file, spec.name, folder, here)
+            for one, spec in zip(submission.specs, specs, strict=True)
         ]
-        for arch in {arch for spec in specs for arch in (spec.denoiser.arch, spec.classifier.arch) if _is_own(arch)}:
-            _ship_module(arch.partition(":")[0], Path.cwd(), folder)
-        files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
-        size = sum(path.stat().st_size for path in files)
-        if size > _LIMIT:
-            largest = ", ".join(f"{path.relative_to(folder)} ({_bytes(path.stat().st_size)})" for path in files[:3])
-            raise UserError(
-                f"the specs and modules to send have {_bytes(size)}, the limit is {_bytes(_LIMIT)}; the largest: "
-                f"{largest}; install the modules in the cluster's image instead"
-            )
-        logger.info("sending %d file(s), %s: specs and own modules only", len(files), _bytes(size))
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package and websocket
-        command = ["diffsmooth", "certify", *names, "--out", out, *order.options]
-        command += [part for override in overrides for part in ("--set", override)]
+        _ship_own_functions(specs, folder)
         runtime_env: dict[str, Any] = {"env_vars": env_vars}
-        if files:
+        if _check_size(folder):
             runtime_env["working_dir"] = str(folder)
-        cluster.submit(entrypoint=shlex.join(command), runtime_env=runtime_env, submission_id=submission_id)
-    return cluster, Submitted(submission_id, JobStatus.PENDING.value)  # no question that could fail and hide the id
+        logging.getLogger("ray").setLevel(logging.WARNING)  # Ray logs every package and websocket
+        command = ["diffsmooth", "certify", *sent, "--out", out, *submission.options]
+        command += [part for override in overrides for part in ("--set", override)]
+        server.submit(submission_id, command, runtime_env)
+    return server, Submitted(submission_id, JobStatus.PENDING.value)  # asking could fail and hide the id
 
 
-def how_to(cluster: Cluster, submission_id: str) -> list[str]:
-    """What a user can do with a job that was accepted."""
-    at = f"--address {cluster.address}"
+def how_to(server: JobServer, submission_id: str) -> list[str]:
+    """What a user can do with a submitted job."""
+    at = f"--address {server.address}"
     return [
-        f"{submission_id}: accepted by {cluster.address}",
+        f"{submission_id}: submitted to {server.address}",
         f"  logs    ray job logs {at} --follow {submission_id}",
         f"  stop    ray job stop {at} {submission_id}",
-        "  resume  submit it again with the same --out: blocks that stand are not computed again",
+        "  resume  submit it again with the same --out; blocks that exist are not computed again",
     ]
 
 
-def follow(cluster: Cluster, submission_id: str, write: Callable[[str], None]) -> None:
-    """Hand the driver's log to `write` as it comes, until the job has ended or the stream breaks."""
+def follow(server: JobServer, submission_id: str, write: Callable[[str], None]) -> None:
+    """Pass the driver's log to `write` as it grows, until the job ends or the stream is lost."""
 
     async def tail() -> None:
-        async for lines in cluster.client.tail_job_logs(submission_id):
+        async for lines in server.client.tail_job_logs(submission_id):
             write(lines)
 
     try:
         asyncio.run(tail())
     except (OSError, RuntimeError) as error:
-        logger.warning("the log broke off (%s); the job goes on and is waited for", type(error).__name__)
+        logger.warning("log stream lost (%s); still waiting for the job", type(error).__name__)
 
 
-def wait(cluster: Cluster, submission_id: str) -> tuple[Submitted, int]:
-    """Wait for the job's end; returns how it ended and the exit status of its driver.
+def wait(server: JobServer, submission_id: str) -> tuple[Submitted, int]:
+    """Wait for the end of a job; returns its status and the exit status of its driver.
 
-    Raises: RunError where the cluster stays out of reach.
+    Raises: RunError if the cluster stays unreachable.
     """
     reached = time.monotonic()
     while True:
         try:
-            details = cluster.details(submission_id)
+            details = server.details(submission_id)
         except RunError:
-            if time.monotonic() - reached > _PATIENCE_SECONDS:
+            if time.monotonic() - reached > _UNREACHABLE_SECONDS:
                 raise
         else:
             reached = time.monotonic()
@@ -225,15 +254,15 @@ def wait(cluster: Cluster, submission_id: str) -> tuple[Submitted, int]:
 
 
 def _exit_status(details: JobDetails) -> int:
-    """The driver's own; a stopped job has none, and counts as stopped by SIGTERM."""
+    """The exit status of the driver. A stopped job has none, and counts as stopped by SIGTERM."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
         return _STOPPED
     code = details.driver_exit_code
-    last = (details.message or "no message").strip().splitlines()[-1]
+    last = one_line((details.message or "no message").strip().splitlines()[-1])
     if code is None:
-        raise RunError(f"the job never ran: {last}; look into the cluster's log, and submit again")
+        raise RunError(f"the job did not run: {last}; see the cluster's log, and submit again")
     logger.error("the job ended with exit status %d: %s", code, last.removeprefix("diffsmooth: "))
     return code if code > 0 else 128 - code
 
@@ -241,21 +270,21 @@ def _exit_status(details: JobDetails) -> int:
 def _normalise(address: str | None) -> str:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
-        raise UserError("--address is missing: give the cluster's dashboard, say --address http://HEAD:8265")
+        raise UserError("--address is missing; give the cluster's dashboard, such as --address http://HEAD:8265")
     if "://" not in address:
         address = f"http://{address}"
-    parts = urlsplit(address)
     try:
-        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        parts = urlsplit(address)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        wrong = True
-    if wrong:
-        raise UserError(f"--address {address}: not the address of a dashboard; write, say, http://HEAD:8265")
+        valid = False
+    if not valid:
+        raise UserError(f"--address {shown(address)}: not the address of a dashboard; use the form http://HEAD:8265")
     return address.rstrip("/")
 
 
 def _token_headers() -> dict[str, str]:
-    """The cluster's token, where RAY_AUTH_MODE=token says that there is one."""
+    """The cluster's token, if RAY_AUTH_MODE is token."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return {}
     token = os.environ.get("RAY_AUTH_TOKEN", "")
@@ -263,89 +292,80 @@ def _token_headers() -> dict[str, str]:
     if not token:
         try:
             token = path.read_text().strip()
-        except OSError as error:
-            raise UserError(f"RAY_AUTH_MODE is token, but {path} cannot be read: {_TOKEN}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"RAY_AUTH_MODE is token, but {shown(str(path))} cannot be read; {_TOKEN}") from error
     return {"Authorization": f"Bearer {token}"}
 
 
-def _environment_of(asked: Sequence[str]) -> dict[str, str]:
-    """Variables of the job: ours, and those asked for as NAME (its value here) or NAME=VALUE."""
+def _environment_of(requested: Sequence[str]) -> dict[str, str]:
+    """The job's environment variables: ours, and the requested NAME (with its value here) or NAME=VALUE."""
     found = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "PYTHONUNBUFFERED": "1"}
-    for one in asked:
+    for one in requested:
         name, equals, value = one.partition("=")
         if not name.isidentifier():
-            raise UserError(f"--env {one!r} names no variable: write NAME, or NAME=VALUE")
+            raise UserError(f"--env {one_line(name)!r} is not the name of a variable; write NAME or NAME=VALUE")
         if not equals:
             if name not in os.environ:
-                raise UserError(f"--env {name}: it is not set here; set it, or write {name}=VALUE")
+                raise UserError(f"--env {name}: the variable is not set here; set it, or write {name}=VALUE")
             value = os.environ[name]
         if any(word in name.upper() for word in ("SECRET", "TOKEN", "PASSWORD")):
-            logger.warning("%s can be read by all who see the cluster's dashboard; a role of the nodes is safer", name)
+            logger.warning(
+                "%s will be visible to all users of the cluster's dashboard; prefer a role of the nodes", name
+            )
         found[name] = value
     return found
 
 
-def _reachable_out(out: str | None, *, here: bool, shared: bool, address: str, specs: Sequence[RunSpec]) -> str:
-    """Where the cluster writes the run: S3, a folder that all nodes share, or a folder of this very machine."""
-    if out is not None and "://" in out:
+def _reachable_out(submission: Submission, names: Sequence[str], address: str, *, here: bool) -> str:
+    """Where the cluster writes the run: in S3, in a folder that all nodes share, or in a folder of this machine."""
+    out = submission.out
+    if out is not None and is_remote(out):
         return out
     if here:
-        return str(Path(out or ("runs" if len(specs) > 1 else f"runs/{specs[0].name}")).absolute())
+        return str(Path(out or ("runs" if len(names) > 1 else f"runs/{names[0]}")).absolute())
     if out is None:
-        raise UserError(f"--out is missing: the nodes of {address} need one place for the run; give s3://BUCKET/PREFIX")
-    if shared and Path(out).is_absolute():
+        raise UserError(
+            f"--out is missing, and the nodes of {address} need one place for the run; give s3://BUCKET/PREFIX"
+        )
+    if submission.shared and Path(out).is_absolute():
         return out
     raise UserError(
-        f"--out {out}: every node of {address} would write to a folder of its own, and the votes would be lost with "
-        "the nodes; give s3://BUCKET/PREFIX, or an absolute path that all nodes share together with --shared"
+        f"--out {shown(out)}: each node of {address} would write to a folder of its own, and the votes would be lost "
+        "with the nodes; give s3://BUCKET/PREFIX, or an absolute path that all nodes share together with --shared"
     )
 
 
-def _is_own(arch: str) -> bool:
-    module, colon, _ = arch.partition(":")
-    return bool(colon) and module not in ("torchvision", "timm") and all(map(str.isidentifier, module.split(".")))
-
-
-def _is_relative(location: object) -> bool:
-    return (
-        isinstance(location, str)
-        and "://" not in location
-        and not location.startswith(("embedded:", "${", "~"))
-        and not Path(location).is_absolute()
-    )
-
-
-def _travels_not(key: str, location: str, here: bool) -> None:
+def _warn_if_not_sent(key: str, location: str, here: bool) -> None:
     if not here:
         logger.warning(
-            "WARNING: %s = %s does not travel: put it at that path on every node, or give s3:// or https://",
-            key, location,
-        )  # fmt: skip
+            "WARNING: %s = %s is not sent; copy it to that path on every node, or use s3:// or https://", key, location
+        )
 
 
 def _anchored(override: str, here: bool) -> str:
-    """An override whose location, if it is a relative one, is made absolute as it is seen from here."""
+    """An override. A relative location in it becomes an absolute path of this machine."""
     key, equals, text = override.partition("=")
-    if equals and tuple(key.strip().split(".")) in _LOCATIONS:
-        try:
-            location = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            location = text
-        if _is_relative(location):
-            location = str(Path.cwd() / location)
-            _travels_not(key.strip(), location, here)
-            return f"{key}={json.dumps(location, ensure_ascii=False)}"
-    return override
+    if not equals or tuple(key.strip().split(".")) not in LOCATIONS:
+        return override
+    try:
+        location = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        location = text
+    if not isinstance(location, str) or not is_relative(location):
+        return override
+    location = str(Path.cwd() / location)
+    _warn_if_not_sent(key.strip(), location, here)
+    return f"{key}={json.dumps(location, ensure_ascii=False)}"
 
 
 def _ship_spec(file: Path, name: str, folder: Path, here: bool) -> str:
-    """Copy a spec, its relative locations made absolute as they are seen from here; returns its name there."""
+    """Copy a spec, its relative locations made absolute paths of this machine; returns the name of the copy."""
     raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    for section, key in _LOCATIONS:
+    for section, key in LOCATIONS:
         location = raw.get(section, {}).get(key)
-        if _is_relative(location):
+        if isinstance(location, str) and is_relative(location):
             raw[section][key] = str(file.resolve().parent / location)
-            _travels_not(f"{section}.{key}", raw[section][key], here)
+            _warn_if_not_sent(f"{section}.{key}", raw[section][key], here)
     text = "\n".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in raw.items())
     (folder / f"{name}.toml").write_text(text + "\n", encoding="utf-8")
     return f"{name}.toml"
@@ -359,15 +379,20 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _ship_module(module: str, root: Path, folder: Path) -> None:
-    """Copy a module of the working folder, and what it imports from there, with the packages they stand in.
+def _ship_own_functions(specs: Sequence[RunSpec], folder: Path) -> None:
+    for arch in {arch for spec in specs for arch in (spec.denoiser.arch, spec.classifier.arch) if is_own(arch)}:
+        _ship_module(arch.partition(":")[0], Path.cwd(), folder)
 
-    Imports are read, not run. What is not in the working folder is taken to be installed on the cluster.
+
+def _ship_module(module: str, root: Path, folder: Path) -> None:
+    """Copy a module of the working folder, the packages that contain it, and what it imports from the working folder.
+
+    Imports are parsed, not run. Modules outside the working folder are assumed to be installed on the cluster.
     """
     waiting, seen = [module], set()
     while waiting:
         name = waiting.pop()
-        if name in seen or name.split(".")[0] in _OURS:
+        if name in seen or name.split(".")[0] in _INSTALLED:
             continue
         seen.add(name)
         waiting.extend([name.rpartition(".")[0]] if "." in name else [])
@@ -378,16 +403,15 @@ def _ship_module(module: str, root: Path, folder: Path) -> None:
         target = folder / source.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-        package = name if path.is_dir() else name.rpartition(".")[0]
-        waiting.extend(_imported(source, package))
+        waiting.extend(_imported(source, package=name if path.is_dir() else name.rpartition(".")[0]))
 
 
 def _imported(source: Path, package: str) -> Iterator[str]:
-    """Names that a source file imports: modules, and what may be modules in them."""
+    """The names that a source file of a package imports: modules, and names in them that may be modules."""
     try:
         tree = ast.parse(source.read_bytes())
-    except SyntaxError as error:
-        raise UserError(f"{source}: not valid Python: {error.msg} in line {error.lineno}; mend it") from error
+    except (SyntaxError, ValueError) as error:  # ValueError for a NUL byte
+        raise UserError(f"{source}: not valid Python ({one_line(error)}); correct it") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -400,12 +424,27 @@ def _imported(source: Path, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names if alias.name != "*")
 
 
+def _check_size(folder: Path) -> int:
+    """The number of files to send. Raises: UserError if they are too large."""
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
+    size = sum(path.stat().st_size for path in files)
+    if size > _LIMIT:
+        largest = ", ".join(f"{path.relative_to(folder)} ({_bytes(path.stat().st_size)})" for path in files[:3])
+        raise UserError(
+            f"the specs and modules to send are {_bytes(size)}, the limit is {_bytes(_LIMIT)}, the largest are "
+            f"{largest}; install the modules in the cluster's image"
+        )
+    logger.info("sending %d files (%s): specs and own modules only", len(files), _bytes(size))
+    return len(files)
+
+
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the duration of the context."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

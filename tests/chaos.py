@@ -1,11 +1,11 @@
-"""One run through everything that clouds do to it, against the same votes cast undisturbed.
+"""One run through the failures of a cloud, compared with the votes of an undisturbed run.
 
     python -m tests.chaos --seed 0
 
-A Ray of several nodes with logical GPUs, a real S3 server behind a proxy that fails a share of the calls and swallows
-answers, two drivers on one run at once. As blocks come in, at points that the seed chooses: actors are killed with -9,
-a node is removed and another added, a driver is killed with -9 and started again. At the end every block stands once
-and the votes equal those of a worker that was left in peace. Prints a report as JSON.
+The test starts a Ray cluster of several nodes with logical GPUs, a real S3 server behind a proxy that fails some calls
+and drops some responses, and two drivers on the same run. At numbers of blocks that the seed chooses, it kills actors
+with -9, removes, adds and drains nodes, and kills and restarts a driver. At the end every block must exist once, and
+the votes must equal those of an undisturbed worker. The report is printed as JSON.
 """
 
 import os
@@ -15,11 +15,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import argparse
 import json
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -34,21 +32,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
-from cluster.worker import Setup, Worker
-from pipeline.sampling import blocks_of, order_of
+from pipeline.orders import order_of
 from pipeline.spec import RunSpec, load_spec
-from pipeline.storage.store import FolderStore, open_store
-from pipeline.votes import claim_run, list_blocks, read_run, read_votes
-from tests.models import png, to_toml
-from tests.s3_servers import KEY, SECRET, faulty, moto_server, seaweed_server
+from pipeline.storage.store import open_store
+from pipeline.votes import list_blocks, read_votes
+from tests.models import make_run, png, to_toml
+from tests.s3_servers import KEY, SECRET, faulty, find_weed, moto_server, seaweed_server
 
 ROOT = Path(__file__).parent.parent
 SAMPLES, BATCH = 16, 16
-FAILED_SHARE, SWALLOWED_SHARE = 0.05, 0.05
+FAILED_SHARE, DROPPED_SHARE = 0.05, 0.05
 
 
 def make_spec(folder: Path) -> RunSpec:
-    """Sixteen images for the half-space classifier at some 500 draws a second and actor: 96 blocks."""
+    """Sixteen images for the half-space classifier, at about 500 draws per second and actor: 96 blocks."""
     images = [png(np.full((4, 4), 100 + 55 * (index % 2), np.uint8)) for index in range(SAMPLES)]
     pq.write_table(
         pa.table({"image": images, "label": [index % 2 for index in range(SAMPLES)]}), folder / "images.parquet"
@@ -65,7 +62,7 @@ def make_spec(folder: Path) -> RunSpec:
 
 
 class Faults:
-    """Which calls of the store fail: a share of all by a stream of its own, so that the seed decides."""
+    """Decides which calls of the store fail, from a random stream of its own."""
 
     def __init__(self, seed: int) -> None:
         self._rng, self._lock = np.random.default_rng([seed, 1]), threading.Lock()
@@ -73,12 +70,12 @@ class Faults:
 
     def __call__(self, method: str, path: str, number: int) -> Any:
         with self._lock:
-            luck = self._rng.random()
-        if luck < FAILED_SHARE:
+            value = self._rng.random()
+        if value < FAILED_SHARE:
             self.counts["calls failed"] += 1
             return 503, "SlowDown"
-        if luck < FAILED_SHARE + SWALLOWED_SHARE and method == "PUT":
-            self.counts["answers swallowed"] += 1
+        if value < FAILED_SHARE + DROPPED_SHARE and method == "PUT":
+            self.counts["responses dropped"] += 1
             return "drop"
         return None
 
@@ -101,7 +98,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def busy_actors() -> list[int]:
-    """Process ids of this cluster's actors that run a task now, by their titles."""
+    """Process ids of this cluster's actors that run a task now, found by their process titles."""
     found = []
     for pid in descendants(os.getpid()):
         try:
@@ -114,7 +111,7 @@ def busy_actors() -> list[int]:
 
 
 class Chaos:
-    """The cluster, the drivers, and what is done to them."""
+    """The cluster, the drivers, and the failures that they suffer."""
 
     def __init__(self, spec: RunSpec, home: str, folder: Path, log: Path, rng: np.random.Generator) -> None:
         self.cluster = Cluster(
@@ -152,23 +149,23 @@ class Chaos:
         self.done["nodes added"] += 1
 
     def drain_node(self) -> None:
-        """A spot notice: the node is drained, idle actors leave it, and then it is gone; another comes."""
+        """A spot notice: the node is drained, idle actors leave it, it is removed, and another node replaces it."""
         self.add_node()
-        node, said = self.nodes.pop(0), self.moved()
+        node, before = self.nodes.pop(0), self.moved()
         ray_cli = Path(sys.executable).with_name("ray")
         command = [str(ray_cli), "drain-node", "--address", self.cluster.address, "--node-id", node.node_id,
                    "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
                    "--deadline-remaining-seconds", "20"]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
         limit = time.monotonic() + 20
-        while self.moved() == said and time.monotonic() < limit:
+        while self.moved() == before and time.monotonic() < limit:
             time.sleep(0.2)
         self.cluster.remove_node(node, allow_graceful=False)
         self.done["nodes drained"] += 1
 
     def moved(self) -> int:
         """How many actors have left a node that is being drained."""
-        return Path(self.log.name).read_text().count("is being drained: its actor moves on")
+        return Path(self.log.name).read_text().count("moving its actor to another node")
 
     def kill_driver(self) -> None:
         index = int(self.rng.integers(len(self.drivers)))
@@ -195,28 +192,28 @@ def main() -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        weed = shutil.which("weed", path=sysconfig.get_path("scripts"))
+        weed = find_weed()
         (folder / "s3").mkdir()
-        server = stack.enter_context(seaweed_server(Path(weed), folder / "s3") if weed else moto_server())
+        server = stack.enter_context(seaweed_server(weed, folder / "s3") if weed else moto_server())
         boto3.client("s3", endpoint_url=server).create_bucket(Bucket="bucket")
         faults = Faults(seed)
         os.environ["AWS_ENDPOINT_URL"] = stack.enter_context(faulty(server, faults))
         spec, home = make_spec(folder), "s3://bucket/chaos"
-        wanted = list(blocks_of(order_of(spec, range(SAMPLES)), spec.smoothing.block))
+        wanted = list(order_of(spec, range(SAMPLES)).blocks(spec.smoothing.block))
         chaos = Chaos(spec, home, folder, folder / "drivers.log", rng)
         stack.callback(chaos.close)
 
         store = open_store(home)
-        acts = [chaos.kill_actor] * 3 + [chaos.remove_node, chaos.add_node, chaos.drain_node, chaos.kill_driver]
-        acts = [acts[index] for index in rng.permutation(len(acts))]
-        points = sorted(int(at) for at in rng.integers(4, int(0.8 * len(wanted)), len(acts)))
-        for act, point in zip(acts, points, strict=True):
+        events = [chaos.kill_actor] * 3 + [chaos.remove_node, chaos.add_node, chaos.drain_node, chaos.kill_driver]
+        events = [events[index] for index in rng.permutation(len(events))]
+        points = sorted(int(at) for at in rng.integers(4, int(0.8 * len(wanted)), len(events)))
+        for event, point in zip(events, points, strict=True):
             limit = time.monotonic() + 180
             while len(list_blocks(store, spec.smoothing.block)) < point:
                 if time.monotonic() > limit or all(driver.poll() not in (None, 0) for driver in chaos.drivers):
-                    sys.exit(f"no progress before {act.__name__}: {(folder / 'drivers.log').read_text()[-4000:]}")
+                    sys.exit(f"no progress before {event.__name__}: {(folder / 'drivers.log').read_text()[-4000:]}")
                 time.sleep(0.2)
-            act()
+            event()
         results = [driver.communicate(timeout=300)[0] for driver in chaos.drivers]
         statuses = [driver.returncode for driver in chaos.drivers]
         if statuses != [0, 0] or not all(result.startswith(b"[") for result in results):
@@ -224,15 +221,13 @@ def main() -> None:
 
         os.environ["AWS_ENDPOINT_URL"] = server
         store = open_store(home)
-        peace = FolderStore(str(folder / "peace"))
-        claim_run(peace, read_run(store))
+        undisturbed = make_run(spec, folder / "undisturbed", SAMPLES)
         answers = [json.loads(result)[0] for result in results]
-        Worker(Setup(spec, peace.uri, answers[0]["votes_id"], BATCH)).run(wanted, "peace")
-        ours, expected = read_votes(home), read_votes(peace.uri)
+        ours, expected = read_votes(home), read_votes(undisturbed.uri)
         keys = [entry.key for entry in store.list("votes")]
         report = {
             "seed": seed,
-            "acts": {at: act.__name__ for act, at in zip(acts, points, strict=True)},
+            "events": {at: event.__name__ for event, at in zip(events, points, strict=True)},
             **chaos.done,
             "actors moved off a draining node": chaos.moved(),
             **faults.counts,

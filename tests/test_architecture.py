@@ -54,7 +54,8 @@ TORCH = {"pipeline.smoothing", "pipeline.models"}  # in pipeline/
 RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
 COMMANDS = {f"jobs.{name}" for name in ("analyze", "audit", "certify", "curve", "plan", "report", "submit")}
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
-PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "jobs.submit"}
+# the spot watcher runs where only the standard library is installed
+PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "cluster.aws.spot_watcher"}
 
 
 def modules() -> dict[str, Path]:

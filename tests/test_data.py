@@ -27,8 +27,7 @@ from pipeline.images import Sample
 from pipeline.spec import Data, load_spec, votes_id
 from pipeline.storage.remote import S3File
 from tests.models import png
-from tests.s3_servers import moto_server
-from tests.test_store_s3 import credentials
+from tests.s3_servers import credentials, moto_server
 
 FOOLBOX = importlib.util.find_spec("foolbox")
 PHOTOGRAPHS = Path(str(FOOLBOX.origin)).parent / "data" if FOOLBOX else Path("no-foolbox")

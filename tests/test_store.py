@@ -119,10 +119,10 @@ OPERATIONS = {
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
-        (folder_is_a_file, "part of the path is a file; choose another path"),
-        (part_of_the_path_is_a_file, "part of the path is a file; choose another path"),
-        (circular_link, "remove the circular symbolic link|part of the path is a file"),
-        (overlong_name, "choose a shorter path"),
+        (folder_is_a_file, "part of the path is a file; use another path"),
+        (part_of_the_path_is_a_file, "part of the path is a file; use another path"),
+        (circular_link, "use another path, or remove the circular symbolic link|part of the path is a file"),
+        (overlong_name, "use a shorter path"),
     ],
 )
 def test_paths_that_cannot_hold_a_run_are_the_users_mistake(tmp_path, make, remedy, operation):
@@ -178,6 +178,15 @@ def test_only_regular_files_are_read(tmp_path, kind):
         store.read("run.json")
     assert not store.exists("run.json")
     assert not store.put_if_absent("run.json", b"x")
+
+
+def test_folder_in_place_of_an_object_is_listed_so_that_it_is_refused(tmp_path):
+    (tmp_path / "orders" / "001").mkdir(parents=True)
+    (tmp_path / "orders" / "002.json").mkdir()
+    store = FolderStore(str(tmp_path))
+    assert list(store.keys("orders")) == ["orders/002.json"]
+    with pytest.raises(UserError, match=r"002\.json: a folder, not a regular file"):
+        store.read("orders/002.json")
 
 
 def test_object_larger_than_its_limit_is_not_read(tmp_path):

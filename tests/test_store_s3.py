@@ -17,14 +17,13 @@ import pyarrow.dataset
 import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-from cluster.worker import Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, UserError
-from pipeline.sampling import blocks_of, order_of
+from pipeline.run import claim_run
 from pipeline.spec import load_spec
-from pipeline.storage.store import FolderStore, S3Store
-from pipeline.votes import claim_run, read_run, read_votes
-from tests.models import to_toml
+from pipeline.storage.store import S3Store
+from pipeline.votes import read_votes
+from tests.models import make_run, to_toml
 from tests.s3_servers import Fault, credentials, faulty
 from tests.test_votes import FIRST, RUN, put, totals
 
@@ -244,9 +243,6 @@ def test_killed_and_resumed_run_on_s3_equals_one_in_a_folder(store, raw_spec, tm
     (answer,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, **run).stdout)
     assert answer["complete"]
     assert 0 < answer["draws_cast"] < 8 * 650
-    home = FolderStore(str(tmp_path / "run"))
-    claim_run(home, read_run(store))
-    blocks = list(blocks_of(order_of(spec, range(8)), spec.smoothing.block))
-    Worker(Setup(spec, home.uri, answer["votes_id"], 16)).run(blocks, "local")
+    home = make_run(spec, tmp_path / "run")
     pd.testing.assert_frame_equal(read_votes(store.uri), read_votes(home.uri))
     assert pd.read_parquet(f"{store.uri}/orders/001/certificates.parquet")["status"].eq("certified").all()

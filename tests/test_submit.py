@@ -1,4 +1,4 @@
-"""`diffsmooth submit`, on a real head of its own: what travels, how a job ends, stop and resume; and its refusals."""
+"""`diffsmooth submit`: a job is followed, stopped and resumed on a real head; what is sent; what is refused."""
 
 import contextlib
 import json
@@ -14,15 +14,19 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+import requests
+from click.testing import CliRunner, Result
+from ray.job_submission import JobStatus
 
 from cluster.aws.spot_watcher import find_node_id
+from jobs import submit as submission
 from jobs.cli import main
-from pipeline.errors import UserError
+from jobs.submit import JobServer, _exit_status, _ship_module, wait
+from pipeline.errors import RunError, UserError
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
-from pipeline.votes import list_blocks
-from tests.models import to_toml
+from pipeline.votes import list_blocks, read_votes
+from tests.models import make_run, to_toml
 from tests.s3_servers import free_ports
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +39,7 @@ ENVIRONMENT = {
 }
 
 
-def processes_naming(word: str) -> list[int]:
+def processes_with(word: str) -> list[int]:
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -47,7 +51,7 @@ def processes_naming(word: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head():
-    """A head with its dashboard, bound to the loopback address; ended by its processes' ids."""
+    """A head with its dashboard on the loopback address; its processes are ended by their ids."""
     gcs, dashboard, client, listen, grpc, runtime_env, metrics = free_ports(7)
     temp = tempfile.mkdtemp(prefix="ds", dir="/tmp")  # short: socket paths have at most 107 bytes
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
@@ -70,7 +74,7 @@ def head():
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
-    for pid in processes_naming(temp):
+    for pid in processes_with(temp):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(15)
@@ -79,76 +83,64 @@ def head():
 
 @pytest.fixture
 def spec_file(raw_spec, tmp_path) -> Path:
-    """The half-space spec beside its data, which it names by a relative path; the model is in this repository."""
+    """The half-space spec in the folder of its data, with a relative path; the model is in this repository."""
     path = tmp_path / "half.toml"
     path.write_text(to_toml(load_spec(raw_spec)).replace(raw_spec["data"]["path"], "images.parquet"))
     return path
 
 
-def submit(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "submit", *map(str, arguments)],
-        cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+def submit(*arguments) -> Result:
+    return CliRunner().invoke(main, ["submit", *map(str, arguments)])
 
 
-def table(home) -> pd.DataFrame:
-    return pd.read_parquet(Path(home) / "votes.parquet")
-
-
-def test_followed_then_stopped_and_submitted_again(head, spec_file, tmp_path):
-    """A followed job tells its log; one that was stopped ends gracefully, and resumed it has the same votes."""
-    undisturbed, home = tmp_path / "undisturbed", tmp_path / "run"
-    order = [spec_file, "--address", head.address, "--set", "smoothing.n=300", "--actors", 1]
-    # --address outranks the environment, as every other flag does
-    followed = submit(*order, "--out", undisturbed, "--follow", RAY_ADDRESS="127.0.0.1:9")
-    assert followed.returncode == 0, followed.stderr + followed.stdout
-    assert "sending 3 file(s)" in followed.stderr  # the spec, tests/models.py, tests/__init__.py
-    assert f"ray job stop --address {head.address} diffsmooth-half-space-" in followed.stdout
-    assert "order 001: top, n0 = 50, n = 300" in followed.stdout  # from the driver's log
-    rows = pd.read_parquet(undisturbed / "orders" / "001" / "certificates.parquet")
-    assert len(rows) == 8
-    assert rows["status"].eq("certified").all()
-
-    order += ["--out", home, "--set", "classifier.arch=tests.models:slow_half_space", "--json"]
-    accepted = submit(*order)
-    assert accepted.returncode == 0, accepted.stderr
-    told = json.loads(accepted.stdout)
-    assert set(told) == {"submission_id", "status"}
-    blocks, limit = load_spec(spec_file).smoothing.block, time.monotonic() + 60
-    while not home.exists() or len(list_blocks(open_store(str(home)), blocks)) < 4:
+def test_job_is_stopped_then_resumed_and_followed(head, spec_file, tmp_path, monkeypatch):
+    """The stopped job ends gracefully; the resumed one keeps its blocks and has the votes of an undisturbed run."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # --address outranks it, as every other flag does
+    home, changes = tmp_path / "run", ["smoothing.n=300", "classifier.arch=tests.models:slow_half_space"]
+    request = [spec_file, "--address", head.address, "--actors", 1, "--batch-size", 16, "--out", home, "--json"]
+    request += [word for change in changes for word in ("--set", change)]
+    submitted = submit(*request)
+    assert submitted.exit_code == 0, submitted.output
+    first = json.loads(submitted.stdout)
+    assert set(first) == {"submission_id", "status"}
+    assert f"ray job stop --address {head.address} {first['submission_id']}" in submitted.stderr
+    spec = load_spec(spec_file, changes)
+    limit = time.monotonic() + 60
+    while not home.exists() or len(list_blocks(open_store(str(home)), spec.smoothing.block)) < 4:
         assert time.monotonic() < limit
         time.sleep(0.1)
 
-    from jobs.submit import Cluster, wait
-
-    cluster = Cluster(head.address)
-    cluster.client.stop_job(told["submission_id"])
-    ended, status = wait(cluster, told["submission_id"])
+    server = JobServer(head.address)
+    server.client.stop_job(first["submission_id"])
+    ended, status = wait(server, first["submission_id"])
     assert (ended.status, status) == ("STOPPED", 143)
-    assert "stopped; the same command goes on from here" in cluster.client.get_job_logs(told["submission_id"])
-    standing = {path: path.stat().st_mtime_ns for path in (home / "votes").rglob("*.parquet")}
-    assert 4 <= len(standing) < 8 * 4
-    again = submit(*order, "--wait")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["status"] == "SUCCEEDED"
-    assert json.loads(again.stdout)["submission_id"] != told["submission_id"]
-    assert {path: path.stat().st_mtime_ns for path in standing} == standing
-    pd.testing.assert_frame_equal(table(home), table(undisturbed))
+    assert "stopped" in server.client.get_job_logs(first["submission_id"])
+    stored = {path: path.stat().st_mtime_ns for path in (home / "votes").rglob("*.parquet")}
+    assert 4 <= len(stored) < 8 * 4
+
+    resumed = submit(*request, "--follow")
+    assert resumed.exit_code == 0, resumed.output
+    second = json.loads(resumed.stdout)
+    assert second["status"] == "SUCCEEDED"
+    assert second["submission_id"] != first["submission_id"]
+    assert "order 001: top, n0 = 50, n = 300" in resumed.stderr  # from the driver's log
+    rows = pd.read_parquet(home / "orders" / "001" / "certificates.parquet")
+    assert rows["status"].eq("certified").tolist() == 8 * [True]
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+    undisturbed = make_run(spec, tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(read_votes(str(home)), read_votes(undisturbed.uri))
 
 
-def test_mistake_that_only_the_cluster_sees_has_status_2(head, spec_file, tmp_path):
-    ended = submit(
-        spec_file, "--address", head.address, "--out", tmp_path / "run", "--set", "data.samples=0:9", "--wait"
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert "the job ended with exit status 2: data.samples" in ended.stderr.replace("diffsmooth: ", "")
+def test_mistake_that_only_the_cluster_finds_has_status_2(head, spec_file, tmp_path, caplog):
+    arguments = [spec_file, "--address", head.address, "--out", tmp_path / "run", "--set", "data.samples=0:9", "--wait"]
+    ended = submit(*arguments)
+    assert ended.exit_code == 2, ended.output
+    assert "the job ended with exit status 2: data.samples" in caplog.text
 
 
-def test_watcher_finds_its_node(head):
-    from jobs.submit import Cluster
-
-    (node,) = Cluster(head.address)._ask("/nodes?view=summary")["data"]["summary"]
+def test_spot_watcher_finds_its_node(head):
+    (node,) = requests.get(f"{head.address}/nodes?view=summary", timeout=10).json()["data"]["summary"]
     assert find_node_id(head.gcs) == node["raylet"]["nodeId"]
 
 
@@ -156,16 +148,14 @@ def test_watcher_finds_its_node(head):
 
 
 def refused(*arguments) -> str:
-    result = CliRunner().invoke(main, ["submit", *map(str, arguments)])
+    result = submit(*arguments)
     assert result.exit_code == 2, result.output
     return result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9"])
-def test_nothing_listening_is_said_at_once(address):
-    begin = time.monotonic()
-    assert "http://127.0.0.1:9: no Ray job server answers there" in refused("mnist", "--address", address)
-    assert time.monotonic() - begin < 10
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9", "http://user:secret@127.0.0.1:9"])
+def test_missing_server_is_named(address):
+    assert "http://127.0.0.1:9: no Ray job server answers" in refused("mnist", "--address", address)
 
 
 @pytest.mark.parametrize(
@@ -173,25 +163,20 @@ def test_nothing_listening_is_said_at_once(address):
     [
         ((), "--address is missing"),
         (("--address", "ray://head:10001"), "not the address of a dashboard"),
-        (("--address", "http://h:1", "--env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE: it is not set here"),
+        (("--address", "http://[::1"), "not the address of a dashboard"),
+        (("--address", "http://head:port"), "not the address of a dashboard"),
+        (("--address", "http://h:1", "--env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE: the variable is not set here"),
         (("--address", "http://h:1", "--set", "smoothing.sgima=1"), "nearest valid key is smoothing.sigma"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_sent(arguments, words, monkeypatch):
+def test_mistakes_are_found_before_anything_is_sent(arguments, words, monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert words in refused("mnist", *arguments)
 
 
-class Answer(SimpleNamespace):
-    def json(self):
-        return self.body
-
-
 @pytest.fixture
 def remote(monkeypatch):
-    """A cluster elsewhere, seen through a tunnel; what is submitted to it is kept, with the files that travel."""
-    from jobs import submit as submission
-
+    """A cluster behind a tunnel; the submitted job is kept, with the files that are sent."""
     sent: dict = {"answers": {}, "status": 200}
     answers = sent["answers"]
     answers["/api/v0/cluster_metadata"] = {
@@ -209,7 +194,8 @@ def remote(monkeypatch):
             sent["files"] = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
 
     def get(url, **_):
-        return Answer(status_code=sent["status"], body=answers[url.removeprefix("http://127.0.0.1:8265")])
+        content = json.dumps(answers[url.removeprefix("http://127.0.0.1:8265")]).encode()
+        return SimpleNamespace(status_code=sent["status"], content=content)
 
     monkeypatch.setattr(submission, "JobSubmissionClient", Client)
     monkeypatch.setattr(submission.requests, "get", get)
@@ -219,15 +205,15 @@ def remote(monkeypatch):
 REMOTE = ("--address", "http://127.0.0.1:8265")
 
 
-def test_run_must_be_where_the_cluster_can_write(remote):
+def test_run_must_be_where_all_nodes_can_write(remote):
     assert "give s3://BUCKET/PREFIX" in refused("mnist", *REMOTE)
     for out in ("runs/a", "/mnt/runs/a"):
         assert "folder of its own" in refused("mnist", *REMOTE, "--out", out)
     assert "folder of its own" in refused("mnist", *REMOTE, "--out", "runs/a", "--shared")
-    assert CliRunner().invoke(main, ["submit", "mnist", *REMOTE, "--out", "/mnt/a", "--shared"]).exit_code == 0
+    assert submit("mnist", *REMOTE, "--out", "/mnt/a", "--shared").exit_code == 0
 
 
-def test_only_what_is_asked_for_travels(remote, tmp_path, monkeypatch, caplog):
+def test_only_specs_and_own_modules_are_sent(remote, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
@@ -242,11 +228,11 @@ def test_only_what_is_asked_for_travels(remote, tmp_path, monkeypatch, caplog):
         'checkpoint = "${DIFFSMOOTH_MODELS}/a.pt"\n[smoothing]\nsigma = 0.5\n'
     )
     options = ["--actors", "3", "--env", "AWS_REGION", "--env", "A=b c", "--set", "smoothing.n=2000"]
-    done = CliRunner().invoke(main, ["submit", "my spec.toml", "mnist", *REMOTE, "--out", "s3://b/runs", *options])
+    done = submit("my spec.toml", "mnist", *REMOTE, "--out", "s3://b/runs", *options)
     assert done.exit_code == 0, done.output
     assert set(remote["files"]) == {"mine.toml", "mine/__init__.py", "mine/net.py", "mine/blocks.py", "helper.py"}
-    assert "${DIFFSMOOTH_MODELS}/a.pt" in remote["files"]["mine.toml"]  # the cluster's own value counts
-    assert f"data.path = {tmp_path}/x.parquet does not travel" in caplog.text
+    assert "${DIFFSMOOTH_MODELS}/a.pt" in remote["files"]["mine.toml"]  # the cluster's own value is used
+    assert f"data.path = {tmp_path}/x.parquet is not sent" in caplog.text
     command = "diffsmooth certify mine.toml mnist --out s3://b/runs --actors=3 --set"
     assert remote["job"]["entrypoint"] == f"{command} smoothing.n=2000"
     assert remote["job"]["runtime_env"]["env_vars"] == {
@@ -254,13 +240,13 @@ def test_only_what_is_asked_for_travels(remote, tmp_path, monkeypatch, caplog):
     }  # fmt: skip
 
 
-def test_a_large_folder_is_refused_with_its_largest_files(remote, tmp_path, monkeypatch):
+def test_too_many_bytes_are_refused_with_the_largest_files(remote, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jobs.submit._LIMIT", 5000)
     (tmp_path / "big.py").write_text("#" * 6000)
     line = refused(ROOT / "jobs/specs/mnist.toml", *REMOTE, "--out", "s3://b/a", "--set", "classifier.arch=big:f")
     assert "the limit is 5.0 kB" in line
-    assert "the largest: big.py (6.0 kB)" in line
+    assert "the largest are big.py (6.0 kB)" in line
 
 
 @pytest.mark.parametrize(("name", "version"), [("rayVersion", "2.9.0"), ("pythonVersion", "3.9.1")])
@@ -268,12 +254,23 @@ def test_other_versions_are_refused(remote, name, version):
     remote["answers"]["/api/v0/cluster_metadata"]["data"][name] = version
     line = refused("mnist", *REMOTE, "--out", "s3://b/a")
     assert version in line
-    assert "submit from an environment with the cluster's" in line
+    assert "submit from an environment with the cluster's versions" in line
 
 
-def test_a_token_that_is_wanted_is_named(remote, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "answer", [None, [], {}, {"data": None}, {"data": {"rayVersion": 7}}, {"data": {"summary": 1}}]
+)
+@pytest.mark.parametrize("path", ["/api/v0/cluster_metadata", "/nodes?view=summary"])
+def test_strange_answers_are_refused(remote, path, answer):
+    remote["answers"][path] = answer
+    assert any(
+        words in refused("mnist", *REMOTE) for words in ("not a Ray dashboard", "not Ray's job", "--out is missing")
+    )
+
+
+def test_required_token_is_named(remote, monkeypatch, tmp_path):
     remote["status"] = 401
-    assert "export RAY_AUTH_MODE=token" in refused("mnist", *REMOTE, "--out", "s3://b/a")
+    assert "set RAY_AUTH_MODE=token" in refused("mnist", *REMOTE, "--out", "s3://b/a")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     assert "cannot be read" in refused("mnist", *REMOTE, "--out", "s3://b/a")
@@ -283,28 +280,17 @@ def test_a_token_that_is_wanted_is_named(remote, monkeypatch, tmp_path):
     ("status", "code", "expected"),
     [("SUCCEEDED", 0, 0), ("STOPPED", None, 143), ("FAILED", 2, 2), ("FAILED", 143, 143), ("FAILED", -9, 137)],
 )
-def test_exit_status_is_the_drivers_own(status, code, expected):
-    from ray.job_submission import JobStatus
-
-    from jobs.submit import _exit_status
-
+def test_exit_status_is_that_of_the_driver(status, code, expected):
     details = SimpleNamespace(status=JobStatus(status), driver_exit_code=code, message="first\nlast")
     assert _exit_status(details) == expected
 
 
-def test_a_job_that_never_ran_says_why():
-    from ray.job_submission import JobStatus
-
-    from jobs.submit import _exit_status
-    from pipeline.errors import RunError
-
+def test_job_that_did_not_run_is_an_error():
     with pytest.raises(RunError, match="no such package"):
         _exit_status(SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=None, message="no such package"))
 
 
 def test_modules_with_mistakes_are_named(tmp_path):
-    from jobs.submit import _ship_module
-
     (tmp_path / "bad.py").write_text("def f(:")
     with pytest.raises(UserError, match=r"bad.py: not valid Python"):
         _ship_module("bad", tmp_path, tmp_path / "out")

@@ -16,11 +16,11 @@ class Absent(FileNotFoundError, UserError):
 
 # What the user can do about an error that a path of another kind would not have
 _WRONG_PATHS = {
-    errno.ENOTDIR: "part of the path is a file; choose another path",
-    errno.EEXIST: "part of the path is a file; choose another path",
+    errno.ENOTDIR: "part of the path is a file; use another path",
+    errno.EEXIST: "part of the path is a file; use another path",
     errno.EISDIR: "give the path of a file",
-    errno.ELOOP: "remove the circular symbolic link, or choose another path",
-    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "use another path, or remove the circular symbolic link",
+    errno.ENAMETOOLONG: "use a shorter path",
 }
 _FAILURES = {
     errno.ENOSPC: "free some space and run the same command again",

@@ -145,7 +145,10 @@ class FolderStore:
             )
         try:
             with os.scandir(folder) as files:
-                entries = [(file, file.is_dir()) for file in files if not file.name.startswith(".")]
+                # a folder with a suffix is in the place of an object: listed, it is refused when it is read
+                entries = [
+                    (file, file.is_dir() and "." not in file.name) for file in files if not file.name.startswith(".")
+                ]
         except FileNotFoundError:
             return
         except OSError as error:
