@@ -58,7 +58,7 @@ def test_every_shipped_spec_loads_and_has_its_file_name():
     [
         ("smoothing.sgima=1", ["smoothing.sgima", "nearest valid key is smoothing.sigma"]),
         ("smoothing.sigma='x'", ["smoothing.sigma = 'x'", "valid number"]),
-        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use a lower sigma"]),
+        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use at most 78.703"]),
         ("denoiser.checkpoint='none.pt'", ["none.pt", "no such file"]),
         ("classifier.arch='resnet'", ["classifier.arch = 'resnet'", "mnist_cnn", "package.module:function"]),
         ("classifier.arch='nowhere:f'", ["nowhere:f", "import"]),
