@@ -259,8 +259,11 @@ def analyze(run: str, export_tsv: str | None, as_json: bool, **request: Any) -> 
 @click.option("--assurance", type=float, default=0.95, show_default=True, help="Probability of detecting it.")
 @click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
 @click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
+@click.option("--commitment", metavar="HASH", help="Check the hash that was published before the first draw.")
 @_JSON
-def audit(run: str, spec_name: str | None, overrides: tuple[str, ...], as_json: bool, **effort: Any) -> None:
+def audit(
+    run: str, spec_name: str | None, overrides: tuple[str, ...], commitment: str | None, as_json: bool, **effort: Any
+) -> None:
     """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
     \b
@@ -270,7 +273,7 @@ def audit(run: str, spec_name: str | None, overrides: tuple[str, ...], as_json: 
 
     how = command.Effort(**effort)
     spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
-    found = command.audit(run, spec=spec, effort=how)
+    found = command.audit(run, spec=spec, effort=how, commitment=commitment)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
     sys.exit(1 if found.findings else 0)
 
