@@ -92,8 +92,10 @@ def _check_drawn(stored: StoredRun, order: Order) -> None:
             needed = {block.sample for block in stored.sampler(order, committed).start()}
         drawn = min((_drawn(committed, sample, stage, lengths.of(stage)) for sample in needed), default=value)
         if value > drawn:
-            most = f"every sample has {drawn} draws; use at most that" if drawn else "some samples have no draws yet"
-            raise UserError(f"--{name} {value}: {most}, or cast more draws with certify")
+            raise UserError(
+                f"--{name} {value} exceeds the {drawn} draws that every sample has; use at most that, or cast more "
+                "draws with certify"
+            )
 
 
 def _drawn(committed: set[Block], sample: int, stage: Stage, length: int) -> int:

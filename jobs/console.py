@@ -16,6 +16,13 @@ def note(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def report_incomplete(result: OrderResult) -> None:
+    """Report the samples of an order that lack draws, if there are any."""
+    if missing := result.incomplete:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        logger.error("%d of %d samples are incomplete: %s", len(missing), len(result.certificates), shown)
+
+
 def print_order(result: OrderResult, *, quiet: bool = False) -> None:
     """Print the table of an order and where its files are; with `quiet`, only report incomplete samples."""
     if not quiet:
@@ -34,9 +41,7 @@ def print_order(result: OrderResult, *, quiet: bool = False) -> None:
             f"{result.run_uri}/orders/{result.name}: {files}",
             highlight=False,
         )
-    if missing := result.incomplete:
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        logger.error("%d of %d samples are incomplete: %s", len(missing), len(result.certificates), shown)
+    report_incomplete(result)
 
 
 def print_status(status: RunStatus) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jobs.console import report_incomplete
 from jobs.gallery import gallery
 from jobs.places import is_log, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
@@ -57,6 +58,8 @@ def report(
     ]
     with writing("--output", output):
         Path(output).write_text(render_report(runs), encoding="utf-8")
+    for one in read:
+        report_incomplete(one.result)
     return all(not one.result.curve.incomplete for one in read)
 
 

@@ -58,7 +58,7 @@ def test_every_shipped_spec_loads_and_has_its_file_name():
     [
         ("smoothing.sgima=1", ["smoothing.sgima", "nearest valid key is smoothing.sigma"]),
         ("smoothing.sigma='x'", ["smoothing.sigma = 'x'", "valid number"]),
-        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use a lower sigma"]),
+        ("denoiser.unet.schedule=linear smoothing.sigma=99", ["sigma = 99", "1000 steps", "use at most 78.703"]),
         ("denoiser.checkpoint='none.pt'", ["none.pt", "no such file"]),
         ("classifier.arch='resnet'", ["classifier.arch = 'resnet'", "mnist_cnn", "package.module:function"]),
         ("classifier.arch='nowhere:f'", ["nowhere:f", "import"]),
@@ -119,7 +119,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(stored, monkeypatch):
 
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    assert "cannot write" in refused(1, "certify", "mnist", "--out", tmp_path / "run")
+    assert "part of the path is a file" in refused(2, "certify", "mnist", "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("verb", ["status", "analyze", "curve"])
@@ -159,7 +159,7 @@ def test_analyze_and_its_mistakes(stored):
     assert (answer["order"], answer["post_hoc"], answer["n"], answer["alpha"]) == ("002", True, 100, 0.01)
     assert run("analyze", stored, "--n", "100", "--alpha", "0.01", "--json").stdout == result.stdout
     assert "n 300" in (line := refused(2, "analyze", stored, "--n", "300"))
-    assert "every sample has 200 draws" in line
+    assert "exceeds the 200 draws that every sample has" in line
     assert "use 100 or 200" in refused(2, "analyze", stored, "--n", "150")
     assert "above 0 and below 0.5" in refused(2, "analyze", stored, "--alpha", "2")
 
@@ -196,7 +196,7 @@ def test_status_reports_a_missing_block(stored):
     shutil.move(stored / "votes" / "estimation" / "1-100.parquet", stored.parent)
     facts = json.loads(run("status", stored, "--json").stdout)["orders"]["001"]
     assert (facts["draws_missing"], facts["incomplete"], facts["samples"]) == (100, 1, 2)
-    assert "every sample has 100 draws; use at most that" in refused(2, "analyze", stored)
+    assert "exceeds the 100 draws that every sample has; use at most that" in refused(2, "analyze", stored)
 
 
 LOG = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t{}\t1\t17.5\n20\t7\t5\t0.413\t0\t17.5\n"

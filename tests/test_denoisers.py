@@ -48,7 +48,7 @@ def test_published_timesteps(settings, expected):
 
 
 def test_sigma_beyond_the_schedule_is_refused_with_the_largest():
-    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps, which ends at 78\.\d+"):
+    with pytest.raises(UserError, match=r"sigma = 90\.0 is beyond .*1000 steps; use at most 78\.\d+"):
         timestep(LINEAR, 90.0)
 
 
@@ -498,8 +498,6 @@ def test_hostile_diffusers_configurations_give_one_line(pipeline_folder, raw_spe
 
 def test_a_folder_with_a_name_that_is_too_long_gives_one_line(raw_spec):
     spec = load_spec({**raw_spec, "denoiser": {"arch": "diffusers", "checkpoint": "/" + "n" * 300}})
-    with pytest.raises(
-        UserError, match=r"^checkpoint /n+: cannot be read \(File name too long\); give the path"
-    ) as error:
+    with pytest.raises(UserError, match=r"^/n+.*: cannot read: File name too long; use a shorter path") as error:
         resolve_denoiser(spec)
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < 400

@@ -105,8 +105,8 @@ def timestep(abar: NDArray[np.float64], sigma: float) -> int:
     ratio = np.sqrt(1 - abar) / np.sqrt(abar)
     if not 2 * sigma <= ratio[-1]:
         raise UserError(
-            f"sigma = {sigma} is beyond the denoiser's schedule of {len(abar)} steps, which ends at "
-            f"{math.floor(ratio[-1] / 2 * 1000) / 1000}; use a lower sigma or another denoiser"
+            f"sigma = {sigma} is beyond the denoiser's schedule of {len(abar)} steps; use at most "
+            f"{math.floor(ratio[-1] / 2 * 1000) / 1000}, or another denoiser"
         )
     return int(np.argmax(ratio >= 2 * sigma))
 

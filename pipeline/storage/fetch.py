@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import is_remote, shown
-from pipeline.storage.local import Absent, open_regular, read_regular
+from pipeline.storage.local import Absent, is_regular, open_regular, read_regular
 from pipeline.storage.remote import (
     CALL_SECONDS,
     CONNECT_SECONDS,
@@ -124,7 +124,7 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
 
 def at_hand(uri: str) -> bool:
     """Whether `fetch` would have nothing to download."""
-    return (_entry(uri) if is_remote(uri) else Path(os.path.expanduser(uri))).is_file()
+    return is_regular(_entry(uri) if is_remote(uri) else Path(os.path.expanduser(uri)))
 
 
 def fetch_first(candidates: Sequence[str]) -> Path:
