@@ -13,6 +13,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -460,27 +461,28 @@ def bench(
         else:
             print_speed(figures, Console())
         return
-    rows: Any
+    costs: Any
     if sampling:
         from jobs.bench.modes import describe_modes, simulate_modes
 
-        rows = [row for n in (10_000, 100_000) for row in simulate_modes(n)]
-        text = describe_modes(rows)
+        costs = [cost for n in (10_000, 100_000) for cost in simulate_modes(n)]
+        text = describe_modes(costs)
     elif simulate:
         from jobs.bench.fleet import bench_simulation, describe_simulation
 
-        rows = bench_simulation()
-        text = describe_simulation(rows)
+        costs = bench_simulation()
+        text = describe_simulation(costs)
     elif storage:
-        from jobs.bench.storage import bench_storage, describe_storage
+        from jobs.bench.storage import bench_storage
 
-        rows = bench_storage(storage, blocks)
-        text = describe_storage(rows)
+        costs = bench_storage(storage, blocks)
+        text = costs.describe()
     else:
-        from jobs.bench.driver import bench_driver, describe_driver
+        from jobs.bench.driver import bench_driver
 
-        rows = bench_driver(tasks)
-        text = describe_driver(rows)
+        costs = bench_driver(tasks)
+        text = costs.describe()
+    rows = [asdict(cost) for cost in costs] if isinstance(costs, list) else asdict(costs)
     click.echo(json.dumps(rows, indent=2) if as_json else text)
 
 

@@ -105,7 +105,7 @@ def busy_actors() -> list[int]:
             title = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::_Shell.run"):
+        if title.startswith(b"ray::_RemoteWorker.run"):
             found.append(pid)
     return sorted(found)
 

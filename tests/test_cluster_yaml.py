@@ -1,4 +1,4 @@
-"""ray-cluster.yaml, checked offline in three layers: Ray's schema, EC2's parameter model, a bootstrap under moto."""
+"""ray-cluster.yaml, checked offline against Ray's schema, EC2's parameter model and a bootstrap on moto."""
 
 import copy
 import json
@@ -28,17 +28,17 @@ def check_schema(config):
 
 
 def check_ec2(node_config) -> str:
-    """What EC2's model of RunInstances has against a node_config; empty where nothing."""
+    """The mistakes that EC2's model of RunInstances finds in a node_config; empty if there are none."""
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     return ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape).generate_report()
 
 
-def test_ray_accepts_it():
+def test_ray_accepts_the_configuration():
     check_schema(CONFIG)
 
 
 @pytest.mark.parametrize("change", [{"idle_timeout": 5}, {"head_node_type": "nobody"}, {"max_workers": "many"}])
-def test_the_schema_check_does_catch_mistakes(change):
+def test_schema_check_finds_mistakes(change):
     with pytest.raises(Exception, match=r"idle_timeout|nobody|many|head_node_type"):
         check_schema({**CONFIG, **change})
 
@@ -48,14 +48,14 @@ def test_ec2_accepts_every_node(name):
     assert check_ec2(TYPES[name]["node_config"]) == ""
 
 
-def test_the_ec2_check_does_catch_mistakes():
+def test_ec2_check_finds_mistakes():
     assert "InstanceTyp" in check_ec2({"InstanceTyp": "m6i.xlarge"})
     assert check_ec2({"InstanceMarketOptions": "spot"})
 
 
 @mock_aws(config={"iam": {"load_aws_managed_policies": True}})
-def test_bootstrap_finds_what_a_launch_needs(tmp_path, monkeypatch):
-    """IAM, key pair, subnets and security group of a real `ray up`, on a mocked AWS."""
+def test_bootstrap_prepares_a_launch(tmp_path, monkeypatch):
+    """`ray up` sets up IAM, key pair, subnets and security group on a mocked AWS."""
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
         monkeypatch.setenv(f"AWS_{name}", "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", CONFIG["provider"]["region"])
@@ -65,7 +65,7 @@ def test_bootstrap_finds_what_a_launch_needs(tmp_path, monkeypatch):
     os.makedirs(tmp_path / ".ssh")
     from ray.autoscaler._private.commands import _bootstrap_config
 
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # Ray waits for AWS to spread its new role
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # Ray waits for AWS to propagate its new role
     config = _bootstrap_config(check_schema(CONFIG), no_config_cache=True)
     for name, one in WORKERS.items():
         found = config["available_node_types"][name]["node_config"]
@@ -74,7 +74,7 @@ def test_bootstrap_finds_what_a_launch_needs(tmp_path, monkeypatch):
         assert found["IamInstanceProfile"] == one["node_config"]["IamInstanceProfile"]
 
 
-def test_what_a_careful_user_expects():
+def test_configuration_follows_good_practice():
     head = TYPES[CONFIG["head_node_type"]]
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]
@@ -89,7 +89,7 @@ def test_what_a_careful_user_expects():
     assert re.search(r":\d+\.\d+\.\d+-py3\d+-gpu$", CONFIG["docker"]["image"])
 
 
-def test_iam_policy_allows_what_storage_does_and_no_more():
+def test_iam_policy_allows_exactly_what_storage_needs():
     policy = json.loads((ROOT / "cluster" / "aws" / "iam-policy.json").read_text())
     allowed = {
         action

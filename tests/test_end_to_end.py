@@ -275,7 +275,7 @@ def test_stop_signals_end_gracefully(slow, number, status):
 def test_bench_counts_every_task():
     from jobs.bench.driver import bench_driver
 
-    figures = bench_driver(20)
-    assert figures["draws"] == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
-    assert figures["tasks"] >= 21
-    assert 0 < figures["driver_ms_per_task"] < 1000 * figures["seconds"]
+    cost = bench_driver(20)
+    assert cost.draws == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
+    assert cost.tasks >= 21
+    assert 0 < cost.driver_ms_per_task < 1000 * cost.seconds

@@ -1,11 +1,10 @@
-"""The RayJob manifest and the image: no typo, one Ray everywhere, and what is retried."""
+"""The RayJob manifest and the image: they match the schema, use one Ray version, and retry the right failures."""
 
 import copy
 import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jsonschema
@@ -20,7 +19,7 @@ CLUSTER = SPEC["rayClusterSpec"]
 SCRIPT = ROOT / "cluster/kuberay/certify.sh"
 
 
-def test_schema_accepts_it():
+def test_schema_accepts_the_manifest():
     jsonschema.validate(JOB, SCHEMA)
 
 
@@ -48,14 +47,14 @@ def test_schema_catches_typos(path, old, new):
 
 @pytest.mark.parametrize("value", [0, "0", {"num-cpus": 0}])
 def test_schema_catches_wrong_types(value):
-    """Start parameters are strings, also where they are numbers; a quantity of GPUs too."""
+    """Ray's start parameters are strings, even if they look like numbers."""
     changed = copy.deepcopy(JOB)
     changed["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(changed, SCHEMA)
 
 
-def test_what_a_careful_user_expects():
+def test_manifest_follows_good_practice():
     assert SPEC["shutdownAfterJobFinishes"]
     assert SPEC["backoffLimit"] > 0
     assert CLUSTER["enableInTreeAutoscaling"]
@@ -86,11 +85,11 @@ def test_one_ray_and_one_python_everywhere():
         assert group["template"]["spec"]["containers"][0]["image"].endswith(f"-ray{ray}")
 
 
-def test_the_image_is_not_root_and_holds_no_secret():
+def test_image_is_not_root_and_holds_no_secret():
     lines = (ROOT / "cluster/image/Dockerfile").read_text().splitlines()
     assert [line for line in lines if line.startswith("USER")] == ["USER ray"]
     assert not [line for line in lines if re.search(r"(?i)secret|password|access_key|token", line)]
-    for line in lines:  # what is copied is there, and the ignore file lets it through
+    for line in lines:  # each copied path exists, and the ignore file does not exclude it
         if line.startswith("COPY"):
             *sources, _ = [word for word in line.split()[1:] if not word.startswith("--")]
             for source in sources:
@@ -100,17 +99,17 @@ def test_the_image_is_not_root_and_holds_no_secret():
 
 @pytest.fixture
 def fake(tmp_path):
-    """A `diffsmooth` on the path that says its arguments and ends as it is told to."""
+    """A fake `diffsmooth` that prints its arguments and ends with the status in END."""
     command = tmp_path / "diffsmooth"
     command.write_text(
-        '#!/bin/sh\necho "$@"\ntrap "exit 143" TERM\n[ "$END" = wait ] && sleep 20 & wait\nexit "$END"\n'
+        '#!/bin/sh\ntrap "exit 143" TERM\necho "$@"\n[ "$END" = wait ] && sleep 20 & wait\nexit "$END"\n'
     )
     command.chmod(0o755)
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize(("status", "passed_on"), [(0, 0), (1, 1), (143, 143), (130, 130), (2, 0)])
-def test_status_2_alone_is_not_retried(fake, status, passed_on):
+def test_only_status_2_is_not_retried(fake, status, passed_on):
     ended = subprocess.run(
         [SCRIPT, "my spec", "--out", "s3://b/a"], env={**fake, "END": str(status)}, capture_output=True, text=True
     )
@@ -119,8 +118,11 @@ def test_status_2_alone_is_not_retried(fake, status, passed_on):
     assert ("NOT CERTIFIED" in ended.stderr) == (status == 2)
 
 
-def test_stop_waits_for_certify_and_passes_its_status_on(fake):
-    process = subprocess.Popen([SCRIPT, "mnist"], env={**fake, "END": "wait"}, start_new_session=True)
-    time.sleep(0.5)
+def test_stop_waits_for_certify_and_returns_its_status(fake):
+    process = subprocess.Popen(
+        [SCRIPT, "mnist"], env={**fake, "END": "wait"}, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "certify mnist\n"  # its handler of SIGTERM is installed
     os.killpg(process.pid, signal.SIGTERM)  # as Ray does: to the entrypoint and all its children
     assert process.wait(10) == 143

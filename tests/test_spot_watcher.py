@@ -1,4 +1,4 @@
-"""The spot watcher, against a metadata service and a `ray` of the tests' own."""
+"""The spot watcher, with a fake metadata service and a fake `ray` command."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.aws.spot_watcher import find_node_id, seconds_left
+from cluster.aws.spot_watcher import Metadata, find_node_id, seconds_left
+from cluster.aws.spot_watcher import watch as watch_notices
 
 WATCHER = Path(__file__).parent.parent / "cluster/aws/spot_watcher.py"
 NODE = "e57dbd576cecf0a581b0f273cb82f3672827e0482da46ea726637a1a"
@@ -21,7 +22,7 @@ TOKEN_HEADER = "X-aws-ec2-metadata-token"
 
 @pytest.fixture
 def service():
-    """An IMDSv2: no answer without a token, 404 without a notice; its first token is taken back at the third look."""
+    """A fake IMDSv2: it requires a token, answers 404 without a notice, and revokes its first token at request 3."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_PUT(self):
@@ -51,7 +52,7 @@ def service():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.tokens, server.looks, server.notice = [], 0, None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -71,7 +72,7 @@ def raylet():
 
 @pytest.fixture
 def calls(tmp_path):
-    """Where a `ray` on the path keeps its arguments, a line a word; it refuses its first call."""
+    """The file to which a fake `ray` writes its arguments, one per line; its first call fails."""
     kept = tmp_path / "calls"
     command = tmp_path / "ray"
     command.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" -- >> {kept}\n[ $(grep -c "^--$" {kept}) -gt 1 ]\n')
@@ -90,21 +91,21 @@ def watch(service, folder) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_notice_drains_the_node_once_ray_takes_it(service, raylet, calls, tmp_path):
+def test_notice_drains_the_node_until_ray_accepts_it(service, raylet, calls, tmp_path):
     process = watch(service, tmp_path)
     limit = time.monotonic() + 20
     while service.looks < 5:
         assert time.monotonic() < limit
         time.sleep(0.02)
     assert not calls.exists()
-    assert len(service.tokens) == 3  # the first, the one that replaced it, and the watcher's new one
+    assert len(service.tokens) == 3  # the first, the one that revoked it, and the watcher's new one
     end = datetime.now(UTC) + timedelta(seconds=118)
     service.notice = {"action": "terminate", "time": end.strftime("%Y-%m-%dT%H:%M:%SZ")}
     _, words = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert f"node {NODE} drains" in words
-    refused, taken = calls.read_text().split("\n--\n")[:2]
-    *call, seconds = taken.splitlines()
+    assert f"draining node {NODE}" in words
+    refused, accepted = calls.read_text().split("\n--\n")[:2]
+    *call, seconds = accepted.splitlines()
     assert refused.splitlines()[:-1] == call
     assert call == [
         "drain-node", "--address", "10.0.0.9:6379", "--node-id", NODE, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
@@ -113,17 +114,26 @@ def test_a_notice_drains_the_node_once_ray_takes_it(service, raylet, calls, tmp_
     assert 90 <= int(seconds) <= 118
 
 
-def test_without_a_service_it_says_so_once_and_goes_on(service, calls, tmp_path):
-    port = service.server_address[1]
-    service.shutdown()
+def test_silent_service_is_reported_once(service, monkeypatch, caplog):
+    """The warning is repeated only after the service has answered."""
+    answers = iter([OSError("a"), OSError("b"), None, ValueError("c"), OSError("d"), KeyboardInterrupt()])
+
+    class Silent:
+        def notice(self):
+            answer = next(answers)
+            if answer is not None:
+                raise answer
+
+    with pytest.raises(KeyboardInterrupt):
+        watch_notices("10.0.0.9:6379", Silent(), 0.0)
+    assert [record.args[0].args[0] for record in caplog.records] == ["a", "c"]
+
+
+def test_unreachable_service_is_an_os_error(service):
     service.server_close()
-    process = watch(type("Gone", (), {"server_address": ("", port)}), tmp_path)
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.terminate()
-    _, words = process.communicate(timeout=10)
-    assert words.count("the metadata service does not answer") == 1
-    assert not calls.exists()
+    service.shutdown()
+    with pytest.raises(OSError, match="refused"):
+        Metadata(f"http://127.0.0.1:{service.server_address[1]}").notice()
 
 
 @pytest.mark.parametrize(
@@ -136,11 +146,11 @@ def test_without_a_service_it_says_so_once_and_goes_on(service, calls, tmp_path)
         ({}, 120),
     ],
 )
-def test_seconds_left(notice, left):
+def test_seconds_left_until_the_interruption(notice, left):
     assert seconds_left(notice, datetime(2026, 1, 1, tzinfo=UTC)) == left
 
 
-def test_only_a_raylet_of_the_same_cluster_is_ours(tmp_path):
+def test_node_id_is_that_of_a_raylet_of_the_same_cluster(tmp_path):
     for pid, words in {
         "1": ["/x/raylet", f"--node_id={NODE}", "--gcs-address=10.0.0.8:6379"],
         "2": ["python", "raylet", "--node_id=aa", "--gcs-address=10.0.0.9:6379"],

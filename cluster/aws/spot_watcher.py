@@ -1,11 +1,11 @@
-"""Tells Ray that AWS is about to take this spot node back, so that no new actor is placed on it.
+"""Tell Ray when AWS announces the interruption of this spot node, so that no new actor is placed on it.
 
     python3 spot_watcher.py HEAD_IP:6379
 
-Runs on each worker beside Ray. Asks the instance's metadata service (IMDSv2) every 5 s for
-/latest/meta-data/spot/instance-action, which is 404 until AWS gives its notice of two minutes, and then calls
-`ray drain-node` once. Without it nothing is lost either: a node that vanishes costs the blocks in flight, which are
-cast again. Standard library alone; Ray is used through its command.
+The watcher runs on each worker node beside Ray. Every 5 s it asks the instance metadata service (IMDSv2) for
+/latest/meta-data/spot/instance-action. The answer is 404 until AWS announces an interruption, two minutes ahead. The
+watcher then calls `ray drain-node` once. Without it, an interrupted node costs the blocks in flight, which are computed
+again. Only the standard library is imported; Ray is used through its command.
 
 Source: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
 """
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 _SERVICE = "http://169.254.169.254"
 _TIMEOUT = 2.0
 _TOKEN_SECONDS = 21600
-_NOTICE_SECONDS = 120  # that AWS gives between notice and end
+_NOTICE_SECONDS = 120  # between AWS's notice and the interruption
 
 
 class Metadata:
-    """The instance metadata service; its session token is renewed when it is refused."""
+    """The instance metadata service. Its session token is renewed when the service rejects it."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint.rstrip("/")
@@ -40,9 +40,9 @@ class Metadata:
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def notice(self) -> dict[str, str] | None:
-        """The action that AWS announces, {"action": ..., "time": ...}; None as long as it announces none.
+        """The action that AWS announces, {"action": ..., "time": ...}, or None.
 
-        Raises: OSError where the service does not answer.
+        Raises: OSError if the service does not answer.
         """
         for _ in range(2):
             if not self._token:
@@ -71,7 +71,7 @@ class Metadata:
 
 
 def seconds_left(notice: dict[str, str], now: datetime) -> int:
-    """Seconds until the announced end; the whole notice where it tells no time that can be read."""
+    """Seconds until the announced interruption, or the usual notice if its time cannot be parsed."""
     try:
         end = datetime.fromisoformat(notice["time"])
         return max(0, int((end - now).total_seconds()))
@@ -80,9 +80,9 @@ def seconds_left(notice: dict[str, str], now: datetime) -> int:
 
 
 def find_node_id(address: str, proc: Path = Path("/proc")) -> str | None:
-    """The id of this machine's node of the cluster at `address`: its raylet was started with it.
+    """The id of this machine's node in the cluster at `address`, from the command line of its raylet.
 
-    `ray drain-node` would find it by itself only by joining the cluster as a driver first, seconds that are short then.
+    `ray drain-node` could find the id only by joining the cluster as a driver, which would take seconds of the notice.
     """
     for folder in proc.iterdir():
         if not folder.name.isdigit():
@@ -90,7 +90,7 @@ def find_node_id(address: str, proc: Path = Path("/proc")) -> str | None:
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process has ended
         if Path(words[0]).name != "raylet":
             continue
         flags = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
@@ -100,7 +100,7 @@ def find_node_id(address: str, proc: Path = Path("/proc")) -> str | None:
 
 
 def drain(address: str, node_id: str, notice: dict[str, str]) -> bool:
-    """Tell Ray once; whether it took it."""
+    """Call `ray drain-node`; returns whether Ray accepted it."""
     action = notice.get("action", "an action")
     command = ["ray", "drain-node", "--address", address, "--node-id", node_id]
     command += [
@@ -116,12 +116,12 @@ def drain(address: str, node_id: str, notice: dict[str, str]) -> bool:
         logger.error("ray drain-node: %s", error)
         return False
     if ended.returncode:
-        logger.error("ray drain-node ended with %d: %s", ended.returncode, ended.stderr.strip()[-500:])
+        logger.error("ray drain-node ended with exit status %d: %s", ended.returncode, ended.stderr.strip()[-500:])
     return ended.returncode == 0
 
 
 def watch(address: str, metadata: Metadata, interval: float) -> None:
-    """Wait for the notice, then drain this node; again where Ray does not take it."""
+    """Wait for the notice and drain this node, repeatedly until Ray accepts it."""
     silent = False
     while True:
         try:
@@ -135,17 +135,17 @@ def watch(address: str, metadata: Metadata, interval: float) -> None:
         if notice is not None:
             node_id = find_node_id(address)
             if node_id is None:
-                logger.error("a notice came, but no raylet of %s runs here", address)
+                logger.error("AWS announced an interruption, but no raylet of the cluster at %s runs here", address)
             elif drain(address, node_id, notice):
-                logger.warning("AWS takes this node back (%s): node %s drains", notice, node_id)
+                logger.warning("AWS will interrupt this node (%s); draining node %s", notice, node_id)
                 return
         time.sleep(interval)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("address", help="the head's GCS, HOST:6379, as `ray start --address` got it")
-    parser.add_argument("--interval", type=float, default=5.0, help="seconds between looks (default 5)")
+    parser.add_argument("address", help="address of the head's GCS, HOST:6379, the same as for `ray start --address`")
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between requests (default 5)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s spot_watcher: %(message)s", stream=sys.stderr)
     endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _SERVICE

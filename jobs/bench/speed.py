@@ -17,9 +17,7 @@ import logging
 import math
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.bench.literal import Literal
+from jobs.bench.memory import peak_memory
 from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from pipeline.block import Block
 from pipeline.data import known_facts, open_dataset, sample_indices
@@ -370,7 +369,7 @@ def _peak_memory() -> int:
     """Return the peak memory in bytes: the GPU's since the last reset, or the process's since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
 
 
 def _clock(device: torch.device, threads: int) -> tuple[Clock, str]:

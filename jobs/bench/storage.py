@@ -1,15 +1,16 @@
-"""`diffsmooth bench --storage`: what a run's storage costs: writing, listing, resuming, reading."""
+"""`diffsmooth bench --storage`: the cost of a run's storage: writing, listing, resuming, reading."""
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.bench.driver import _peak_memory
+from jobs.bench.memory import peak_memory
+from pipeline.block import Block
 from pipeline.orders import Order
 from pipeline.run import claim_run, describe_run
 from pipeline.sampling import Sampler
@@ -18,18 +19,42 @@ from pipeline.storage.store import open_store
 from pipeline.votes import BlockMetadata, block_key, encode_block, list_blocks, read_blocks, write_table
 
 _WRITERS = 16
+_CLASSES = 1000
 
 
-def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
-    """Write that many tiny blocks under a fresh prefix of `uri`, and time what a resumed run does with them.
+@dataclass(frozen=True, kw_only=True)
+class StorageCost:
+    """The times of a run's storage."""
 
-    The blocks are left there. `seconds_to_resume` is all that a resumed run does between looking at its storage and
-    handing out its first task.
+    run: str
+    blocks: int
+    missing: int  # blocks of the order that were not written
+    seconds_to_write: float
+    seconds_to_list: float
+    seconds_to_find_missing: float
+    seconds_to_read: float
+    seconds_to_write_table: float
+    seconds_to_resume: float  # from opening the storage to the first task: listing and finding what is missing
+    mib: float  # peak memory
+
+    def describe(self) -> str:
+        return (
+            f"{self.run}: {self.blocks:,} blocks written in {self.seconds_to_write:.1f} s, listed in "
+            f"{self.seconds_to_list:.2f} s; a resumed run starts after {self.seconds_to_resume:.2f} s; read in "
+            f"{self.seconds_to_read:.1f} s, votes.parquet written in {self.seconds_to_write_table:.1f} s; peak memory "
+            f"{self.mib:,.0f} MiB"
+        )
+
+
+def bench_storage(uri: str, blocks: int) -> StorageCost:
+    """Write `blocks` small blocks below a new prefix of `uri`, and time what a resumed run does with them.
+
+    The blocks are not deleted.
     """
     spec = load_spec(
         {"name": "bench", "data": {"name": "none"}, "classifier": {"arch": "none"}, "smoothing": {"sigma": 1.0}}
     )
-    run, lengths = describe_run(spec, {}, 1000), spec.smoothing.block
+    run, lengths = describe_run(spec, {}, _CLASSES), spec.smoothing.block
     order = Order(samples=list(range(-(-blocks // 11))), n0=100, n=10_000, alpha=0.001)
     wanted = list(order.blocks(lengths))
     metadata = BlockMetadata(
@@ -47,36 +72,26 @@ def bench_storage(uri: str, blocks: int) -> dict[str, Any]:
         yield
         seconds[name] = time.perf_counter() - start
 
-    def put(block: Any) -> None:
-        counts_K = np.zeros(1000, np.int64)
-        counts_K[[block.sample % 1000, 999 - block.sample % 1000]] = block.draws - 10, 10
-        store.put_if_absent(block_key(block), encode_block(block, block.sample % 1000, counts_K, metadata))
+    def put(block: Block) -> None:
+        label, counts_K = block.sample % _CLASSES, np.zeros(_CLASSES, np.int64)
+        counts_K[[label, _CLASSES - 1 - label]] = block.draws - 10, 10
+        store.put_if_absent(block_key(block), encode_block(block, label, counts_K, metadata))
 
     with timed("seconds_to_write"), ThreadPoolExecutor(_WRITERS) as pool:
         list(pool.map(put, wanted[:blocks]))
     with timed("seconds_to_list"):
-        standing = list_blocks(store, lengths)
+        committed = list_blocks(store, lengths)
     with timed("seconds_to_find_missing"):
-        missing = Sampler(order, lengths, 1.0, committed=standing, read=lambda blocks: ()).start()
+        missing = Sampler(order, lengths, 1.0, committed=committed, read=lambda blocks: ()).start()
     with timed("seconds_to_read"):
-        stored = read_blocks(store, run, standing)
+        stored = read_blocks(store, run, committed)
     with timed("seconds_to_write_table"):
         write_table(store, run, stored)
-    resume = seconds["seconds_to_list"] + seconds["seconds_to_find_missing"]
-    return {
-        "run": store.uri,
-        "blocks": len(standing),
-        "missing": len(missing),
+    return StorageCost(
+        run=store.uri,
+        blocks=len(committed),
+        missing=len(missing),
         **seconds,
-        "seconds_to_resume": resume,
-        "mib": _peak_memory(),
-    }
-
-
-def describe_storage(figures: Mapping[str, Any]) -> str:
-    return (
-        f"{figures['run']}: {figures['blocks']:,} blocks written in {figures['seconds_to_write']:.1f} s, listed in "
-        f"{figures['seconds_to_list']:.2f} s; a resumed run begins after {figures['seconds_to_resume']:.2f} s; "
-        f"read in {figures['seconds_to_read']:.1f} s, votes.parquet in {figures['seconds_to_write_table']:.1f} s; "
-        f"at most {figures['mib']:,.0f} MiB of memory"
+        seconds_to_resume=seconds["seconds_to_list"] + seconds["seconds_to_find_missing"],
+        mib=peak_memory() / 2**20,
     )
