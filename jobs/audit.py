@@ -24,7 +24,7 @@ from pipeline.noise import Noise, check_known_answers
 from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
 from pipeline.planning import Pilot, Plan, make_plan
 from pipeline.results import StoredRun
-from pipeline.run import Run
+from pipeline.run import SECRET_SEED, Run
 from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.votes import BLOCK_COLUMNS, TABLE_KEY, StoredBlock, block_key, list_blocks, read_blocks, to_table
@@ -78,6 +78,7 @@ class Findings:
     redrawn: Redrawn
     share: float
     findings: list[str]  # a line for each problem
+    notes: list[str]  # a line for each assumption that files cannot show
 
     @property
     def escape_probability(self) -> float:
@@ -104,6 +105,7 @@ class Findings:
                 )
         else:
             lines.append("no block was cast again; use --spec SPEC, which says where data and weights are")
+        lines += [f"NOTE: {note}" for note in self.notes]
         lines += [f"FOUND: {finding}" for finding in self.findings] or ["no problem found"]
         return "\n".join(lines) + "\n"
 
@@ -149,7 +151,21 @@ def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str
         redrawn=redrawn,
         share=effort.share,
         findings=findings,
+        notes=_notes(stored),
     )
+
+
+def _notes(stored: StoredRun) -> list[str]:
+    """What the certificates assume, and no file can show."""
+    seed, notes = int(stored.run.seed), []
+    if seed < SECRET_SEED:
+        notes.append(
+            f"the seed {seed} is fixed: the certificates assume that f and the images were chosen without looking at "
+            "runs with this seed; confirm a choice with certify --fresh-seed"
+        )
+    if any(order.previous is None for order in stored.orders.values()):
+        notes.append("orders of an earlier version are not chained, so a changed order may go unnoticed")
+    return notes
 
 
 def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:

@@ -12,12 +12,12 @@ from jobs.plan import warn_of_cost
 from jobs.watch import Watch, stop_on_signals
 from pipeline.block import Block
 from pipeline.certify import least_certifying_n
-from pipeline.data import open_dataset, sample_indices
+from pipeline.data import dataset_id, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED
-from pipeline.orders import Certificate, Order, order_of, read_costly
+from pipeline.orders import Certificate, Order, order_of, read_costly, stored_hash
 from pipeline.results import OrderResult, StoredRun
-from pipeline.run import RUN_KEY, claim_seeded_run, run_sha256
+from pipeline.run import claim_seeded_run
 from pipeline.sampling import Sampler
 from pipeline.smoothing import check_base_classifier, weights_ids
 from pipeline.spec import RunSpec
@@ -141,7 +141,7 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     data = open_dataset(spec.data)
     samples = sample_indices(spec.data.samples, len(data))
     costly = read_costly(options.certificate, options.costly, data.num_classes)
-    order = order_of(spec, samples, options.certificate, costly)
+    order = order_of(spec, samples, options.certificate, costly, dataset_id(data))
     needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else "--certificate cost" if costly else None
     if needs_labels and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
@@ -151,10 +151,11 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     store = open_store(home)
     store.prepare()
     seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
-    if spec.smoothing.seed == "random" and not options.quiet:
-        note(f"sha256 of {store.uri}/{RUN_KEY}: {run_sha256(store)} (publish it)")
     stored = StoredRun(store)
     name, committed = stored.place(order), stored.committed()
+    if spec.smoothing.seed == "random" and not options.quiet:
+        first = next(iter(stored.orders))
+        note(f"commitment: {stored_hash(store, first)} (sha256 of order {first}; publish it before the first draw)")
     sampler = stored.sampler(order, committed, name=name, plans=True)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
     return _Ready(seeded, stored, name, order, sampler, sampler.start(), left)

@@ -109,6 +109,11 @@ _CAST_OPTIONS = [
     ),
     click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu."),
     _SET,
+    click.option(
+        "--fresh-seed",
+        is_flag=True,
+        help="Draw a new secret seed for this run, kept in run.json; same as --set smoothing.seed=random.",
+    ),
     _YES,
     click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only."),
     click.option("-v", "--verbose", is_flag=True, help="Print more, including everything from Ray and its actors."),
@@ -161,6 +166,7 @@ def _cast(
     out: str | None,
     cpu: bool,
     overrides: tuple[str, ...],
+    fresh_seed: bool,
     yes: bool,
     quiet: bool,
     verbose: bool,
@@ -172,7 +178,9 @@ def _cast(
 
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
-    loaded = load_specs(specs, (*overrides, "compute.device=cpu") if cpu else overrides)
+    overrides += ("compute.device=cpu",) if cpu else ()
+    overrides += ("smoothing.seed=random",) if fresh_seed else ()
+    loaded = load_specs(specs, overrides)
     wanted = [(spec, home_of(spec, out, several=len(loaded) > 1)) for spec in loaded]
     how = Options(certificate=certificate, costly=costly, quiet=as_json or quiet, verbose=verbose, **options)
     results, stopped_by = [], None

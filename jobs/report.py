@@ -10,9 +10,10 @@ from jobs.gallery import gallery
 from jobs.places import is_log, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
+from pipeline.orders import stored_hash
 from pipeline.report import Exhibit, RunReport, render_report
 from pipeline.results import StoredResult, read_result
-from pipeline.run import run_sha256
+from pipeline.run import SECRET_SEED, run_sha256
 from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.votes import StoredBlock
@@ -109,8 +110,12 @@ def _facts(one: StoredResult) -> dict[str, str]:
         f"alpha = {order.total_alpha:g}",
         "votes_id": run.votes_id,
         "sha256 of run.json": run_sha256(one.stored.store),
+        "commitment (sha256 of the first order)": stored_hash(one.stored.store, next(iter(one.stored.orders))),
         "sigma, m, local_sigma": f"{smoothing.sigma:g}, {smoothing.m}, {smoothing.local_sigma:g}",
         "seed of the noise, of the local copies": f"{smoothing.seed}, {smoothing.local_seed}",
+        "assumption about the seed": "drawn at random for this run"
+        if int(run.seed) >= SECRET_SEED
+        else "fixed: f and the images must have been chosen without looking at runs with this seed",
         "precision": smoothing.precision,
         "weights": ", ".join(f"{name} {sha256}" for name, sha256 in run.spec.weights.items()) or "none",
         "samples": f"{len(result.certificates):,} in the order, {result.curve.incomplete:,} of them incomplete",

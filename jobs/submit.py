@@ -4,7 +4,6 @@ The driver runs on the head of the cluster, so that it outlives this machine. On
 functions `package.module:function` are sent. The nodes fetch weights and data, and votes go to the run's storage.
 """
 
-import ast
 import asyncio
 import json
 import logging
@@ -32,7 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.plan import warn_of_cost
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import is_relative, is_remote, shown
-from pipeline.models.own import is_own
+from pipeline.models.own import imported_names, is_own
 from pipeline.spec import LOCATIONS, RunSpec, load_spec
 
 logger = logging.getLogger(__name__)
@@ -403,25 +402,7 @@ def _ship_module(module: str, root: Path, folder: Path) -> None:
         target = folder / source.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-        waiting.extend(_imported(source, package=name if path.is_dir() else name.rpartition(".")[0]))
-
-
-def _imported(source: Path, package: str) -> Iterator[str]:
-    """The names that a source file of a package imports: modules, and names in them that may be modules."""
-    try:
-        tree = ast.parse(source.read_bytes())
-    except (SyntaxError, ValueError) as error:  # ValueError for a NUL byte
-        raise UserError(f"{source}: not valid Python ({one_line(error)}); correct it") from error
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".") if node.level and package else []
-            kept = parts[: len(parts) - (node.level - 1)] if node.level else []
-            base = ".".join([*kept, *([node.module] if node.module else [])])
-            if base:
-                yield base
-            yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names if alias.name != "*")
+        waiting.extend(imported_names(source, package=name if path.is_dir() else name.rpartition(".")[0]))
 
 
 def _check_size(folder: Path) -> int:

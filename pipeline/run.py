@@ -14,6 +14,7 @@ from pipeline.spec import F_VERSION, MOST_CLASSES, BlockLengths, Identity, RunSp
 from pipeline.storage.store import Store
 
 RUN_KEY = "run.json"
+SECRET_SEED = 2**64  # a smaller seed can be guessed, or was chosen by hand
 
 
 class Run(Record):

@@ -131,7 +131,8 @@ def build_base_classifier(spec: RunSpec, device: str | torch.device, data: Datas
     data = open_dataset(spec.data) if data is None else data
     shape = data[sample_indices(spec.data.samples, len(data))[0]].image_CHW.shape
     f = base_classifier(spec, torch.device(device), shape, data.num_classes)
-    _check_networks(f, torch.full((1, *shape), 0.5, device=device))
+    check_networks(f, torch.full((1, *shape), 0.5, device=device))
+    check_function(f, shape, spec.smoothing.precision)
     return f
 
 
@@ -317,7 +318,7 @@ def _made_ahead(
                 future.cancel()
 
 
-def _check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
+def check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
     """Check on one grey image that each network processes the data set's images, and that its output has the right
     type, shape and finite values.
 
@@ -345,6 +346,27 @@ def _check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
             "the base classifier's scores are not finite for a grey image, because of NaN or overflow in its networks; "
             "check the weights, classifier.normalize and smoothing.precision"
         )
+
+
+# by how much scores may differ between two batches because of rounding
+_ROUNDING = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
+
+
+def check_function(f: BaseClassifier, shape: Sequence[int], precision: str) -> None:
+    """Check that f is a function: the scores of an image depend neither on its batch nor on earlier calls.
+
+    Raises: UserError, for example for a network in training mode.
+    """
+    random = np.random.Generator(np.random.Philox(0))
+    x_BCHW = torch.from_numpy(random.random((4, *shape), dtype=np.float32)).to(f.device)
+    alone = f(x_BCHW[:1])
+    for other, where in ((f(x_BCHW[:1]), "two calls"), (f(x_BCHW)[:1], "two batches")):
+        difference = float((other - alone).abs().max())
+        if difference > _ROUNDING[precision]:
+            raise UserError(
+                f"the base classifier's scores of one image differ by {difference:.2g} between {where}; call model.eval(), "
+                "and let the scores depend on nothing but the image"
+            )
 
 
 def _output(part: str, network: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:

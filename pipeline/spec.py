@@ -260,6 +260,12 @@ class SmoothingIdentity(Record):
             raise ValueError(
                 f"m = {self.m} copies with local_sigma = 0 are all equal; use m = 1, or local_sigma above 0"
             )
+        # image and noise must add without rounding in float32; no draw exceeds 9 standard deviations
+        if self.noise_grid is not None and self.noise_grid * (9 * self.sigma + 1) > 2**24:
+            raise ValueError(
+                f"noise_grid = {self.noise_grid} with sigma = {self.sigma:g} exceeds 2^24 steps, which float32 rounds; "
+                "use a smaller noise_grid"
+            )
         return self
 
 

@@ -137,3 +137,20 @@ def to_toml(spec: RunSpec) -> str:
 
     tables = spec.model_dump(exclude_none=True)
     return "\n".join(f"{name} = {value(table)}" for name, table in tables.items())
+
+
+def in_training_mode(spec: RunSpec, device: torch.device) -> Model:
+    """A batch norm that was left in training mode: an image's logits depend on the other images of its batch."""
+    norm = torch.nn.BatchNorm2d(1)
+    inner = half_space(spec, device)
+    return lambda x_BCHW: inner(norm(x_BCHW) / 10 + 0.5)
+
+
+def with_dropout(spec: RunSpec, device: torch.device) -> Model:
+    """Dropout that was left in training mode: two calls give different logits."""
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        noise_B = torch.nn.functional.dropout(torch.ones(len(x_BCHW), 1000), 0.5).mean(dim=1)
+        return 5 * torch.stack([noise_B, 2 - noise_B], dim=1)
+
+    return logits

@@ -154,3 +154,9 @@ def test_a_plan_that_does_not_follow_from_the_pilots_is_found(raw_spec, tmp_path
     plan = json.loads(path.read_text())
     path.write_text(json.dumps({**plan, "3": plan["3"] + 100}))
     assert any("plan.json does not follow from the selection votes" in one for one in found(store))
+
+
+def test_a_fixed_seed_is_noted(store, spec, tmp_path):
+    assert any("the seed 0 is fixed" in note for note in audit(store.uri, spec=None, effort=Effort()).notes)
+    secret = make_run(spec.with_seed(2**100 + 1), tmp_path / "secret")
+    assert audit(secret.uri, spec=None, effort=Effort()).notes == []

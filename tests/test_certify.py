@@ -374,3 +374,11 @@ def test_grid_replays_its_looks_on_the_draws_in_order():
     assert without_first["status"].tolist() == ["incomplete"]
     with pytest.raises(ValueError, match=r"not available in sampling\.mode = 'grid'"):
         certify(votes_of(*rows), **settings, certificate="multiclass")
+
+
+def test_a_sample_without_votes_is_incomplete_and_not_exempt():
+    """Its label is not known, so nobody can say that the label has no costly class."""
+    votes = whole([[600, 380, 20]], selection=0)
+    arguments = {"sigma": 1.0, "alpha": 0.001, "n0": 10, "n": 1000, "certificate": "cost", "num_classes": 3}
+    rows = certify(votes, samples=[0, 1], costly={1: [2]}, **arguments)
+    assert rows["status"].tolist() == ["exempt", "incomplete"]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline import data as data_module
 from pipeline import sources
-from pipeline.data import Facts, known_facts, open_dataset, sample_indices
+from pipeline.data import Facts, dataset_id, known_facts, open_dataset, sample_indices
 from pipeline.errors import RunError, UserError
 from pipeline.images import Sample
 from pipeline.spec import Data, load_spec, votes_id
@@ -661,3 +661,12 @@ def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             open_dataset(Data(name="parquet", path=path))
+
+
+def test_a_data_set_is_identified_by_its_size_and_samples(images):
+    rows = pq.read_table(images).to_pylist()
+    before = dataset_id(open_dataset(Data(name="parquet", path=str(images))))
+    assert dataset_id(open_dataset(Data(name="parquet", path=str(images)))) == before
+    for changed in (rows[:-1], rows[::-1], [*rows[:-1], {**rows[-1], "label": 0}]):
+        pq.write_table(pa.Table.from_pylist(changed), images)
+        assert dataset_id(open_dataset(Data(name="parquet", path=str(images)))) != before

@@ -146,3 +146,41 @@ def test_nan_is_reported_with_its_block(raw_spec):
 def test_weights_ids_distinguish_networks_in_one_file():
     ids = [weights_ids(load_spec(f"jobs/specs/mnist-{name}-0.25.toml"))["classifier"] for name in ("dds", "diffsmooth")]
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("in_training_mode", "between two batches"), ("with_dropout", "two calls")]
+)
+def test_networks_in_training_mode_are_refused(raw_spec, name, words):
+    raw_spec["classifier"]["arch"] = f"tests.models:{name}"
+    with pytest.raises(UserError, match=rf"{words}.*model\.eval\(\)"):
+        build_base_classifier(load_spec(raw_spec), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("smoothing.precision=bf16", "smoothing.precision = 'bf16' is not applied to own functions"),
+        ("classifier.normalize=half", "classifier.normalize is not applied to own functions"),
+        ("classifier.interpolation=bilinear", "classifier.interpolation is not applied to own functions"),
+    ],
+)
+def test_settings_that_an_own_function_would_ignore_are_refused(raw_spec, override, message):
+    with pytest.raises(UserError, match=message):
+        weights_ids(load_spec(raw_spec, [override]))
+
+
+def test_the_identity_of_an_own_function_covers_the_modules_that_it_imports(raw_spec, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_network.py").write_text(
+        "import torch\nfrom own_parts import weight\n\n\ndef f(spec, device): ...\n"
+    )
+    (tmp_path / "own_parts.py").write_text("weight = 1\n")
+    raw_spec["classifier"]["arch"] = "own_network:f"
+    before = weights_ids(load_spec(raw_spec))
+    (tmp_path / "own_parts.py").write_text("weight = 10\n")
+    after = weights_ids(load_spec(raw_spec))
+    assert before["classifier.source"] == after["classifier.source"]
+    assert before["classifier.imports"] != after["classifier.imports"]
+    raw_spec["classifier"]["arch"] = "tests.models:half_space"  # imports only installed packages and this package
+    assert set(weights_ids(load_spec(raw_spec))) == {"classifier.source"}

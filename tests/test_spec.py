@@ -18,6 +18,8 @@ from pipeline.spec import load_spec, votes_id
         ("smoothing.n0=10", r"n0 = 10 is not a multiple of the selection block length 50; use 50"),
         ("smoothing.alpha=0.7", r"alpha = 0\.7 must be above 0 and below 0\.5"),
         ("smoothing.m=3", r"m = 3 copies with local_sigma = 0"),
+        ("smoothing={sigma=100.0, noise_grid=65535}", r"noise_grid = 65535 with sigma = 100 exceeds 2\^24 steps"),
+        ("data.num_classes=1", r"data\.num_classes = 1"),
         ("smoothing.precision=fp8", r"smoothing\.precision = 'fp8'"),
         ("compute.device=tpu", r"compute\.device = 'tpu'"),
         ("denoiser.arch=unet", r"\[denoiser\.unet\]"),

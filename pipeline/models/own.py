@@ -4,10 +4,13 @@ An own function is called as function(spec, device). It returns a callable: a de
 classifier x_BCHW -> logits_BK. The sha256 of the function's source file identifies its votes.
 """
 
+import ast
+import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,54 @@ def function_id(arch: str) -> str:
     raise _without_source(arch)
 
 
+def imports_id(arch: str) -> str | None:
+    """Return the sha256 of the user's own modules that the function's module imports; None if it imports none.
+
+    These are the modules outside of Python's library, installed packages and this package. Imports are parsed, not run.
+    """
+    start = own_function(arch).__module__
+    waiting, found = [start], dict[str, str]()
+    while waiting:
+        name = waiting.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in found or file is None or not _is_users(name, Path(file)):
+            continue
+        found[name] = file_sha256(Path(file))
+        is_package = hasattr(sys.modules[name], "__path__")
+        waiting += imported_names(Path(file), package=name if is_package else name.rpartition(".")[0])
+    del found[start]
+    text = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(found.items()))
+    return hashlib.sha256(text.encode()).hexdigest() if found else None
+
+
+def _is_users(name: str, file: Path) -> bool:
+    """Return whether a module is the user's own."""
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    ours = name.partition(".")[0] in ("pipeline", "cluster", "jobs", "diffsmooth")
+    return file.suffix == ".py" and not ours and not installed & set(file.resolve().parents)
+
+
+def imported_names(source: Path, package: str) -> Iterator[str]:
+    """Return the names that a source file of a package imports: modules, and names in them that may be modules.
+
+    Raises: UserError for a file that is not valid Python.
+    """
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (SyntaxError, ValueError) as error:  # ValueError for a NUL byte
+        raise UserError(f"{source}: not valid Python ({one_line(error)}); correct it") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if node.level and package else []
+            kept = parts[: len(parts) - (node.level - 1)] if node.level else []
+            base = ".".join([*kept, *([node.module] if node.module else [])])
+            if base:
+                yield base
+            yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names if alias.name != "*")
+
+
 def _without_source(arch: str) -> UserError:
     return UserError(f"arch = {arch!r} has no source file to identify its votes by; define the function in a .py file")
 
@@ -113,10 +164,24 @@ class OwnNetwork:
 
     def __post_init__(self) -> None:
         own_function(self.section.arch)
+        for key in ("normalize", "interpolation"):
+            if getattr(self.section, key, None) is not None:
+                raise UserError(
+                    f"{self.name}.{key} is not applied to own functions, such as {self.section.arch!r}; do it in the "
+                    "function, and remove the key"
+                )
+        if self.spec.smoothing.precision in ("bf16", "fp16"):
+            raise UserError(
+                f"smoothing.precision = {self.spec.smoothing.precision!r} is not applied to own functions, such as "
+                f"{self.section.arch!r}; use fp32, and cast in the function"
+            )
 
     def ids(self) -> dict[str, str]:
-        """Return the hashes of the checkpoint, if one is given, and of the source file."""
+        """Return the hashes of the checkpoint, if one is given, of the source file, and of the own modules it
+        imports."""
         ids = {f"{self.name}.source": function_id(self.section.arch)}
+        if imports := imports_id(self.section.arch):
+            ids[f"{self.name}.imports"] = imports
         if self.section.checkpoint is not None:
             location = require_set(f"{self.name}.checkpoint", self.section.checkpoint)
             ids[self.name] = weights_id(location, self.section.sha256)
