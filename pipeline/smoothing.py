@@ -364,8 +364,8 @@ def check_function(f: BaseClassifier, shape: Sequence[int], precision: str) -> N
         difference = float((other - alone).abs().max())
         if difference > _ROUNDING[precision]:
             raise UserError(
-                f"the base classifier's scores of one image differ by {difference:.2g} between {where}; call model.eval(), "
-                "and let the scores depend on nothing but the image"
+                f"the base classifier's scores of one image differ by {difference:.2g} between {where}; call "
+                "model.eval(), and let the scores depend on nothing but the image"
             )
 
 
