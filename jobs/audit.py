@@ -8,7 +8,7 @@ random. A fraction q of forged blocks escapes k redrawn blocks with probability 
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from pipeline.data import Dataset, open_dataset
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import device_facts, device_of
 from pipeline.noise import Noise, check_known_answers
-from pipeline.orders import OrderKeys
+from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
+from pipeline.planning import Pilot, Plan, make_plan
 from pipeline.results import StoredRun
 from pipeline.run import Run
 from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
@@ -107,8 +108,10 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort) -> Findings:
+def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str | None = None) -> Findings:
     """Check a run. Without `spec`, which says where data and weights are, no block is cast again.
+
+    `commitment` is the hash that was published before the first draw.
 
     Raises: UserError if there is no run, or if the spec is that of another run.
     """
@@ -126,7 +129,10 @@ def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort) -> Findings:
     committed = list_blocks(store, run.block, on_damage=note)
     blocks = read_blocks(store, run, committed, on_damage=note)
     votes = to_table(blocks)
+    findings += [f"{store.uri}: {broken}; restore the run from a copy" for broken in broken_links(store, stored.orders)]
+    findings += _check_commitment(stored, commitment)
     findings += _check_table(stored, votes)
+    findings += _check_plans(stored, votes)
     findings += _check_orders(stored, votes, {one.block for one in blocks})
     largest, off = _moments(run, blocks)
     findings += off
@@ -182,7 +188,7 @@ def _check_orders(stored: StoredRun, votes: pd.DataFrame, good: set[Block]) -> l
             continue
         key = OrderKeys(name).certificates
         derived = stored.certificates(votes, name)
-        columns = [column for column in derived.columns if column != "post_hoc"]
+        columns = list(derived.columns)
         try:
             written = pd.read_parquet(io.BytesIO(store.read(key)))[columns]
             written = written.astype(dict(derived[columns].dtypes))
@@ -192,13 +198,75 @@ def _check_orders(stored: StoredRun, votes: pd.DataFrame, good: set[Block]) -> l
         except (OSError, ValueError, KeyError, TypeError) as error:
             findings.append(f"{store.uri}/{key} is damaged ({_first_line(error)}); run certify again to rebuild it")
             continue
-        if not written.equals(derived[columns]):
-            differing = (
-                "its samples" if len(written) != len(derived)
-                else next(column for column in columns if not written[column].equals(derived[column]))
-            )  # fmt: skip
-            findings.append(f"{store.uri}/{key} does not follow from the votes ({differing}); run certify again")
+        if len(written) != len(derived):
+            differing = ["its samples"]
+        else:
+            differing = [column for column in columns if not _equal(written[column], derived[column])]
+        if differing:
+            findings.append(f"{store.uri}/{key} does not follow from the votes ({differing[0]}); run certify again")
     return findings
+
+
+def _equal(written: pd.Series, derived: pd.Series) -> bool:
+    """Whether two columns are equal; numbers up to the rounding of another version of SciPy."""
+    if derived.dtype.kind == "f":
+        return bool(np.allclose(written, derived, rtol=1e-9, atol=1e-9, equal_nan=True))
+    return written.equals(derived)
+
+
+def _check_commitment(stored: StoredRun, commitment: str | None) -> list[str]:
+    """Whether the published hash is that of the first order, which commits to run.json too, or of run.json."""
+    store, first = stored.store, next(iter(stored.orders), None)
+    if commitment is None:
+        return []
+    known = {stored_hash(store, None)} | ({stored_hash(store, first)} if first else set())
+    if commitment.lower() in known:
+        return []
+    return [
+        f"{store.uri}: --commitment {commitment} is neither the sha256 of order {first} nor of run.json; ask its author"
+    ]
+
+
+def _check_plans(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
+    """Plans that do not follow from their pilots.
+
+    A plan follows if it is made from the order's own pilots, given what some of the other orders had planned before; or
+    if it repeats the draws of another plan (see `analyze`).
+    """
+    findings, run = [], stored.run
+    for name, plan in stored.plans.items():
+        order, pilots = stored.orders[name], _pilots(votes, stored.orders[name])
+        others = {other: one for other, one in stored.plans.items() if other != name}
+        earlier = [one for other, one in others.items() if stored.orders[other].claim == order.claim]
+        given = [{}, *earlier, _union(earlier)]
+        made = [make_plan(order, run.block, run.sigma, pilots, before) for before in given] if pilots else []
+        repeated = {sample: n for sample, n in _union(others.values()).items() if sample in set(order.samples)}
+        if plan not in made and plan != repeated:
+            findings.append(
+                f"{stored.store.uri}/{OrderKeys(name).plan} does not follow from the selection votes; restore the run "
+                "from a copy"
+            )
+    return findings
+
+
+def _union(plans: Iterable[Plan]) -> dict[int, int]:
+    """The plans together; the first that has a sample decides."""
+    union: dict[int, int] = {}
+    for plan in plans:
+        union = {**plan, **union}
+    return union
+
+
+def _pilots(votes: pd.DataFrame, order: Order) -> dict[int, Pilot]:
+    """The pilots of an order; empty unless all are complete."""
+    pilots = {}
+    rows = votes[(votes["stage"] == "selection") & (votes["draw_stop"] <= order.n0)]
+    for sample, of_sample in rows.groupby("sample"):
+        counts = of_sample.groupby("class")["votes"].sum()
+        if counts.sum() == order.n0:
+            label = int(of_sample["label"].iloc[0])
+            pilots[int(str(sample))] = Pilot(label, {int(str(k)): int(n) for k, n in counts.items()})
+    return {sample: pilots[sample] for sample in order.samples} if set(order.samples) <= pilots.keys() else {}
 
 
 def _first_line(error: BaseException) -> str:

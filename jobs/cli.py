@@ -260,8 +260,11 @@ def analyze(run: str, export_tsv: str | None, as_json: bool, **request: Any) -> 
 @click.option("--assurance", type=float, default=0.95, show_default=True, help="Probability of detecting it.")
 @click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
 @click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
+@click.option("--commitment", metavar="HASH", help="Check the hash that was published before the first draw.")
 @_JSON
-def audit(run: str, spec_name: str | None, overrides: tuple[str, ...], as_json: bool, **effort: Any) -> None:
+def audit(
+    run: str, spec_name: str | None, overrides: tuple[str, ...], commitment: str | None, as_json: bool, **effort: Any
+) -> None:
     """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
     \b
@@ -271,7 +274,7 @@ def audit(run: str, spec_name: str | None, overrides: tuple[str, ...], as_json: 
 
     how = command.Effort(**effort)
     spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
-    found = command.audit(run, spec=spec, effort=how)
+    found = command.audit(run, spec=spec, effort=how, commitment=commitment)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
     sys.exit(1 if found.findings else 0)
 
@@ -413,22 +416,7 @@ def plan(
     "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
-def bench(
-    spec: str | None,
-    cpu: bool,
-    overrides: tuple[str, ...],
-    sizes: tuple[int, ...],
-    precisions: tuple[str, ...],
-    threads: int,
-    rounds: int,
-    draws: int,
-    tasks: int,
-    simulate: bool,
-    sampling: bool,
-    storage: str | None,
-    blocks: int,
-    as_json: bool,
-) -> None:
+def bench(spec: str | None, as_json: bool, **options: Any) -> None:
     """Measure the speed of SPEC against its bare networks and the published algorithm, and compare their votes.
 
     Without SPEC, measure the driver's own time per task on a local Ray, with a base classifier that does nothing.
@@ -437,50 +425,50 @@ def bench(
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
     diffsmooth bench --storage s3://BUCKET/bench --blocks 100000
     """
-    asked = {spec: spec, "--simulate": simulate, "--sampling": sampling, "--storage": storage}
-    if len(chosen := [str(name) for name, given in asked.items() if given]) > 1:
+    others = [f"--{name}" for name in ("simulate", "sampling", "storage") if options[name]]
+    if len(chosen := [*([] if spec is None else [spec]), *others]) > 1:
         raise UserError(f"{' and '.join(chosen)} are separate benchmarks; choose one")
     if spec is not None:
-        from rich.console import Console
-
-        from jobs.bench.speed import Effort, bench_speed, print_speed
-
-        overrides += ("compute.device=cpu",) if cpu else ()
-        figures = bench_speed(
-            load_spec(find_spec(spec), overrides),
-            batch_sizes=sizes,
-            precisions=precisions,
-            threads=threads,
-            effort=Effort(rounds=rounds, agreement_draws=draws),
-        )
-        if as_json:
-            click.echo(json.dumps(figures.to_json(), indent=2))
-        else:
-            print_speed(figures, Console())
+        _bench_spec(spec, as_json, **options)
         return
-    costs: Any
-    if sampling:
-        from jobs.bench.modes import describe_modes, simulate_modes
-
-        costs = [cost for n in (10_000, 100_000) for cost in simulate_modes(n)]
-        text = describe_modes(costs)
-    elif simulate:
-        from jobs.bench.fleet import bench_simulation, describe_simulation
-
-        costs = bench_simulation()
-        text = describe_simulation(costs)
-    elif storage:
-        from jobs.bench.storage import bench_storage
-
-        costs = bench_storage(storage, blocks)
-        text = costs.describe()
-    else:
-        from jobs.bench.driver import bench_driver
-
-        costs = bench_driver(tasks)
-        text = costs.describe()
+    costs, text = _bench_part(**options)
     rows = [asdict(cost) for cost in costs] if isinstance(costs, list) else asdict(costs)
     click.echo(json.dumps(rows, indent=2) if as_json else text)
+
+
+def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ...], **options: Any) -> None:
+    from rich.console import Console
+
+    from jobs.bench.speed import Effort, bench_speed, print_speed
+
+    figures = bench_speed(
+        load_spec(find_spec(spec), (*overrides, "compute.device=cpu") if cpu else overrides),
+        batch_sizes=options["sizes"],
+        precisions=options["precisions"],
+        threads=options["threads"],
+        effort=Effort(rounds=options["rounds"], agreement_draws=options["draws"]),
+    )
+    if as_json:
+        click.echo(json.dumps(figures.to_json(), indent=2))
+    else:
+        print_speed(figures, Console())
+
+
+def _bench_part(*, simulate: bool, sampling: bool, storage: str | None, **options: Any) -> tuple[Any, str]:
+    """The costs of one part of the system, and the same in words."""
+    from jobs.bench.driver import bench_driver
+    from jobs.bench.fleet import bench_simulation, describe_simulation
+    from jobs.bench.modes import describe_modes, simulate_modes
+    from jobs.bench.storage import bench_storage
+
+    if sampling:
+        modes = [cost for n in (10_000, 100_000) for cost in simulate_modes(n)]
+        return modes, describe_modes(modes)
+    if simulate:
+        fleets = bench_simulation()
+        return fleets, describe_simulation(fleets)
+    cost = bench_storage(storage, options["blocks"]) if storage else bench_driver(options["tasks"])
+    return cost, cost.describe()
 
 
 @main.command()

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtrc, betaincinv, ndtr, ndtri
+from scipy.special import bdtrc, betainccinv, ndtr, ndtri
 
 from pipeline.orders import Certificate, Order
 from pipeline.sequential import Grid
@@ -43,6 +43,7 @@ from pipeline.spec import BlockLengths
 
 ABSTAINED, NO_PREDICTION = -1, -2
 
+_ROUNDING = 1e-15  # relative, times n: above SciPy's error, so that rounding never raises a bound or a radius
 _W, _W_COST = 0.9, 0.8  # p_A's share of alpha in the multi-class and in the cost-sensitive certificate
 
 COLUMNS = (
@@ -61,9 +62,9 @@ def _upper_tail(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float6
         raise ValueError("n_A and n must satisfy 0 <= n_A <= n and n >= 1")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha = {alpha} must be between 0 and 1")
-    q = betaincinv(total - count + 1.0, np.maximum(count, 1).astype(float), 1 - alpha)
+    q = betainccinv(total - count + 1.0, np.maximum(count, 1).astype(float), alpha) * (1 + _ROUNDING * total)
     q = np.where(count == total, -np.expm1(np.log(alpha) / total), q)
-    return np.where(count == 0, 1.0, q)
+    return np.where(count == 0, 1.0, np.minimum(q, 1.0))
 
 
 def lower_confidence_bound(n_A: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
@@ -165,7 +166,8 @@ def _against(counts: _Counts, rivals_SK: NDArray[np.bool_], w: float) -> _Verdic
     n_B = np.where(rivals_SK, counts.estimation_SK, 0).max(axis=1)
     level = (1 - w) * counts.alpha / np.maximum(rivals_SK.sum(axis=1), 1)
     rest = _upper_tail(n_A, n, w * counts.alpha)  # 1 - p_A lower bound
-    p_B = np.where(n_B == n, 1.0, betaincinv(n_B + 1.0, np.maximum(n - n_B, 1).astype(float), 1 - level))
+    p_B = np.where(n_B == n, 1.0, betainccinv(n_B + 1.0, np.maximum(n - n_B, 1).astype(float), level))
+    p_B = p_B * (1 + _ROUNDING * n)
     p_B = np.minimum(rest, p_B)
     certified = 1 - rest >= p_B
     radius = np.where(certified, counts.sigma / 2 * (-ndtri(rest) - ndtri(p_B)), 0.0) + 0.0

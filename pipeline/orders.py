@@ -5,8 +5,13 @@
 
 A confidence bound holds for one look. The first order over a sample is its claim; a later order over the same sample
 with other settings is marked post hoc. New samples are no second look.
+
+Each order holds the hash of the one before it, the first that of run.json. So the hash of the first order, published
+before the first draw, commits to everything in both (the run's commitment), and no order can be changed or removed
+without breaking the chain after it.
 """
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.block import STAGES, Block, Stage
 from pipeline.errors import RunError, UserError
 from pipeline.records import LARGEST, Record, first_problem, parse_record
+from pipeline.run import RUN_KEY
 from pipeline.sequential import Grid, looks_of
 from pipeline.spec import MOST_CLASSES, Alpha, BlockLengths, IntegerKeys, RunSpec, check_alpha, check_radii, looks_at
 from pipeline.storage.store import Store
@@ -36,6 +42,7 @@ _MODES: dict[Certificate, tuple[Mode, ...]] = {
 }
 _MOST_BLOCKS = 100_000_000  # of one order; more would not fit in the driver's memory
 _NAME = re.compile(r"orders/(\d{3,9})\.json")
+_HASH = "^[0-9a-f]{64}$"
 
 Class = Annotated[int, Field(ge=0, lt=MOST_CLASSES)]
 Draws = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -54,6 +61,8 @@ class Order(Record):
     max_acr_loss: float | None = Field(default=None, gt=0, lt=1)
     radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
     costly: Annotated[dict[int, list[Class]] | None, IntegerKeys] = None  # label -> the classes that are costly for it
+    data_id: str | None = Field(default=None, pattern=_HASH)  # of the data set; None: not recorded
+    previous: str | None = Field(default=None, pattern=_HASH)  # sha256 of what was stored before; None: not recorded
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,9 +95,12 @@ class Order(Record):
     def claim(self) -> Mapping[str, Any]:
         """The settings that make another claim of it.
 
-        Skipping spares draws and claims nothing; the looks that alpha was split over in advance are one claim.
+        Skipping spares draws and claims nothing, but a plan depends on it. The looks that alpha was split over in
+        advance are one claim.
         """
-        unclaimed = {"samples", "skip_wrong"} | ({"n"} if isinstance(self.alpha, dict) else set())
+        unclaimed = {"samples", "data_id", "previous"}
+        unclaimed |= {"n"} if isinstance(self.alpha, dict) else set()
+        unclaimed |= {"skip_wrong"} if self.mode != "planned" else set()
         return self.model_dump(exclude=unclaimed)
 
     @property
@@ -154,6 +166,7 @@ def order_of(
     samples: Iterable[int],
     certificate: Certificate = "top",
     costly: Mapping[int, Sequence[int]] | None = None,
+    data_id: str | None = None,
 ) -> Order:
     """The order that a spec places.
 
@@ -171,6 +184,7 @@ def order_of(
         max_acr_loss=sampling.max_acr_loss,
         radii=sampling.radii,
         costly=None if costly is None else {y: list(classes) for y, classes in costly.items()},
+        data_id=data_id,
     )
     check_size(order, smoothing.block)
     return order
@@ -188,15 +202,48 @@ def check_size(order: Order, lengths: BlockLengths) -> None:
 
 
 def place_order(store: Store, order: Order) -> str:
-    """Store an order and return its name; an equal one that is stored already is the same order."""
+    """Store an order and return its name; an equal one that is stored already is the same order.
+
+    Raises: UserError if an earlier order was placed over another data set.
+    """
+    order = order.model_copy(update={"previous": None})
     while True:
         placed = read_orders(store)
         for name, earlier in placed.items():
-            if earlier == order:
+            if order.data_id and earlier.data_id and order.data_id != earlier.data_id:
+                raise UserError(
+                    f"{store.uri}: the data set differs from that of order {name} (its size or some of its samples); "
+                    "use the same data set, or another folder with --out"
+                )
+        for name, earlier in placed.items():
+            if earlier.model_copy(update={"previous": None, "data_id": order.data_id}) == order:
                 return name
-        name = f"{max(map(int, placed), default=0) + 1:03d}"
-        if store.put_if_absent(OrderKeys(name).order, order.model_dump_json(indent=2).encode()):
+        last = max(placed, key=int, default=None)
+        name = f"{int(last or 0) + 1:03d}"
+        chained = order.model_copy(update={"previous": stored_hash(store, last)})
+        if store.put_if_absent(OrderKeys(name).order, chained.model_dump_json(indent=2).encode()):
             return name
+
+
+def stored_hash(store: Store, name: str | None) -> str:
+    """The sha256 of an order as stored, or of run.json for None. Raises: FileNotFoundError."""
+    return hashlib.sha256(store.read(RUN_KEY if name is None else OrderKeys(name).order)).hexdigest()
+
+
+def broken_links(store: Store, orders: Mapping[str, Order]) -> Iterator[str]:
+    """A line for each order that is missing, or was changed after the next one was placed."""
+    before: str | None = None
+    chained = False
+    for number, (name, order) in enumerate(orders.items(), start=1):
+        if name != f"{number:03d}":
+            yield f"order {number:03d} is missing, but order {name} exists"
+            return
+        if order.previous is None:
+            if chained:
+                yield f"order {name} does not continue the chain of hashes"
+        elif order.previous != stored_hash(store, before):
+            yield f"{RUN_KEY if before is None else f'order {before}'} was changed after order {name} was placed"
+        before, chained = name, chained or order.previous is not None
 
 
 def read_orders(store: Store) -> dict[str, Order]:

@@ -84,22 +84,27 @@ def planned_before(store: Store, order: Order) -> dict[int, int]:
 def settle_plan(
     store: Store, name: str, order: Order, lengths: BlockLengths, sigma: float, pilots: Mapping[int, Pilot]
 ) -> Plan:
-    """Make and store the plan of an order, and return the stored one.
+    """Make and store the plan of an order, and return the stored one. `pilots` holds every sample of the order."""
+    return store_plan(store, name, make_plan(order, lengths, sigma, pilots, planned_before(store, order)))
 
-    `pilots` holds every sample of the order. A sample that an order with the same claim has planned keeps its draws.
-    """
-    planned = {sample: n for sample, n in planned_before(store, order).items() if sample in pilots}
+
+def make_plan(
+    order: Order, lengths: BlockLengths, sigma: float, pilots: Mapping[int, Pilot], planned: Plan
+) -> dict[int, int]:
+    """The plan that follows from the pilots; a sample that is already `planned` under the same claim keeps its
+    draws."""
+    plan = {sample: n for sample, n in planned.items() if sample in pilots}
     counts = {}
     for sample, pilot in pilots.items():
-        if sample in planned:
+        if sample in plan:
             continue
         top = top_class(pilot.votes)
-        planned[sample] = 0
+        plan[sample] = 0
         if not order.skip_wrong or top == pilot.label:
             counts[sample] = pilot.votes[top]
     draws = plan_draws(list(counts.values()), order, sigma=sigma, length=lengths.estimation)
-    planned.update(zip(counts, draws, strict=True))
-    return store_plan(store, name, planned)
+    plan.update(zip(counts, draws, strict=True))
+    return plan
 
 
 def plan_draws(n_A: Sequence[int], order: Order, *, sigma: float, length: int) -> list[int]:

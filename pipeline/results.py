@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.block import Block
@@ -221,8 +222,12 @@ class StoredRun:
             block=self.run.block,
             plan=self.plans.get(name, {}) if order.mode == "planned" else None,
         )
+        return rows.assign(order=name, post_hoc=self._marks(name))
+
+    def _marks(self, name: str) -> NDArray[np.bool_]:
+        """Which samples of an order are a second look."""
         later = post_hoc_samples(self.orders, name, self.plans)
-        return rows.assign(order=name, post_hoc=np.array([sample in later for sample in order.samples], dtype=bool))
+        return np.array([sample in later for sample in self.orders[name].samples], dtype=bool)
 
     def result(self, votes: pd.DataFrame, name: str) -> OrderResult:
         """What follows from an order and a table of votes."""
@@ -237,20 +242,37 @@ class StoredRun:
         )
 
     def finish(self, name: str) -> OrderResult:
-        """Rebuild votes.parquet from the blocks, and write the certificates and the curve of an order."""
+        """Rebuild votes.parquet from the blocks, and write the certificates and the curve of an order.
+
+        The certificates of the other orders are written again if their post hoc marks have changed.
+        """
         votes = write_table(self.store, self.run, self.read_blocks())
-        result, keys = self.result(votes, name), OrderKeys(name)
-        buffer = io.BytesIO()
+        result = self.result(votes, name)
+        self._write(result)
+        for other in self.orders:
+            written = None if other == name else self._written_marks(other)
+            if written is not None and written.tolist() != self._marks(other).tolist():
+                self._write(self.result(votes, other))
+        return result
+
+    def _written_marks(self, name: str) -> pd.Series | None:
+        """The post hoc marks of an order as written, None if they are not written or damaged."""
+        try:
+            return pd.read_parquet(io.BytesIO(self.store.read(OrderKeys(name).certificates)))["post_hoc"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _write(self, result: OrderResult) -> None:
+        """Write the certificates and the curve of an order."""
+        keys, curve, buffer = OrderKeys(result.name), result.curve, io.BytesIO()
         result.certificates.to_parquet(buffer, index=False)
         self.store.replace(keys.certificates, buffer.getvalue())
-        curve = result.curve
         if curve.num_samples and not result.predicts:
             fine = curve.table(grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
             self.store.replace(keys.curve_table, fine.to_csv(index=False).encode())
             picture, rows, missing = io.BytesIO(), len(result.certificates), len(result.incomplete)
             plot([curve], picture, f"{missing} of {rows} samples are incomplete and left out" if missing else None)
             self.store.replace(keys.curve_picture, picture.getvalue())
-        return result
 
     def choose(self, name: str | None) -> str:
         """The name of an order that has radii: the named one, or the first. Raises: UserError if there is none."""

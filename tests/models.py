@@ -119,7 +119,10 @@ def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
     order = order_of(spec, range(samples))
     name = place_order(store, order)
     worker = Worker.load(Setup(spec, store.uri, run.votes_id, 16))
-    worker.run(list(order.blocks(spec.smoothing.block)), "0")
+    sampler = StoredRun(store).sampler(order, set(), name=name, plans=True)
+    wanted = sampler.start()
+    while wanted:
+        wanted = sampler.take(worker.run(wanted, "0").votes)
     StoredRun(store).finish(name)
     return store
 

@@ -36,7 +36,7 @@ ARROWS = {
     "pipeline.run": "records spec storage.store",
     "pipeline.votes": "records run spec storage.store",
     "pipeline.sequential": "",
-    "pipeline.orders": "records sequential spec storage.store",
+    "pipeline.orders": "records run sequential spec storage.store",
     "pipeline.certify": "orders sequential spec",
     "pipeline.planning": "certify orders records spec storage.store",
     "pipeline.sampling": "certify orders planning spec votes",

@@ -1,5 +1,7 @@
 """The audit: an honest run passes, and every change to the files of a run is found and named."""
 
+import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -111,3 +113,44 @@ def test_another_spec_is_refused(store, spec):
     other = spec.model_copy(update={"smoothing": spec.smoothing.model_copy(update={"sigma": 0.5})})
     with pytest.raises(UserError, match="is not the spec of this run"):
         found(store, other)
+
+
+def rewrite(path, **columns):
+    pd.read_parquet(path).assign(**columns).to_parquet(path)
+
+
+def test_a_changed_post_hoc_mark_is_found(store, tmp_path):
+    rewrite(tmp_path / "run" / "orders" / "001" / "certificates.parquet", post_hoc=True)
+    assert any("does not follow from the votes (post_hoc)" in one for one in found(store))
+
+
+def test_a_changed_or_deleted_order_is_found(store, tmp_path):
+    analyze(store.uri, Request(alpha=0.01), quiet=True)
+    assert found(store) == []
+    path = tmp_path / "run" / "orders" / "001.json"
+    path.write_text(
+        path.read_text().replace('"alpha":0.001', '"alpha":0.01').replace('"alpha": 0.001', '"alpha": 0.01')
+    )
+    assert any("order 001 was changed after order 002" in one for one in found(store))
+    path.unlink()
+    assert any("order 001 is missing" in one for one in found(store))
+
+
+def test_the_commitment_is_the_hash_of_the_first_order(store, tmp_path):
+    def audited(commitment):
+        return audit(store.uri, spec=None, effort=Effort(), commitment=commitment).findings
+
+    for name in ("orders/001.json", "run.json"):
+        assert audited(hashlib.sha256((tmp_path / "run" / name).read_bytes()).hexdigest()) == []
+    assert any("--commitment 00" in one for one in audited("00" * 32))
+
+
+def test_a_plan_that_does_not_follow_from_the_pilots_is_found(raw_spec, tmp_path):
+    raw_spec["smoothing"] |= {"n": 2000, "n0": 200}
+    spec = load_spec(raw_spec | {"sampling": {"mode": "planned", "max_acr_loss": 0.05}})
+    store = make_run(spec, tmp_path / "planned")
+    assert found(store) == []
+    path = tmp_path / "planned" / "orders" / "001" / "plan.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps({**plan, "3": plan["3"] + 100}))
+    assert any("plan.json does not follow from the selection votes" in one for one in found(store))

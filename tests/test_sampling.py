@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.orders import (
     Order,
     OrderKeys,
+    broken_links,
     order_of,
     place_order,
     post_hoc_samples,
@@ -24,6 +25,13 @@ from pipeline.storage.store import FolderStore
 from pipeline.votes import Votes
 
 LENGTHS = BlockLengths(selection=10, estimation=100)
+
+
+def store_of(folder):
+    """A folder with a run.json, which the first order continues."""
+    store = FolderStore(str(folder))
+    store.put_if_absent("run.json", b"{}")
+    return store
 
 
 def order(samples, n=200, **changes):
@@ -54,13 +62,13 @@ def test_growing_needs_only_what_is_missing():
 
 
 def test_orders_are_numbered_and_equal_ones_are_one(tmp_path):
-    store = FolderStore(str(tmp_path))
+    store = store_of(tmp_path)
     assert [place_order(store, one) for one in (order([0]), order([0, 1]), order([0]))] == ["001", "002", "001"]
     assert list(read_orders(store)) == ["001", "002"]
 
 
 def test_only_second_looks_are_post_hoc(tmp_path):
-    store = FolderStore(str(tmp_path))
+    store = store_of(tmp_path)
     names = [
         place_order(store, one)
         for one in (
@@ -73,6 +81,53 @@ def test_only_second_looks_are_post_hoc(tmp_path):
     ]
     orders = read_orders(store)
     assert [post_hoc_samples(orders, name, {}) for name in names] == [set(), set(), {1, 2}, {0, 3}, set()]
+
+
+def test_an_interrupted_order_keeps_its_place(tmp_path):
+    """A planned order that was interrupted before its plan is still the first look, before and after it is resumed."""
+    store = store_of(tmp_path)
+    planned = order([0, 1], mode="planned", max_acr_loss=0.01)
+    names = [place_order(store, one) for one in (planned, order([0, 1]))]
+    for plans in ({}, {"001": {0: 100, 1: 200}}):
+        assert [post_hoc_samples(read_orders(store), name, plans) for name in names] == [set(), {0, 1}]
+
+
+def test_skipping_is_another_claim_only_for_a_plan():
+    planned = order([0], mode="planned", max_acr_loss=0.01)
+    assert planned.claim != planned.changed(skip_wrong=True).claim
+    assert order([0]).claim == order([0], skip_wrong=True).claim
+
+
+def test_an_order_is_placed_after_a_gap(tmp_path):
+    store = store_of(tmp_path)
+    for one in (order([0]), order([0, 1])):
+        place_order(store, one)
+    (tmp_path / "orders" / "001.json").unlink()
+    assert place_order(store, order([0, 1, 2])) == "003"
+    assert list(broken_links(store, read_orders(store))) == ["order 001 is missing, but order 002 exists"]
+
+
+def test_orders_are_a_chain_from_run_json(tmp_path):
+    store = store_of(tmp_path)
+    for one in (order([0]), order([0, 1]), order([0, 1, 2])):
+        place_order(store, one)
+    assert list(broken_links(store, read_orders(store))) == []
+    for key, words in (
+        ("run.json", "run.json was changed after order 001"),
+        ("orders/002.json", "order 002 was changed"),
+    ):
+        before = store.read(key)
+        store.replace(key, before + b" ")
+        assert [words in line for line in broken_links(store, read_orders(store))] == [True]
+        store.replace(key, before)
+
+
+def test_another_data_set_is_refused(tmp_path):
+    store = store_of(tmp_path)
+    place_order(store, order([0], data_id="a" * 64))
+    place_order(store, order([0, 1]))  # an order of an earlier version has no data_id
+    with pytest.raises(UserError, match="the data set differs from that of order 001"):
+        place_order(store, order([0, 2], data_id="b" * 64))
 
 
 def test_order_of_a_spec(raw_spec):
@@ -127,7 +182,7 @@ def test_decisions_depend_only_on_committed_votes(tmp_path, changes):
     asked = Order(**{"samples": list(PROBABILITY), "n0": 10, "n": 10_000, "alpha": 0.001, **changes})
     found = []
     for seed, stops in ((0, []), (1, [3]), (2, [7, 60, 120]), (3, [1, 1, 1])):
-        store, committed, rng = FolderStore(str(tmp_path / str(seed))), set(), np.random.default_rng(seed)
+        store, committed, rng = store_of(tmp_path / str(seed)), set(), np.random.default_rng(seed)
         for stop in stops:
             drive(store, asked, committed, rng, stop)
         assert not drive(store, asked, committed, rng).open
@@ -143,7 +198,7 @@ def test_decisions_depend_only_on_committed_votes(tmp_path, changes):
 
 
 def test_a_plan_is_made_once_and_growing_keeps_it(tmp_path):
-    store, rng, committed = FolderStore(str(tmp_path)), np.random.default_rng(0), set()
+    store, rng, committed = store_of(tmp_path), np.random.default_rng(0), set()
     small = Order(samples=[0, 1], n0=100, n=10_000, alpha=0.001, mode="planned", max_acr_loss=0.01)
     drive(store, small, committed, rng)
     grown = small.model_copy(update={"samples": [0, 1, 2, 4]})
@@ -193,7 +248,7 @@ def test_a_planned_bound_errs_at_most_alpha_times():
 
 
 def test_looks_of_a_split_alpha_are_one_claim(tmp_path):
-    store, split = FolderStore(str(tmp_path)), {200: 0.0005, 400: 0.0005}
+    store, split = store_of(tmp_path), {200: 0.0005, 400: 0.0005}
     names = [
         place_order(store, order([0, 1], n=n, alpha=alpha)) for n, alpha in ((200, split), (400, split), (400, 0.001))
     ]
