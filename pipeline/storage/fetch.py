@@ -302,7 +302,7 @@ def _transfer(uri: str, part: Path, state: Path) -> None:
     before = _load(_Partial, state) or _Partial()
     start = part.stat().st_size if part.exists() and before.etag is not None else 0
     if start and before.total is not None and start >= before.total:
-        start = before.total - 1  # complete or damaged: the server tells by the last byte, asked for again
+        start = before.total - 1  # complete or damaged: requesting the last byte again shows which
         os.truncate(part, max(0, start))
     connect = _from_s3 if uri.startswith("s3://") else _from_http
     with closing(paced(connect(uri, max(0, start), before.etag), CALL_SECONDS, READ_SECONDS)) as items:
