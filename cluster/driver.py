@@ -23,7 +23,7 @@ from cluster.ray_private import draining_nodes, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
 from pipeline.block import Block
-from pipeline.errors import RunError, Stopped, UserError
+from pipeline.errors import RunError, Stopped, UserError, first_line
 from pipeline.sampling import Sampler
 from pipeline.votes import Votes
 
@@ -408,10 +408,9 @@ def _connect(address: str, actors: int | None, verbose: bool) -> None:
         _knock(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({reason}); start one, or omit --address to start a "
-            "local Ray"
+            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one, or omit "
+            "--address to start a local Ray"
         ) from error
 
 
@@ -433,4 +432,4 @@ def _cause(error: RayTaskError) -> Exception:
 
 def _line(error: Exception) -> str:
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
+    return f"{type(cause).__name__}: {first_line(cause)}"

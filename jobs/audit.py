@@ -18,7 +18,7 @@ import torch
 
 from pipeline.block import Block
 from pipeline.data import Dataset, open_dataset
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.models.device import device_facts, device_of
 from pipeline.noise import Noise, check_known_answers
 from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
@@ -178,7 +178,7 @@ def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{store.uri}/{TABLE_KEY} is damaged ({_first_line(error)}); run certify again to rebuild it"]
+        return [f"{store.uri}/{TABLE_KEY} is damaged ({first_line(error)}); run certify again to rebuild it"]
     both = table.merge(votes[columns], on=keys, how="left", suffixes=("", "_now"))
     changed = both[(both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])]
     for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
@@ -212,7 +212,7 @@ def _check_orders(stored: StoredRun, votes: pd.DataFrame, good: set[Block]) -> l
             findings.append(f"{store.uri}/{key} is missing; run certify or analyze to derive it from the votes")
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            findings.append(f"{store.uri}/{key} is damaged ({_first_line(error)}); run certify again to rebuild it")
+            findings.append(f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it")
             continue
         if len(written) != len(derived):
             differing = ["its samples"]
@@ -283,10 +283,6 @@ def _pilots(votes: pd.DataFrame, order: Order) -> dict[int, Pilot]:
             label = int(of_sample["label"].iloc[0])
             pilots[int(str(sample))] = Pilot(label, {int(str(k)): int(n) for k, n in counts.items()})
     return {sample: pilots[sample] for sample in order.samples} if set(order.samples) <= pilots.keys() else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _moments(run: Run, blocks: Sequence[StoredBlock]) -> tuple[float, list[str]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cluster.worker import Setup, Worker
 from jobs.watch import progress_bar
 from pipeline.block import Block
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.images import UNLABELLED, Sample
 from pipeline.models.denoisers import Denoiser
 from pipeline.noise import local_noise
@@ -194,10 +194,9 @@ def _base_classifier(
         with torch.inference_mode():
             logits = model.classifier(x_BCHW)
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"the model cannot classify an image of shape {image_CHW.shape}: {reason}; give images of the shape "
-            "that it was trained on"
+            f"the model cannot classify an image of shape {image_CHW.shape}: {first_line(error)}; give images "
+            "of the shape that it was trained on"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

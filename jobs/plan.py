@@ -22,8 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.block import STAGES
 from pipeline.certify import certified_radius
 from pipeline.data import Facts, known_facts, open_dataset, sample_indices
-from pipeline.errors import RunError, UserError
-from pipeline.models.files import one_line
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.models.own import OwnFunctionError
 from pipeline.smoothing import base_classifier, check_base_classifier
 from pipeline.spec import RunSpec, looks_at
@@ -210,7 +209,7 @@ def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> Flo
     except RunError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, OwnFunctionError) as error:
-        logger.warning("cannot count FLOPs: %s", one_line(error))
+        logger.warning("cannot count FLOPs: %s", first_line(error))
         return None
 
 

@@ -24,3 +24,8 @@ def one_line(text: object, limit: int = 300) -> str:
     joined = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[: limit + 1])
     return escaped if len(escaped) <= limit else f"{escaped[:limit]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, escaped and cut like `one_line`; its type if the message is empty."""
+    return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))

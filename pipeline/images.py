@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.sources import UNLABELLED, Source
 
 
@@ -122,5 +122,5 @@ class EncodedImages:
         return image
 
     def _damaged(self, index: int, error: Exception) -> UserError:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         return UserError(f"{self._source.place(index)}: cannot decode sample {index} ({reason}); replace or exclude it")

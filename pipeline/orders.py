@@ -22,8 +22,8 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.block import STAGES, Block, Stage
-from pipeline.errors import RunError, UserError
-from pipeline.records import LARGEST, Record, first_problem, parse_record
+from pipeline.errors import RunError, UserError, first_line
+from pipeline.records import LARGEST, MOST_BYTES, Record, first_problem, parse_record
 from pipeline.run import RUN_KEY
 from pipeline.sequential import Grid, looks_of
 from pipeline.spec import MOST_CLASSES, Alpha, BlockLengths, IntegerKeys, RunSpec, check_alpha, check_radii, looks_at
@@ -258,7 +258,7 @@ def read_orders(store: Store) -> dict[str, Order]:
 def _read_order(store: Store, name: str) -> Order:
     key = OrderKeys(name).order
     try:
-        return parse_record(Order, store.read(key))
+        return parse_record(Order, store.read(key, limit=MOST_BYTES))
     except (OSError, ValueError) as error:
         raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
 
@@ -303,7 +303,7 @@ def read_costly(certificate: Certificate, path: str | None, num_classes: int) ->
         raise UserError(f"--costly {path}: cannot read it: {error.strerror}; give a .csv or .toml file") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"--costly {path}: {str(error).splitlines()[0]}; a .csv file must hold a cost matrix with a row per label, "
+            f"--costly {path}: {first_line(error)}; a .csv file must hold a cost matrix with a row per label, "
             "a .toml file lines such as 3 = [5, 7]"
         ) from error
     for y, classes in costly.items():

@@ -20,7 +20,7 @@ from scipy.special import betaincinv
 from pipeline.certify import certified_radius, top_class
 from pipeline.errors import RunError
 from pipeline.orders import Draws, Order, OrderKeys, read_orders
-from pipeline.records import LARGEST, parse_record
+from pipeline.records import LARGEST, MOST_BYTES, parse_record
 from pipeline.spec import BlockLengths
 from pipeline.storage.store import Store
 
@@ -55,7 +55,7 @@ def read_plan(store: Store, name: str) -> Plan | None:
     """The plan of an order, None if it has none yet. Raises: RunError if it is damaged."""
     key = OrderKeys(name).plan
     try:
-        return parse_record(_PlanFile, store.read(key)).root
+        return parse_record(_PlanFile, store.read(key, limit=MOST_BYTES)).root
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

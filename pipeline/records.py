@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+MOST_BYTES = 100_000_000  # of a record's file
 LARGEST = 2**31 - 1  # of samples, labels, classes, and draws: their columns are int32
 
 

@@ -17,7 +17,7 @@ from pipeline.curve import Curve, curve_of, grid, plot, table_radii
 from pipeline.errors import UserError
 from pipeline.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from pipeline.planning import Plan, read_plan, settle_plan
-from pipeline.records import parse_record
+from pipeline.records import MOST_BYTES, parse_record
 from pipeline.run import Run, read_run
 from pipeline.sampling import Sampler
 from pipeline.storage.store import Store, open_store
@@ -316,7 +316,7 @@ class StoredRun:
 
     def _progress(self) -> Progress | None:
         try:
-            return parse_record(Progress, self.store.read(PROGRESS_KEY))
+            return parse_record(Progress, self.store.read(PROGRESS_KEY, limit=MOST_BYTES))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

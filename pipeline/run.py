@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.errors import RunError, UserError
-from pipeline.records import Record, parse_record, shortened
+from pipeline.records import MOST_BYTES, Record, parse_record, shortened
 from pipeline.spec import F_VERSION, MOST_CLASSES, BlockLengths, Identity, RunSpec, identity
 from pipeline.storage.store import Store
 
@@ -90,17 +90,17 @@ def claim_seeded_run(
         run = describe_run(seeded, weights_ids, num_classes)
         try:
             claim_run(store, run)
+            return seeded, run
         except UserError:
-            if drawn:
-                continue  # another driver claimed the storage first, with a seed of its own
-            raise
-        return seeded, run
+            if not drawn:
+                raise
+            read_run(store)  # another driver claimed the storage first, with a seed of its own
 
 
 def read_run(store: Store) -> Run:
     """Read run.json. Raises: UserError if there is no run, RunError if run.json is damaged."""
     try:
-        return parse_record(Run, store.read(RUN_KEY))
+        return parse_record(Run, store.read(RUN_KEY, limit=MOST_BYTES))
     except FileNotFoundError:
         raise UserError(f"{store.uri}: no run here (no {RUN_KEY}); give the folder that certify wrote") from None
     except UserError:

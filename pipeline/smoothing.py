@@ -21,11 +21,10 @@ from torch import Tensor
 
 from pipeline.block import Block, Stage
 from pipeline.data import Dataset, open_dataset, sample_indices
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.images import Sample
 from pipeline.models.classifiers import ClassifierSource, resolve_classifier
 from pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
-from pipeline.models.files import one_line
 from pipeline.noise import Noise, local_noise
 from pipeline.spec import RunSpec
 
@@ -379,7 +378,7 @@ def _output(part: str, network: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> T
         raise
     except Exception as error:  # an own function or a library's network can raise anything
         raise UserError(
-            f"the {part} cannot process images of shape {shape} ({type(error).__name__}: {one_line(error)}); use a "
+            f"the {part} cannot process images of shape {shape} ({type(error).__name__}: {first_line(error)}); use a "
             f"{part} for such images, or set data.resize and data.crop"
         ) from error
     if not isinstance(found, Tensor):

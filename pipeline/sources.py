@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.locations import is_remote
 from pipeline.storage.remote import S3File
 
@@ -211,7 +211,7 @@ def _parquet_errors(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"data.path = {name!r}: no such file; give the path of a Parquet file") from None
     except Exception as error:  # ArrowException, OSError, UnicodeDecodeError, ...
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"data.path = {name[:200]!r}: damaged, or not a Parquet file ({reason}); get the file again"
         ) from error

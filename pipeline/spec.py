@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.block import Stage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.locations import resolve
 from pipeline.records import Record, shortened
 
@@ -433,7 +433,7 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the spec: {error.strerror}; give the path of a TOML file") from error
     except ValueError as error:  # not TOML, not UTF-8, a number with thousands of digits, or a path with a NUL byte
-        raise UserError(f"{path}: not valid TOML: {str(error).splitlines()[0]}; correct the file") from error
+        raise UserError(f"{path}: not valid TOML: {first_line(error)}; correct the file") from error
 
 
 def _copy(table: Mapping[str, Any]) -> dict[str, Any]:

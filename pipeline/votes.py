@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.block import STAGES, Block, Stage
-from pipeline.errors import RunError
+from pipeline.errors import RunError, first_line
 from pipeline.records import LARGEST, Record, first_problem, parse_record
 from pipeline.run import Run, read_run
 from pipeline.spec import BlockLengths
@@ -271,7 +271,7 @@ class _Decoder:
 def _reason(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return first_problem(error)
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return first_line(error)
 
 
 def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.locations import require_set
 from pipeline.models.files import (
     Config,
@@ -26,7 +26,6 @@ from pipeline.models.files import (
     library,
     library_errors,
     load_json,
-    one_line,
     parse_config,
     weights_id,
 )
@@ -391,7 +390,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     try:
         return fuse(network)
     except Exception as error:  # tracing can fail in any way; without it the network is only slower
-        logger.info("batch norms are not merged: tracing failed with %s: %s", type(error).__name__, one_line(error))
+        logger.info("batch norms are not merged: tracing failed with %s: %s", type(error).__name__, first_line(error))
         return network
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.locations import EMBEDDED, embedded_path
 from pipeline.storage.fetch import fetch, fetch_first, file_sha256
 
@@ -91,7 +91,7 @@ def load_json(location: str) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(location, error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {location}: not valid JSON ({one_line(error)}); get the file again") from error
+        raise UserError(f"checkpoint {location}: not valid JSON ({first_line(error)}); get the file again") from error
     if not isinstance(content, dict):
         raise UserError(
             f"checkpoint {location}: holds a JSON {type(content).__name__}, not an object; get the file again"
@@ -135,11 +135,5 @@ def library_errors(location: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries do not document what they raise for damaged files
         raise UserError(
-            f"checkpoint {location}: cannot be used ({type(error).__name__}: {one_line(error)}); get the file again"
+            f"checkpoint {location}: cannot be used ({type(error).__name__}: {first_line(error)}); get the file again"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:_SHOWN]

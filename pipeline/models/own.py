@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.locations import require_set
-from pipeline.models.files import one_line, weights_id
+from pipeline.models.files import weights_id
 from pipeline.spec import Classifier, Denoiser, RunSpec
 from pipeline.storage.fetch import file_sha256
 
@@ -53,10 +53,10 @@ def own_function(arch: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"arch = {arch!r}: {one_line(error)}; name a function that Python can import") from error
+        raise UserError(f"arch = {arch!r}: {first_line(error)}; name a function that Python can import") from error
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise OwnFunctionError(
-            f"arch = {arch!r}: importing {module_name} raised {type(error).__name__}: {one_line(error)}; correct the "
+            f"arch = {arch!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; correct the "
             "module"
         ) from error
     if not (inspect.isfunction(function) or inspect.ismethod(function) or inspect.isclass(function)):
@@ -116,7 +116,7 @@ def imported_names(source: Path, package: str) -> Iterator[str]:
     try:
         tree = ast.parse(source.read_bytes())
     except (SyntaxError, ValueError) as error:  # ValueError for a NUL byte
-        raise UserError(f"{source}: not valid Python ({one_line(error)}); correct it") from error
+        raise UserError(f"{source}: not valid Python ({first_line(error)}); correct it") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -144,7 +144,7 @@ def call_own_function(arch: str, spec: RunSpec, device: Any) -> Callable[..., An
         raise
     except (Exception, SystemExit) as error:
         raise OwnFunctionError(
-            f"arch = {arch!r} raised {type(error).__name__} when called with (spec, device): {one_line(error)}; "
+            f"arch = {arch!r} raised {type(error).__name__} when called with (spec, device): {first_line(error)}; "
             "correct the function"
         ) from error
     if not callable(made):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.errors import UserError
-from pipeline.models.files import local_file, one_line
+from pipeline.errors import UserError, first_line
+from pipeline.models.files import local_file
 
 State = dict[str, Tensor]
 
@@ -60,7 +60,7 @@ def build(
             network = make()
     except RuntimeError as error:
         raise UserError(
-            f"checkpoint {location}: its network cannot be allocated ({one_line(error)}); use a smaller network"
+            f"checkpoint {location}: its network cannot be allocated ({first_line(error)}); use a smaller network"
         ) from error
     state = convert(load_weights(location, network.state_dict().keys()))
     load_into(network, state, location, explain)
@@ -149,7 +149,7 @@ def _prefix(state: State, wanted: Collection[str]) -> str:
 def _reason(error: Exception) -> str:
     """Return the one informative line of what torch says about a file."""
     lines = (line.strip() for line in str(error).splitlines() if "GLOBAL" in line)
-    return next(lines, one_line(error))[:200]
+    return next(lines, first_line(error))[:200]
 
 
 def load_into(
