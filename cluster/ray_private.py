@@ -33,7 +33,7 @@ def redirect_worker_output(write: Callable[[str], None]) -> None:
 
     def print_to(data: dict[str, Any], *_: Any, **__: Any) -> None:
         for text in data["lines"]:
-            write(next(iter(text.strip().splitlines()), "")[:300])
+            write(next(iter(text.strip().splitlines()), "").strip()[:300])
 
     if callable(getattr(getattr(ray._private, "worker", None), "print_to_stdstream", None)):
         ray._private.worker.print_to_stdstream = print_to
