@@ -36,6 +36,11 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
         raise UserError(f"{run_uri} has no order yet; certify it first")
     first = next(iter(stored.orders.values()))
     order = _order(stored, first, request)
+    if export_tsv and order.certificate == "cost":
+        raise UserError(
+            "--export-tsv: readers of Cohen's layout would take the certificate 'cost' for one of robustness; export "
+            "another certificate"
+        )
     _check_drawn(stored, order)
     name = stored.place(order)
     if order.mode == "planned":  # the draws that were cast
@@ -44,8 +49,9 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
     result = StoredRun(stored.store).finish(name)
     print_order(result, quiet=quiet)
     if export_tsv:
+        log = write_log(result.certificates)
         with writing("--export-tsv", export_tsv):
-            Path(export_tsv).write_text(write_log(result.certificates))
+            Path(export_tsv).write_text(log)
     return result
 
 

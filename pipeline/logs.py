@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CERTIFY = ("idx", "label", "predict", "radius", "correct", "time")
 PREDICT = ("idx", "label", "predict", "correct", "time")
+POST_HOC = "post_hoc"  # a further column of ours, 1 for a second look; other readers ignore it
 
 _RADIUS_STEP = Decimal("0.000001")  # radii are written to 6 decimals
 _LARGEST_RADIUS = 1e6  # in [0, 1] pixel units; larger than any image
@@ -32,6 +33,7 @@ class _Row(NamedTuple):
     label: int
     prediction: int
     radius: float
+    post_hoc: bool
 
 
 def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -76,7 +78,6 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
         status=certified.map({True: "certified", False: "abstained"}).mask(unsampled, "incomplete"),
         radius=table["radius"].where(certified, 0.0),
         correct=certified & (table["prediction"] == table["label"]),
-        post_hoc=False,
     )
 
 
@@ -84,7 +85,7 @@ def write_log(certificates: pd.DataFrame) -> str:
     """Certificates in Cohen's layout with radii rounded down, or predictions in the layout of PREDICT.
 
     Incomplete samples are excluded with a warning. The layout has no status for a skipped sample, so it is written as
-    an abstention.
+    an abstention. A further column marks second looks, if there are any.
     """
     complete = certificates[certificates["status"] != "incomplete"]
     if len(complete) < len(certificates):
@@ -93,12 +94,14 @@ def write_log(certificates: pd.DataFrame) -> str:
             "%d of %d samples are incomplete and excluded from the log: %s",
             len(left_out), len(certificates), ", ".join(map(str, left_out[:10])) + (", ..." if left_out[10:] else ""),
         )  # fmt: skip
-    columns = (complete[name].tolist() for name in ("sample", "label", "prediction", "radius", "correct"))
+    columns = (complete[name].tolist() for name in ("sample", "label", "prediction", "radius", "correct", POST_HOC))
     predictions = "predict" in set(certificates.get("certificate", ()))
-    lines = ["\t".join(PREDICT if predictions else CERTIFY)]
-    for sample, label, prediction, radius, correct in zip(*columns, strict=True):
+    marked = bool(certificates[POST_HOC].any())
+    lines = ["\t".join((*(PREDICT if predictions else CERTIFY), *([POST_HOC] if marked else [])))]
+    for sample, label, prediction, radius, correct, mark in zip(*columns, strict=True):
         floor = "" if predictions else f"{Decimal(radius).quantize(_RADIUS_STEP, rounding=ROUND_FLOOR)}\t"
-        lines.append(f"{sample}\t{label}\t{max(prediction, ABSTAINED)}\t{floor}{correct:d}\t0:00:00")
+        line = f"{sample}\t{label}\t{max(prediction, ABSTAINED)}\t{floor}{correct:d}\t0:00:00"
+        lines.append(f"{line}\t{mark:d}" if marked else line)
     return "\n".join(lines) + "\n"
 
 
@@ -131,8 +134,9 @@ def _parsed(where: str, fields: dict[str, str]) -> _Row:
     sample, label, prediction = (_whole(where, name, fields[name]) for name in ("idx", "label", "predict"))
     if prediction < NO_PREDICTION:
         raise UserError(f"{where}: predict = {prediction} must be a class, -1 (abstained), or -2 (not sampled)")
+    post_hoc = fields.get(POST_HOC, "0").strip() != "0"
     if prediction == NO_PREDICTION or "radius" not in fields:
-        return _Row(sample, label, prediction, 0.0)
+        return _Row(sample, label, prediction, 0.0, post_hoc)
     try:
         radius = float(fields["radius"])
     except ValueError:
@@ -141,7 +145,7 @@ def _parsed(where: str, fields: dict[str, str]) -> _Row:
         raise UserError(
             f"{where}: radius = {_shown(fields['radius'])} must be a number between 0 and {_LARGEST_RADIUS:g}"
         )
-    return _Row(sample, label, prediction, radius)
+    return _Row(sample, label, prediction, radius, post_hoc)
 
 
 def _whole(where: str, name: str, text: str) -> int:

@@ -108,7 +108,7 @@ class OrderResult:
                 "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy},
             }
         return Summary(
-            name=curve.name,
+            name=self.run.name,
             run=self.run_uri,
             order=self.name,
             votes_id=self.run.votes_id,
@@ -269,7 +269,12 @@ class StoredRun:
         self.store.replace(keys.certificates, buffer.getvalue())
         if curve.num_samples and not result.predicts:
             fine = curve.table(grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
-            self.store.replace(keys.curve_table, fine.to_csv(index=False).encode())
+            marks = {
+                "certificate": result.order.certificate,
+                "post_hoc": curve.post_hoc,
+                "incomplete": curve.incomplete,
+            }
+            self.store.replace(keys.curve_table, fine.assign(**marks).to_csv(index=False).encode())
             picture, rows, missing = io.BytesIO(), len(result.certificates), len(result.incomplete)
             plot([curve], picture, f"{missing} of {rows} samples are incomplete and left out" if missing else None)
             self.store.replace(keys.curve_picture, picture.getvalue())
@@ -325,11 +330,13 @@ class StoredRun:
 
 
 def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: float) -> Curve:
-    """The curve of an order's certificates."""
+    """The curve of an order's certificates; its name says which certificate, unless it is the usual one."""
     looks = order.looks
     largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
     if order.radii is not None:
         largest = order.radii[-1]
+    if order.certificate != "top":
+        name = f"{name} [{order.certificate}]"
     return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
 
 

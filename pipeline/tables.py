@@ -42,6 +42,11 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
     said = []
     if any(curve.post_hoc for curve in curves):
         said.append("* post hoc: an earlier order covers these samples")
+    if any(curve.name.endswith("[cost]") for curve in curves):
+        said.append(
+            "[cost] certifies only that no costly class is predicted; its values are not comparable with those of the "
+            "other certificates"
+        )
     if any(curve.tested is not None for curve in curves):
         said.append(
             f"{_NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
@@ -138,14 +143,20 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
 
 
 def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
-    """Columns run, radius, certified_accuracy; an envelope adds its rows and the column best_run.
+    """Columns run, radius, certified_accuracy, post_hoc, incomplete (samples); an envelope adds its rows and best_run.
 
     CSV has no place for the notes, so they are logged.
     """
     for note in _notes(curves, radii, envelope):
         logger.warning("%s", note)
     columns = {"radius": radii}
-    blocks = [pd.DataFrame({"run": one.name, **columns, "certified_accuracy": one.at(radii)}) for one in curves]
+    blocks = [
+        pd.DataFrame(
+            {"run": one.name, **columns, "certified_accuracy": one.at(radii), "post_hoc": one.post_hoc,
+             "incomplete": one.incomplete}
+        )
+        for one in curves
+    ]  # fmt: skip
     if envelope:
         best = [one.name for one in envelope.best]
         values = {"certified_accuracy": envelope.certified_accuracy, "best_run": best}

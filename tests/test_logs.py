@@ -143,6 +143,7 @@ def certificates(radii, status="certified"):
             "prediction": np.int32(3),
             "radius": radii,
             "correct": True,
+            "post_hoc": False,
         }
     )
 
@@ -177,4 +178,7 @@ def test_round_trip(log, caplog):
     assert "1 of 5 samples are incomplete and excluded from the log: 2" in caplog.text
     read = read_log(log(text))
     assert write_log(read) == text
+    marked = write_log(table.assign(post_hoc=True))
+    assert marked.splitlines()[0].endswith("time\tpost_hoc")
+    assert read_log(log(marked))["post_hoc"].all()
     assert columns(read, "radius", "correct") == columns(table.drop(index=2), "radius", "correct")

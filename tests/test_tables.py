@@ -59,10 +59,18 @@ def test_latex():
     )
 
 
+def test_a_cost_certificate_is_named_and_never_compared_silently(caplog):
+    curves = [curve("a [cost]", 0.4), HIGH]
+    for form in FORMATS:
+        text = render(curves, form) + caplog.text
+        assert "[cost]" in text.replace("\\", "")
+        assert "not comparable with those of the other certificates" in text
+
+
 def test_csv_reads_back_in_one_call(caplog):
     with caplog.at_level(logging.WARNING):
         table = pd.read_csv(io.StringIO(render([LOW, HIGH], "csv", radii=RADII)))
-    assert list(table.columns) == ["run", "radius", "certified_accuracy"]
+    assert list(table.columns) == ["run", "radius", "certified_accuracy", "post_hoc", "incomplete"]
     assert table["run"].tolist() == ["low_0.25"] * 4 + ["high & 50% | x"] * 4
     assert table["radius"].tolist() == [*RADII, *RADII]
     assert table["certified_accuracy"].tolist() == [0.75, 0.25, 0, 0, 0.5, 0.5, 0.25, 0]
