@@ -28,7 +28,7 @@ from pipeline.orders import order_of
 from pipeline.results import StoredRun
 from pipeline.run import claim_run, describe_run
 from pipeline.smoothing import BaseClassifier
-from pipeline.spec import RunSpec, load_spec
+from pipeline.spec import MOST_CLASSES, RunSpec, load_spec
 from pipeline.storage.store import MemoryStore, open_store
 
 _BATCHES_PER_TASK = 20  # a stop loses at most so much work, and the progress bar moves this often
@@ -127,7 +127,7 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
     """
     with _evaluating(model):
         device = torch.device(settings.device) if settings.device is not None else _device_of(model)
-        f = _base_classifier(model, settings, MemoryImages(images, None, 2)[0].image_CHW, device)
+        f = _base_classifier(model, settings, MemoryImages(images, None, MOST_CLASSES)[0].image_CHW, device)
         data = MemoryImages(images, labels, f.num_classes)
         spec = _spec(model, settings, data)
         store = MemoryStore() if out is None else open_store(out)

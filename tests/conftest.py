@@ -1,4 +1,7 @@
-"""One Ray for the whole test session, bound to the loopback address; small runs without any trained network."""
+"""One Ray for all tests that do not kill it, bound to the loopback address; small runs without a trained network.
+
+pytest-xdist runs the tests in two processes: all that use that Ray in one of them, the others wherever there is time.
+"""
 
 import os
 
@@ -18,15 +21,22 @@ from tests.models import png
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that share a Ray in one process."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
-    """Yields the address at which Prometheus would ask."""
+    """Yields the URL of its metrics, as Prometheus reads them."""
     import ray
 
     (port,) = free_ports(1)
     ray.init(
         address="local",
-        num_cpus=3,
+        num_cpus=4,
         num_gpus=4,
         include_dashboard=False,
         log_to_driver=False,

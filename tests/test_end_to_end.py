@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import requests
 
 from jobs.analyze import Request, analyze
@@ -24,6 +25,7 @@ from pipeline.results import StoredRun, read_result
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
+from tests.chaos import descendants
 from tests.models import png, to_toml
 
 ROOT = Path(__file__).parent.parent
@@ -196,8 +198,13 @@ def slow(raw_spec, tmp_path):
     return spec, home, [sys.executable, "-m", "jobs.cli", "certify", str(path), *options]
 
 
-def start(command) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def start(command, **environment) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def session_address() -> str:
+    """Where another driver attaches to the session's Ray."""
+    return ray.get_runtime_context().gcs_address
 
 
 def wait_for_blocks(spec, home, number, process) -> None:
@@ -211,22 +218,21 @@ def wait_for_blocks(spec, home, number, process) -> None:
 
 
 def busy_actors() -> list[int]:
-    """The process ids of the actors that are running a task, found by their titles."""
+    """The process ids of the actors of the session's Ray that are running a task, found by their titles."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if title.startswith("ray::_RemoteWorker.run"):
-                found.append(int(folder.name))
+    for pid in descendants(os.getpid()):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if title.startswith("ray::_RemoteWorker.run"):
+            found.append(pid)
     return found
 
 
 def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, tmp_path):
     spec, home, command = slow
-    process = start(command)
+    process = start(command, RAY_ADDRESS=session_address())
     wait_for_blocks(spec, home, 8, process)
     (victim, *_) = busy_actors()
     os.kill(victim, signal.SIGKILL)
@@ -246,7 +252,9 @@ def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, tmp_path)
 
 def test_two_drivers_at_once_lose_no_votes_and_count_none_twice(slow, tmp_path):
     spec, home, command = slow
-    drivers = [subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    environment = os.environ | {"RAY_ADDRESS": session_address()}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    drivers = [subprocess.Popen([*command, "--json"], **options) for _ in range(2)]
     results = [json.loads(driver.communicate(timeout=120)[0])[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert all(result["complete"] and result["order"] == "001" for result in results)
