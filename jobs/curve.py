@@ -1,5 +1,6 @@
 """`diffsmooth curve`: several runs and published logs in one table and one picture."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.places import parse_source, read_curve, with_distinct_names, writing
-from pipeline.curve import plot
+from jobs.places import parse_source, read_source, with_distinct_names, writing
+from pipeline.curve import Curve, plot
 from pipeline.errors import UserError
+from pipeline.results import comparison_notes
 from pipeline.tables import ENVELOPE, render
+
+logger = logging.getLogger(__name__)
 
 _ENDINGS = (".png", ".pdf", ".svg")
 _MOST_RADII = 10_000
@@ -44,9 +48,12 @@ def curve(sources: Sequence[str], layout: Layout) -> None:
         raise UserError("--float-grid changes the meaning of --grid; add --grid START:STOP:STEP")
     radii = _radii(layout.grid, layout.float_grid) if layout.grid else None
     parsed = [parse_source(text) for text in sources]
-    curves = [read_curve(source, layout.order_name) for source in parsed]
+    read = [read_source(source, layout.order_name) for source in parsed]
+    curves = [one if isinstance(one, Curve) else one.curve for one in read]
     curves = with_distinct_names(parsed, curves, taken=[ENVELOPE] if layout.envelope else [])
     table = render(curves, layout.form, radii=radii, envelope=layout.envelope)
+    for line in comparison_notes([one for one in read if not isinstance(one, Curve)]):
+        logger.warning("NOTE: %s", line)
     if layout.output:
         with writing("--output", layout.output):
             Path(layout.output).write_text(table, encoding="utf-8")

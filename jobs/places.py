@@ -13,7 +13,7 @@ from pipeline.curve import Curve, curve_of
 from pipeline.errors import UserError
 from pipeline.locations import is_remote
 from pipeline.logs import read_log
-from pipeline.results import read_result
+from pipeline.results import OrderResult, read_result
 
 
 class Source(NamedTuple):
@@ -70,10 +70,10 @@ def is_log(place: str) -> bool:
     return not is_remote(place) and not os.path.isdir(place)
 
 
-def read_curve(source: Source, order_name: str | None) -> Curve:
-    """The curve of a run's order or of a log. Raises: UserError, also for a log without samples."""
+def read_source(source: Source, order_name: str | None) -> OrderResult | Curve:
+    """A run's order, or the curve of a log. Raises: UserError, also for a log without samples."""
     if not is_log(source.place):
-        return read_result(source.place, order_name).result.curve
+        return read_result(source.place, order_name).result
     certificates = read_log(source.place)
     # a number is part of a name (sigma_0.50), not a file extension
     name = re.sub(r"\.[A-Za-z]\w*$", "", Path(source.place).name)

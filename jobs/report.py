@@ -1,6 +1,7 @@
 """`diffsmooth report`: one HTML file about several runs, with pictures if a spec says where data and weights are."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
 from pipeline.orders import stored_hash
 from pipeline.report import Exhibit, RunReport, render_report
-from pipeline.results import StoredResult, read_result
+from pipeline.results import StoredResult, comparison_notes, read_result
 from pipeline.run import SECRET_SEED, run_sha256
 from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.votes import StoredBlock
+
+logger = logging.getLogger(__name__)
 
 Shipped = Callable[[str], RunSpec | None]  # name of a run -> the shipped spec of that name
 
@@ -59,6 +62,8 @@ def report(
     ]
     with writing("--output", output):
         Path(output).write_text(render_report(runs), encoding="utf-8")
+    for line in comparison_notes([one.result for one in read]):
+        logger.warning("NOTE: %s", line)
     for one in read:
         report_incomplete(one.result)
     return all(not one.result.curve.incomplete for one in read)

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,6 +338,33 @@ def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: f
     if order.certificate != "top":
         name = f"{name} [{order.certificate}]"
     return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
+
+
+def comparison_notes(results: Sequence[OrderResult]) -> list[str]:
+    """What must be said when orders are shown side by side: settings in which they differ, and second looks."""
+    notes = []
+    for key in ("n", "n0", "alpha", "certificate", "mode", "samples"):
+        values = {repr(getattr(result.order, key)) for result in results}
+        if len(values) > 1:
+            shown = "" if key == "samples" else f" ({', '.join(sorted(values))})"
+            notes.append(f"these curves differ in {key}{shown}, so a difference between them is not only one of f")
+    for index, one in enumerate(results):
+        for other in results[index + 1 :]:
+            if _same_f(one.run, other.run) and set(one.order.samples) & set(other.order.samples):
+                notes.append(
+                    f"{one.run_uri} (order {one.name}) and {other.run_uri} (order {other.name}) certify the same f on "
+                    "the same samples; choosing between them after looking is a second look"
+                )
+    return notes
+
+
+def _same_f(one: Run, other: Run) -> bool:
+    """Whether two runs smooth the same f with the same sigma: they may differ in seed and block lengths."""
+    block = {"seed": 0, "block": one.block}
+    specs = [
+        run.spec.model_copy(update={"smoothing": run.spec.smoothing.model_copy(update=block)}) for run in (one, other)
+    ]
+    return specs[0] == specs[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ ARROWS = {
     "pipeline.sources": "storage.remote",
     "pipeline.images": "sources",
     "pipeline.data": "images sources spec storage.fetch storage.remote",
-    "pipeline.smoothing": "data images models.classifiers models.denoisers models.files noise spec",
+    "pipeline.smoothing": "data images models.classifiers models.denoisers noise spec",
     "pipeline.run": "records spec storage.store",
     "pipeline.votes": "records run spec storage.store",
     "pipeline.sequential": "",

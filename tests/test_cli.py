@@ -199,6 +199,17 @@ def test_status_reports_a_missing_block(stored):
     assert "exceeds the 100 draws that every sample has; use at most that" in refused(2, "analyze", stored)
 
 
+def test_runs_that_are_not_comparable_are_shown_with_a_line_that_says_so(stored, caplog):
+    shutil.copytree(stored, stored.parent / "copy")
+    assert run("analyze", stored.parent / "copy", "--n", "100").exit_code == 0
+    assert run("curve", stored, f"again={stored.parent / 'copy'}", "--order", "001").exit_code == 0
+    assert "certify the same f on the same samples" in caplog.text
+    assert "differ in n" not in caplog.text
+    (stored.parent / "copy" / "orders" / "001.json").unlink()
+    assert run("curve", stored, f"again={stored.parent / 'copy'}").exit_code == 0
+    assert "these curves differ in n (100, 200)" in caplog.text
+
+
 LOG = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t{}\t1\t17.5\n20\t7\t5\t0.413\t0\t17.5\n"
 
 
