@@ -37,6 +37,7 @@ from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import make_run, png, to_toml
+from tests.processes import busy_actors
 from tests.s3_servers import KEY, SECRET, faulty, find_weed, moto_server, seaweed_server
 
 ROOT = Path(__file__).parent.parent
@@ -78,36 +79,6 @@ class Faults:
             self.counts["responses dropped"] += 1
             return "drop"
         return None
-
-
-def descendants(pid: int) -> set[int]:
-    """The process ids below `pid`."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found: set[int] = set()
-    grown = {pid}
-    while grown:
-        found |= grown
-        grown = {child for child, parent in parents.items() if parent in grown} - found
-    return found - {pid}
-
-
-def busy_actors() -> list[int]:
-    """Process ids of this cluster's actors that run a task now, found by their process titles."""
-    found = []
-    for pid in descendants(os.getpid()):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::_RemoteWorker.run"):
-            found.append(pid)
-    return sorted(found)
 
 
 class Chaos:

@@ -1,6 +1,6 @@
 """One Ray for all tests that do not kill it, bound to the loopback address; small runs without a trained network.
 
-pytest-xdist runs the tests in two processes: all that use that Ray in one of them, the others wherever there is time.
+pytest-xdist runs the tests in two processes. All tests on that Ray run in one of them.
 """
 
 import os
@@ -8,7 +8,8 @@ import os
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # makes Ray use 127.0.0.1 for every address
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,76 @@ from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fi
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a Ray in one process."""
+    """Tell pytest-xdist which tests share a process: those on the session's Ray, and those of one module."""
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        shared = "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySession:
+    """The Ray of the test session."""
+
+    address: str
+    metrics_url: str  # where Prometheus would read the metrics
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[str]:
-    """Yields the URL of its metrics, as Prometheus reads them."""
+def ray_session() -> Iterator[RaySession]:
+    """Start one Ray for all tests of this process. Commands that run in this process reuse their actors."""
     import ray
 
+    import jobs.bench.driver
+    import jobs.certify
+
     (port,) = free_ports(1)
-    ray.init(
+    context = ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=8,
         num_gpus=4,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=80 * 1024**2,
         _metrics_export_port=port,
+        _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
     )
-    yield f"http://127.0.0.1:{port}/metrics"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (jobs.certify, jobs.bench.driver):
+            patch.setattr(module, "Cluster", pooled_cluster())
+        yield RaySession(address=context.address_info["address"], metrics_url=f"http://127.0.0.1:{port}/metrics")
     ray.shutdown()
+
+
+def pooled_cluster() -> type:
+    """A Cluster that passes its actors on to the next one, because each new actor imports torch for seconds.
+
+    An actor that is passed on loads the models of the next run, as it does between the specs of one command.
+    """
+    from cluster.driver import Cluster
+
+    pool: list[Any] = []
+
+    class PooledCluster(Cluster):
+        def __init__(self, *, actors: int | None, **options: Any) -> None:
+            super().__init__(actors=actors or 2, **options)
+
+        def add_actor(self) -> Any:
+            if not pool or self._options["num_gpus"]:
+                return super().add_actor()
+            self._created += 1
+            actor = pool.pop()
+            actor.name, actor.node = f"actor-{self._created}", ""
+            self.actors[actor.name] = actor
+            return actor
+
+        def release(self, actors: Iterable[Any]) -> None:
+            if self._options["num_gpus"]:
+                super().release(actors)
+                return
+            for actor in actors:
+                pool.append(self.actors.pop(actor.name))
+
+    return PooledCluster
 
 
 def write_images(path: Path) -> Path:

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from pipeline.spec import load_spec
-from tests.chaos import descendants
 from tests.models import to_toml
+from tests.processes import descendants
 
 ROOT = Path(__file__).parent.parent
 NODE = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0}
