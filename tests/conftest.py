@@ -22,6 +22,7 @@ from tests.models import png
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tell pytest-xdist which tests share a process: those on the session's Ray, and those of one module."""
     for item in items:
