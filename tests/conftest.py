@@ -5,6 +5,7 @@ pytest-xdist runs the tests in two processes. All tests on that Ray run in one o
 
 import os
 
+os.environ.pop("RAY_ADDRESS", None)  # no test may use the cluster of the person who runs the tests
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # makes Ray use 127.0.0.1 for every address
 

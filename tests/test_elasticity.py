@@ -1,4 +1,4 @@
-"""Actors that wait for a device bring nodes up, and idle nodes go away: Ray's autoscaler with pretended nodes."""
+"""Actors that wait for a device make Ray's autoscaler add simulated nodes, and idle nodes are removed."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,10 @@ def autoscaling(port: int) -> dict:
              "rsync_filter")  # fmt: skip
     return {
         **{name: [] for name in lists},
-        "cluster_name": "pretended",
+        "cluster_name": "simulated",
         "max_workers": 2,
         "upscaling_speed": 100.0,
-        "idle_timeout_minutes": 0.15,
+        "idle_timeout_minutes": 0.1,
         "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
         "auth": {"ssh_user": "nobody"},
         "docker": {},
@@ -70,28 +72,39 @@ def head(tmp_path):
         process.wait()
 
 
-def nodes(address: str) -> int:
-    """How many nodes live, asked in a process of its own: a process knows one Ray at a time."""
-    code = f"import ray; ray.init('{address}', log_to_driver=False); print(sum(one['Alive'] for one in ray.nodes()))"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+@contextmanager
+def node_counts(address: str) -> Iterator[Iterator[int]]:
+    """How many nodes are alive, counted twice a second by a process of its own: a process knows one Ray at a time."""
+    code = f"""
+import ray, time
+ray.init("{address}", log_to_driver=False)
+while True:
+    print(sum(node["Alive"] for node in ray.nodes()), flush=True)
+    time.sleep(0.5)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        yield map(int, process.stdout)
+    finally:
+        process.kill()
+        process.communicate()
 
 
-def test_waiting_actors_bring_nodes_and_idle_nodes_go(head, raw_spec, tmp_path):
+def test_waiting_actors_add_nodes_and_idle_nodes_are_removed(head, raw_spec, tmp_path):
     raw_spec["classifier"]["arch"] = "tests.models:slow_half_space"
     raw_spec["compute"]["device"] = "auto"  # logical GPUs to Ray, the CPU to torch
     (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec, ["smoothing.n=2500"])))
-    assert nodes(head) == 1
     command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", head,
                "--actors", "3", "--batch-size", "16", "--out", str(tmp_path / "run"), "--json"]  # fmt: skip
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    most, limit = 1, time.monotonic() + 150
-    while driver.poll() is None and time.monotonic() < limit:
-        most = max(most, nodes(head))
-        time.sleep(0.5)
-    answer, words = driver.communicate(timeout=5)
-    assert driver.returncode == 0, words
-    assert json.loads(answer)[0]["complete"]
-    assert most > 1  # the third may come too late for so short a run
-    while nodes(head) > 1:
-        assert time.monotonic() < limit, "the nodes that nothing needs did not go"
-        time.sleep(1)
+    with node_counts(head) as counts:
+        assert next(counts) == 1
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        most, limit = 1, time.monotonic() + 150
+        while driver.poll() is None and time.monotonic() < limit:
+            most = max(most, next(counts))
+        result, errors = driver.communicate(timeout=5)
+        assert driver.returncode == 0, errors
+        assert json.loads(result)[0]["complete"]
+        assert most > 1  # the third node may come too late for such a short run
+        while next(counts) > 1:
+            assert time.monotonic() < limit, "the idle nodes were not removed"
