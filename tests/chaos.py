@@ -87,7 +87,12 @@ class Chaos:
     def __init__(self, spec: RunSpec, home: str, folder: Path, log: Path, rng: np.random.Generator) -> None:
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 1024**2},
+            head_node_args={
+                "num_cpus": 1,
+                "num_gpus": 0,
+                "object_store_memory": 80 * 1024**2,
+                "include_dashboard": False,
+            },
         )
         self.nodes = [self.new_node() for _ in range(2)]
         (folder / "spec.toml").write_text(to_toml(spec))

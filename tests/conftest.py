@@ -6,7 +6,9 @@ pytest-xdist runs the tests in two processes. All tests on that Ray run in one o
 import os
 
 os.environ.pop("RAY_ADDRESS", None)  # no test may use the cluster of the person who runs the tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # makes Ray use 127.0.0.1 for every address
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.models import png
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
 
@@ -99,6 +100,8 @@ def pooled_cluster() -> type:
 
 def write_images(path: Path) -> Path:
     """Eight 4 x 4 grey images, alternately of class 0 (dark) and 1 (bright), as Parquet."""
+    from tests.models import png  # imports torch, which the process that only distributes tests does not need
+
     rows = [{"bytes": png(np.full((4, 4), 100 + 55 * (index % 2), np.uint8)), "path": None} for index in range(8)]
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(rows, image_type), "label": pa.array([index % 2 for index in range(8)])})
