@@ -96,7 +96,7 @@ def imports_id(arch: str) -> str | None:
         found[name] = file_sha256(Path(file))
         is_package = hasattr(sys.modules[name], "__path__")
         waiting += imported_names(Path(file), package=name if is_package else name.rpartition(".")[0])
-    del found[start]
+    found.pop(start, None)  # its own hash is beside this one
     text = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(found.items()))
     return hashlib.sha256(text.encode()).hexdigest() if found else None
 
