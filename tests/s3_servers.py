@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import boto3
@@ -142,13 +144,22 @@ def free_ports(number: int) -> list[int]:
 
 @contextmanager
 def moto_server() -> Iterator[str]:
+    """moto, with atomic puts: it looks for an object and stores its own in two steps; another may come between."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    put, lock = S3Response.put_object, threading.Lock()
+
+    def put_atomically(self: S3Response) -> Any:
+        with lock:
+            return put(self)
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with patch.object(S3Response, "put_object", put_atomically):
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+        server.stop()
 
 
 @contextmanager
