@@ -161,7 +161,7 @@ def run_shell(text: str, folder: Path) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        ["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        ["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr

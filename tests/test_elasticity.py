@@ -57,7 +57,7 @@ def head(tmp_path):
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 400
         while b"--block" not in (tmp_path / "head.log").read_bytes():
             assert process.poll() is None, (tmp_path / "head.log").read_text()
             assert time.monotonic() < limit
@@ -99,10 +99,10 @@ def test_waiting_actors_add_nodes_and_idle_nodes_are_removed(head, raw_spec, tmp
     with node_counts(head) as counts:
         assert next(counts) == 1
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        most, limit = 1, time.monotonic() + 150
+        most, limit = 1, time.monotonic() + 400
         while driver.poll() is None and time.monotonic() < limit:
             most = max(most, next(counts))
-        result, errors = driver.communicate(timeout=5)
+        result, errors = driver.communicate(timeout=60)
         assert driver.returncode == 0, errors
         assert json.loads(result)[0]["complete"]
         assert most > 1  # the third node may come too late for such a short run

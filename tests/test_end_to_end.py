@@ -113,7 +113,7 @@ def test_a_classifier_no_better_than_chance_causes_a_warning(raw_spec, images, t
 
 def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
     certify(load_spec(raw_spec, ["name=counted"]), tmp_path / "run")
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 400
     while True:
         text = requests.get(ray_session.metrics_url, timeout=10).text
         lines = [line for line in text.splitlines() if 'run="counted"' in line]
@@ -179,7 +179,7 @@ def test_a_wrong_address_is_reported_at_once(raw_spec, tmp_path):
     (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec)))
     command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", "127.0.0.1:9"]
     command += ["--out", str(tmp_path / "run")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert ended.returncode == 2
     (line,) = ended.stderr.strip().splitlines()
     assert line.startswith("diffsmooth: --address 127.0.0.1:9: no Ray cluster answers there")
@@ -209,7 +209,7 @@ def start(command) -> subprocess.Popen:
 
 
 def wait_for_blocks(spec, home, number, process) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     while time.monotonic() < limit:
         assert process.poll() is None, process.stderr.read()
         if home.exists() and len(list_blocks(open_store(str(home)), spec.smoothing.block)) >= number:
@@ -240,7 +240,7 @@ def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, raw_spec,
 def test_two_drivers_at_once_lose_no_votes_and_count_none_twice(slow, raw_spec, tmp_path):
     _, home, command = slow
     drivers = [subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [json.loads(driver.communicate(timeout=120)[0])[0] for driver in drivers]
+    results = [json.loads(driver.communicate(timeout=800)[0])[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert all(result["complete"] and result["order"] == "001" for result in results)
     assert sum(result["draws_cast"] for result in results) == 8 * 550  # every block was stored by exactly one of them
@@ -256,7 +256,7 @@ def test_stop_signals_end_gracefully(slow, number, status, own_ray):
     process = start(command[:-2] if own_ray else command)
     wait_for_blocks(spec, home, 4, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=800)
     assert process.returncode == status, errors
     assert "stopping; finishing the blocks in flight" in errors
     assert "stopped; run the same command to resume" in errors

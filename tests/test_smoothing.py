@@ -148,9 +148,7 @@ def test_weights_ids_distinguish_networks_in_one_file():
     assert ids[0] != ids[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("in_training_mode", "between two batches"), ("with_dropout", "two calls")]
-)
+@pytest.mark.parametrize(("name", "words"), [("in_training_mode", "between two batches"), ("with_memory", "two calls")])
 def test_networks_in_training_mode_are_refused(raw_spec, name, words):
     raw_spec["classifier"]["arch"] = f"tests.models:{name}"
     with pytest.raises(UserError, match=rf"{words}.*model\.eval\(\)"):

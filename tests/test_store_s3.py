@@ -233,7 +233,7 @@ def test_killed_and_resumed_run_on_s3_equals_one_in_a_folder(store, raw_spec, tm
     job_config = json.dumps({"runtime_env": {"env_vars": aws}})
     run = {"cwd": Path(__file__).parent.parent, "env": {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": job_config}}
     process = subprocess.Popen(command, **run)
-    limit = time.monotonic() + 90
+    limit = time.monotonic() + 400
     while len(list(store.list("votes"))) < 10:
         assert process.poll() is None
         assert time.monotonic() < limit

@@ -65,7 +65,7 @@ def head():
         process = subprocess.Popen(
             command, env=ENVIRONMENT, cwd="/tmp", stdout=stream, stderr=stream, start_new_session=True
         )
-    limit = time.monotonic() + 90
+    limit = time.monotonic() + 400
     while "--block" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < limit, log.read_text()
@@ -106,7 +106,7 @@ def test_job_is_stopped_then_resumed_and_followed(head, spec_file, tmp_path, mon
     assert set(first) == {"submission_id", "status"}
     assert f"ray job stop --address {head.address} {first['submission_id']}" in submitted.stderr
     spec = load_spec(spec_file, changes)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 400
     while not home.exists() or len(list_blocks(open_store(str(home)), spec.smoothing.block)) < 4:
         assert time.monotonic() < limit
         time.sleep(0.1)
