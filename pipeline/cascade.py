@@ -13,7 +13,7 @@ Then G(x + d) = A for |d| < r: A keeps a probability above 1/2 at scale k, and n
 scale (Cohen et al. 2019, arXiv 1902.02918). So the largest scale with a class above 1/2 exists, and its class is A.
 
 The certificate R is the minimum of t_j', which come from the estimation votes: t_k' from the Clopper-Pearson lower
-bound of p_kA, and t_j' from the upper bound of the class c != A with the most votes. Each bound has the full level alpha.
+bound of p_kA, and t_j' from the upper bound of the class c != A with the most votes, each at the full alpha.
 Nevertheless R > r has probability at most alpha:
 - k and A depend on the selection votes alone, which are independent of the estimation votes;
 - let m be the scale with t_m = r. R > r implies t_m' > t_m, so the bound at this one scale has to fail;
@@ -29,7 +29,7 @@ With one scale, this is the certificate `top` of pipeline/certify.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ from scipy.special import ndtri
 from pipeline.certify import ABSTAINED, COLUMNS, NO_PREDICTION, certified_radius, lower_confidence_bound
 from pipeline.records import LARGEST, Record
 
-CASCADE = "cascade"  # its name as a certificate and as a curve
+CASCADE: Final = "cascade"  # its name as a certificate and as a curve
 
 CASCADE_COLUMNS = (*COLUMNS, "limiting_sigma")
 
@@ -116,7 +116,7 @@ def certify_cascade(
         raise ValueError("a cascade needs scales with different sigma")
     if num_classes < 2:
         raise ValueError(f"num_classes = {num_classes} must be at least 2")
-    index = pd.Index(samples, name="sample", dtype="int64")
+    index = pd.Index(list(samples), name="sample", dtype="int64")
     label = _labels(scales, index)
     counted = [_counted(scale, index, num_classes) for scale in sorted(scales, key=lambda one: -one.sigma)]
     choice = _choose(counted)
