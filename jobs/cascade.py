@@ -203,8 +203,9 @@ def write_cascade(found: Cascade, uri: str) -> str:
     store.prepare()
     table, picture = io.BytesIO(), io.BytesIO()
     found.certificates.to_parquet(table, index=False)
-    curve = found.curve.table(grid(0.01, found.curve.max_radius)).assign(certificate=CASCADE, post_hoc=True)
     missing = found.curve.incomplete
+    fine = found.curve.table(grid(0.01, found.curve.max_radius))
+    curve = fine.assign(certificate=CASCADE, post_hoc=True, incomplete=missing)
     plot([found.curve], picture, f"{missing} samples are incomplete and left out" if missing else None)
     store.replace(CASCADE_KEY, found.record.model_dump_json(indent=2).encode())
     store.replace("certificates.parquet", table.getvalue())
