@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.api import OpenRun, Result, analyze, certify, load_spec, open_run
+    from jobs.api import OpenRun, Result, analyze, cascade, certify, load_spec, open_run
     from pipeline.certify import certified_radius, lower_confidence_bound
     from pipeline.curve import Curve
     from pipeline.errors import RunError, Stopped, UserError
@@ -23,6 +23,7 @@ _HOMES = {
     "OpenRun": "jobs.api",
     "Result": "jobs.api",
     "analyze": "jobs.api",
+    "cascade": "jobs.api",
     "certify": "jobs.api",
     "load_spec": "jobs.api",
     "open_run": "jobs.api",
@@ -44,6 +45,7 @@ __all__ = [
     "Stopped",
     "UserError",
     "analyze",
+    "cascade",
     "certified_radius",
     "certify",
     "load_spec",

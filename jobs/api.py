@@ -9,6 +9,8 @@ from torch import Tensor
 
 from jobs.analyze import Request
 from jobs.analyze import analyze as analyze_run
+from jobs.cascade import Cascade, write_cascade
+from jobs.cascade import cascade as cascade_of
 from jobs.certify import Options, certify_all
 from jobs.in_process import Model, Settings, certify_in_process
 from jobs.report import report
@@ -196,4 +198,23 @@ def analyze(
     return Result(StoredRun.open(uri), placed.name)
 
 
-__all__ = ["OpenRun", "Result", "RunError", "UserError", "analyze", "certify", "load_spec", "open_run"]
+def cascade(
+    runs: Sequence[str],
+    *,
+    alpha: float | None = None,
+    n0: int | None = None,
+    n: int | None = None,
+    out: str | None = None,
+) -> Cascade:
+    """One certificate over stored runs with different sigma, without draws; with `out`, written to that location.
+
+    `.certificates`, `.curve`, `.accuracy_at(radius)` and `.complete` are those of a result. All rows are post hoc.
+    Raises: UserError for runs that do not fit together.
+    """
+    found = cascade_of(runs, alpha=alpha, n0=n0, n=n)
+    if out is not None:
+        write_cascade(found, out)
+    return found
+
+
+__all__ = ["OpenRun", "Result", "RunError", "UserError", "analyze", "cascade", "certify", "load_spec", "open_run"]

@@ -21,6 +21,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from jobs.specs import SPECS, find_spec
+from pipeline.cascade import CASCADE
 from pipeline.errors import RunError, Stopped, UserError
 from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
@@ -232,30 +233,65 @@ def status(run: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
 @click.option("--n0", type=int, help="Number of selection draws. [default: the first order's]")
 @click.option("--n", type=int, help="Number of estimation draws. [default: the first order's]")
-@click.option("--certificate", type=click.Choice(CERTIFICATES), help="What to claim. [default: the first order's]")
+@click.option(
+    "--certificate",
+    type=click.Choice([*CERTIFICATES, CASCADE]),
+    help="What to claim; cascade is one certificate over several RUNs. [default: the first order's]",
+)
 @_COSTLY
+@click.option(
+    "--out", metavar="FOLDER", help="With --certificate cascade: folder or s3://BUCKET/PREFIX. [default: runs/cascade]"
+)
 @click.option(
     "--export-tsv",
     metavar="FILE",
     help="Also write the certificates as a log in Cohen's layout, radii rounded down to 6 decimals.",
 )
 @_JSON
-def analyze(run: str, export_tsv: str | None, as_json: bool, **request: Any) -> None:
+def analyze(runs: tuple[str, ...], out: str | None, export_tsv: str | None, as_json: bool, **request: Any) -> None:
     """Certify RUN's votes with other settings: no draws, no GPU. A second look is marked post hoc.
 
     \b
     diffsmooth analyze runs/mnist --alpha 0.01
+    diffsmooth analyze runs/mnist-cohen-* --certificate cascade --out runs/cohen-cascade
     """
+    if request["certificate"] == CASCADE:
+        _analyze_cascade(runs, out or "runs/cascade", export_tsv, as_json, **request)
+        return
+    if len(runs) > 1 or out:
+        reason = "several runs are analyzed together" if len(runs) > 1 else "--out is available"
+        raise UserError(f"{reason} only with --certificate cascade; give one RUN without --out")
     from jobs import analyze as command
 
-    result = command.analyze(run, command.Request(**request), export_tsv=export_tsv, quiet=as_json)
+    result = command.analyze(runs[0], command.Request(**request), export_tsv=export_tsv, quiet=as_json)
     if as_json:
         click.echo(json.dumps(result.summary().to_json(), indent=2))
     sys.exit(0 if not result.curve.incomplete else 1)
+
+
+def _analyze_cascade(
+    runs: tuple[str, ...], out: str, export_tsv: str | None, as_json: bool, *, costly: str | None, **request: Any
+) -> None:
+    from jobs.cascade import cascade, print_cascade, write_cascade
+    from jobs.places import writing
+    from pipeline.logs import write_log
+
+    if costly:
+        raise UserError("--costly belongs to --certificate cost; remove it")
+    found = cascade(runs, alpha=request["alpha"], n0=request["n0"], n=request["n"])
+    home = write_cascade(found, out)
+    if export_tsv:
+        with writing("--export-tsv", export_tsv):
+            Path(export_tsv).write_text(write_log(found.certificates))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        print_cascade(found, home)
+    sys.exit(0 if found.complete else 1)
 
 
 @main.command()
@@ -297,7 +333,8 @@ def audit(
 )
 @click.option("--output", metavar="FILE", help="Write the table to this file. [default: stdout]")
 @click.option("--plot", "picture", metavar="FILE", help="Draw the curves into a .png, .pdf or .svg file.")
-@click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name.")
+@click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name; not a classifier.")
+@click.option("--cascade", is_flag=True, help="Add one certificate over the sigmas of the runs, and the envelope.")
 def curve(sources: tuple[str, ...], **layout: Any) -> None:
     """Compare runs and published logs in one table and one picture.
 

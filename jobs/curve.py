@@ -11,7 +11,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.places import parse_source, read_source, with_distinct_names, writing
+from jobs.cascade import cascade
+from jobs.places import is_log, parse_source, read_source, with_distinct_names, writing
+from pipeline.cascade import CASCADE
 from pipeline.curve import Curve, plot
 from pipeline.errors import UserError
 from pipeline.results import comparison_notes
@@ -34,6 +36,7 @@ class Layout:
     output: str | None = None
     picture: str | None = None
     envelope: bool = False
+    cascade: bool = False  # also adds the envelope
 
 
 def curve(sources: Sequence[str], layout: Layout) -> None:
@@ -50,8 +53,12 @@ def curve(sources: Sequence[str], layout: Layout) -> None:
     parsed = [parse_source(text) for text in sources]
     read = [read_source(source, layout.order_name) for source in parsed]
     curves = [one if isinstance(one, Curve) else one.curve for one in read]
-    curves = with_distinct_names(parsed, curves, taken=[ENVELOPE] if layout.envelope else [])
-    table = render(curves, layout.form, radii=radii, envelope=layout.envelope)
+    envelope = layout.envelope or layout.cascade
+    taken = [ENVELOPE] * envelope + [CASCADE] * layout.cascade
+    curves = with_distinct_names(parsed, curves, taken=taken)
+    if layout.cascade:
+        curves.append(cascade([source.place for source in parsed if not is_log(source.place)]).curve)
+    table = render(curves, layout.form, radii=radii, envelope=envelope)
     for line in comparison_notes([one for one in read if not isinstance(one, Curve)]):
         logger.warning("NOTE: %s", line)
     if layout.output:
@@ -61,7 +68,7 @@ def curve(sources: Sequence[str], layout: Layout) -> None:
         click.echo(table, nl=False)
     if picture:
         with writing("--plot", picture):
-            plot(curves, picture, envelope=layout.envelope)
+            plot(curves, picture, envelope=envelope)
         click.echo(f"{picture}: curves with 95 % intervals", err=True)
 
 

@@ -44,6 +44,7 @@ class Curve:
     alpha: float | None = None  # error probability of one certificate; None for a log
     skipped: int = 0  # samples that count as wrong because their selected class is not their label
     tested: NDArray[np.float64] | None = None  # the radii of grid mode
+    scales: tuple[float, ...] = ()  # the sigmas of a cascade, which is drawn beside the curves of every sigma
 
     @property
     def num_samples(self) -> int:
@@ -185,19 +186,25 @@ def plot(
 ) -> None:
     """Draw the curves with their bands into one picture, a panel per sigma, and one for logs without a sigma.
 
+    A cascade and the envelope are drawn in every panel.
+
     The extension of a path selects PNG, PDF or SVG; a file object gets PNG.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sigmas = sorted({curve.sigma for curve in curves}, key=lambda sigma: math.inf if sigma is None else sigma)
+    runs, cascades = [one for one in curves if not one.scales], [one for one in curves if one.scales]
+    sigmas = sorted({curve.sigma for curve in runs}, key=lambda sigma: math.inf if sigma is None else sigma) or [None]
     figure = Figure(figsize=(max(6.4, 4.6 * len(sigmas)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for index, sigma in enumerate(sigmas):
         axes = figure.add_subplot(1, len(sigmas), index + 1)
-        axes.set_title("published logs" if sigma is None else f"$\\sigma$ = {sigma:g}", fontsize=10)
-        draw(axes, [curve for curve in curves if curve.sigma == sigma], envelope_over=curves if envelope else ())
+        scales = ", ".join(f"{scale:g}" for one in cascades for scale in one.scales)
+        unnamed = "published logs" if runs else f"cascade over $\\sigma$ = {scales}"
+        axes.set_title(unnamed if sigma is None else f"$\\sigma$ = {sigma:g}", fontsize=10)
+        shown = [*cascades, *(curve for curve in runs if curve.sigma == sigma)]
+        draw(axes, shown, envelope_over=runs if envelope else ())
     if title:
         figure.suptitle(title, fontsize=11)
     with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # keep text as text, as publishers require
@@ -215,7 +222,8 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
     radii = np.linspace(0, reach * 1.02, 1000)
     if envelope_over:
         best = envelope_of(envelope_over, radii).certified_accuracy
-        axes.plot(radii, best, color="black", linewidth=3.2, label=f"envelope of {len(envelope_over)} curves, post hoc")
+        label = f"envelope of {len(envelope_over)} curves, post hoc, not a classifier"
+        axes.plot(radii, best, color="black", linewidth=3.2, label=label)
     for index, curve in enumerate(curves):
         turn = index // len(COLOURS)  # when colours repeat, the line style changes
         colour, style = COLOURS[index % len(COLOURS)], _LINES[(index + turn) % len(_LINES)]

@@ -22,7 +22,7 @@ from pipeline.curve import Curve, Envelope, envelope_of, table_radii
 
 logger = logging.getLogger(__name__)
 
-ENVELOPE = "envelope"  # the name of its row or block
+ENVELOPE = "envelope (not a classifier)"  # the name of its row or block
 
 _Radii = NDArray[np.float64]
 _Cells = list[list[str]]  # run, ACR, abstained, then one accuracy per radius
@@ -34,7 +34,8 @@ _CAPTION = "certified accuracy, %, at l2 radius"
 def render(curves: Sequence[Curve], form: str = "text", *, radii: _Radii | None = None, envelope: bool = False) -> str:
     """The table of curves in one of FORMATS, by default at round radii; it ends with a newline."""
     chosen = table_radii(curves) if radii is None else radii
-    return FORMATS[form](curves, chosen, envelope_of(curves, chosen) if envelope else None)
+    runs = [curve for curve in curves if not curve.scales]
+    return FORMATS[form](curves, chosen, envelope_of(runs, chosen) if envelope else None)
 
 
 def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> list[str]:
@@ -52,6 +53,13 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
             f"{_NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
             "one, and the mean radius is not comparable with an ACR"
         )
+    for curve in curves:
+        if curve.scales:
+            scales = ", ".join(f"{sigma:g}" for sigma in curve.scales)
+            said.append(
+                f"{curve.name}: one classifier over sigma {scales}, with one alpha in all; it is a second look at the "
+                "votes of the runs"
+            )
     if envelope:
         spans = []
         for _, group in groupby(zip(radii, envelope.best, strict=True), key=lambda pair: pair[1].name):

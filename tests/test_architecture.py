@@ -38,6 +38,7 @@ ARROWS = {
     "pipeline.sequential": "",
     "pipeline.orders": "records run sequential spec storage.store",
     "pipeline.certify": "orders sequential spec",
+    "pipeline.cascade": "certify records",
     "pipeline.planning": "certify orders records spec storage.store",
     "pipeline.sampling": "certify orders planning spec votes",
     "pipeline.curve": "",

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from jobs.cli import main
 from jobs.specs import SPECS
 from pipeline.spec import load_spec
+from pipeline.tables import ENVELOPE
 from tests.models import make_run
 
 
@@ -231,12 +232,12 @@ def test_a_run_and_logs_side_by_side(stored, tmp_path):
     grid = ("--grid", "0:0.5:0.25", "--envelope")
     table = table_of(*sources, *grid)
     assert table["run"].unique().tolist() == [
-        "mnist-cohen-0.50", "noise_0.25/test/sigma_0.50", "noise_0.5/test/sigma_0.50", "Cohen", "envelope"
+        "mnist-cohen-0.50", "noise_0.25/test/sigma_0.50", "noise_0.5/test/sigma_0.50", "Cohen", ENVELOPE
     ]  # fmt: skip
     by_run = {name: rows["certified_accuracy"].tolist() for name, rows in table.groupby("run")}
     assert by_run["noise_0.25/test/sigma_0.50"] == [0.5, 0.5, 0]
     assert by_run["Cohen"] == [0.5, 0.5, 0.5]
-    envelope = by_run.pop("envelope")
+    envelope = by_run.pop(ENVELOPE)
     assert envelope == [max(values) for values in zip(*by_run.values(), strict=True)]
     output, picture = tmp_path / "a.tex", tmp_path / "a.PNG"
     result = run("curve", *sources, *grid, "--format", "latex", "--output", output, "--plot", picture)
