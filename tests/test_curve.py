@@ -48,7 +48,7 @@ def test_band_covers():
     for count, lower, upper in zip([2, 1, 0], band["lower"], band["upper"], strict=True):
         assert binom.sf(count - 1, 4, lower) == pytest.approx(0.025 if count else 1)
         assert binom.cdf(count, 4, upper) == pytest.approx(0.025)
-    assert (band["band"] == "Clopper-Pearson 95 % per radius").all()
+    assert (band["band"] == "Clopper-Pearson 95 % per radius, of the certified share").all()
 
 
 def test_radii_are_exact_decimals():
