@@ -25,6 +25,7 @@ from pipeline.errors import RunError, Stopped, UserError
 from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
+from pipeline.units import UNITS
 
 
 class _Main(click.Group):
@@ -87,6 +88,9 @@ _SET = click.option(
 )
 _YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation before an expensive order.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
+_PIXELS = click.option(
+    "--pixels", metavar="C,H,W", help="Shape of the images, for l-infinity radii. [default: that of CIFAR-10, ImageNet]"
+)
 _COSTLY = click.option(
     "--costly",
     metavar="FILE",
@@ -298,6 +302,15 @@ def audit(
 @click.option("--output", metavar="FILE", help="Write the table to this file. [default: stdout]")
 @click.option("--plot", "picture", metavar="FILE", help="Draw the curves into a .png, .pdf or .svg file.")
 @click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name.")
+@click.option(
+    "--unit",
+    type=click.Choice(list(UNITS)),
+    default="l2",
+    show_default=True,
+    help="Convert the radii: other pixel scales, or the l-infinity norm.",
+)
+@_PIXELS
+@click.option("--std", metavar="S,S,S", help="With --unit l2-normalized: std per channel of the normalisation.")
 def curve(sources: tuple[str, ...], **layout: Any) -> None:
     """Compare runs and published logs in one table and one picture.
 
@@ -323,6 +336,7 @@ def curve(sources: tuple[str, ...], **layout: Any) -> None:
 @click.option(
     "--samples", "each", type=click.IntRange(min=0), default=3, show_default=True, help="Samples to show of each kind."
 )
+@_PIXELS
 @click.option(
     "--output", default="report.html", show_default=True, metavar="FILE", help="Write the report to this file."
 )

@@ -109,5 +109,7 @@ def test_text_is_never_truncated_and_accepts_any_name():
 def test_html_marks_the_best_and_escapes_names():
     text = render([LOW, HIGH, curve("<b>&", 0.5)], "html", radii=RADII)
     rows = [line for line in text.splitlines() if line.startswith("<tr><td>")]
-    assert rows[0].startswith("<tr><td>low_0.25</td><td>0.325</td><td>-</td><td>25.0</td><td><b>75.0</b></td><td>25.0</td>")
+    assert rows[0].startswith(
+        "<tr><td>low_0.25</td><td>0.325</td><td>-</td><td>25.0</td><td><b>75.0</b></td><td>25.0</td>"
+    )
     assert rows[2].startswith("<tr><td>&lt;b&gt;&amp;</td>")
