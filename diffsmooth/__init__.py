@@ -13,8 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.api import OpenRun, Result, analyze, certify, load_spec, open_run
+    from jobs.api import OpenRun, Result, analyze, certify, compare, load_spec, open_run
     from pipeline.certify import certified_radius, lower_confidence_bound
+    from pipeline.compare import Comparison
     from pipeline.curve import Curve
     from pipeline.errors import RunError, Stopped, UserError
     from pipeline.spec import RunSpec
@@ -24,10 +25,12 @@ _HOMES = {
     "Result": "jobs.api",
     "analyze": "jobs.api",
     "certify": "jobs.api",
+    "compare": "jobs.api",
     "load_spec": "jobs.api",
     "open_run": "jobs.api",
     "certified_radius": "pipeline.certify",
     "lower_confidence_bound": "pipeline.certify",
+    "Comparison": "pipeline.compare",
     "Curve": "pipeline.curve",
     "RunError": "pipeline.errors",
     "Stopped": "pipeline.errors",
@@ -36,6 +39,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Curve",
     "OpenRun",
     "Result",
@@ -46,6 +50,7 @@ __all__ = [
     "analyze",
     "certified_radius",
     "certify",
+    "compare",
     "load_spec",
     "lower_confidence_bound",
     "open_run",

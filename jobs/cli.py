@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, report, bench, submit.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, compare, report, bench, submit.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -324,6 +324,30 @@ def curve(sources: tuple[str, ...], **layout: Any) -> None:
     from jobs import curve as command
 
     command.curve(sources, command.Layout(**layout))
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_LOG...")
+@click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
+@click.option("--grid", metavar="START:STOP:STEP", help="Radii, as exact decimals up to STOP. [default: round radii]")
+@click.option("--output", metavar="FILE", help="Write to this file. [default: stdout]")
+@_JSON
+def compare(
+    sources: tuple[str, ...], order_name: str | None, grid: str | None, output: str | None, as_json: bool
+) -> None:
+    """Test which of two or more runs certifies more of the samples that they share.
+
+    Prints differences of certified accuracy (exact McNemar test) and of ACR (BCa bootstrap), with intervals that hold
+    for all radii and pairs at once, and the number of samples that would show a difference of 1 point.
+
+    \b
+    diffsmooth compare runs/mnist-diffsmooth-0.50 runs/mnist-cohen-0.50 --grid 0:1.5:0.25
+    """
+    from jobs import compare as command
+
+    command.print_comparison(
+        command.compare_sources(sources, order_name=order_name, grid=grid), as_json=as_json, output=output
+    )
 
 
 @main.command()

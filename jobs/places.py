@@ -179,10 +179,10 @@ def images_of(run: Run | None, given: Images) -> Images:
     run.json does not store the shape. Only CIFAR-10 and cropped ImageNet have one that follows from it.
     Raises: UserError if --pixels contradicts that shape.
     """
-    data = None if run is None else run.spec.data
-    facts = None
-    if data is not None and data.name in ("cifar10", "imagenet"):
-        facts = known_facts(Data(**data.model_dump()))
+    if run is None or run.spec.data.name not in ("cifar10", "imagenet"):
+        return given
+    data = run.spec.data
+    facts = known_facts(Data(**data.model_dump()))
     if facts is None:
         return given
     if given.shape_CHW not in (None, facts.shape_CHW):

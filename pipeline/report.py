@@ -167,8 +167,9 @@ def _conversions(shape_CHW: tuple[int, ...] | None) -> str:
     shape = "C H W" if shape_CHW is None else " x ".join(map(str, shape_CHW))
     root = f"sqrt({shape})" + ("" if shape_CHW is None else f" = r / {math.sqrt(math.prod(shape_CHW)):.4g}")
     return (
-        "Conversions: all radii are l2 norms of pixels in [0, 1]. A radius r is 255 r for pixels from 0 to 255, at least "
-        f"r / s for pixels divided by a standard deviation of at most s, and an l-infinity radius of at least r / {root}."
+        "Conversions: all radii are l2 norms of pixels in [0, 1]. A radius r is 255 r for pixels from 0 to 255, at "
+        "least r / s for pixels divided by a standard deviation of at most s, and an l-infinity radius of at least "
+        f"r / {root}."
     )
 
 
@@ -195,8 +196,8 @@ def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
 
 def _about_bands(curves: Sequence[Curve]) -> str:
     lines = (
-        " Dotted: lower bound over the draws at all radii at once. Dashed: lower bound of g's accuracy in the population, "
-        "97.5 % per radius. Thin: 95 % band over all radii (DKW)."
+        " Dotted: lower bound over the draws at all radii at once. Dashed: lower bound of g's accuracy in the "
+        "population, 97.5 % per radius. Thin: 95 % band over all radii (DKW)."
     )
     grown = f" Runs marked as grown: {GROWN}." if any(curve.grown for curve in curves) else ""
     return f"Shaded: {BAND}.{lines if len(curves) == 1 and curves[0].alpha is not None else ''}{grown}"
