@@ -2,6 +2,7 @@
 
 import io
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,19 @@ def test_every_format_marks_post_hoc_runs(form, caplog):
     assert "post hoc: an earlier order covers" in text + caplog.text
     if form != "csv":
         assert "* (2 incomplete)" in text
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_marks_a_grown_sample_set(form, caplog):
+    text = render([replace(LOW, grown=True)], form)
+    assert "the sample set grew after looking: population intervals do not hold" in text + caplog.text
+    assert "grew" not in render([LOW], form)
+
+
+def test_the_interval_of_the_acr_is_printed():
+    text = render([curve("run", *[0.5] * 20, total=40)], "markdown")
+    lower, upper = curve("run", *[0.5] * 20, total=40).acr_interval
+    assert f"| run | 0.250 | [{lower:.3f}, {upper:.3f}] | 50.0 |" in text
 
 
 def test_text_is_never_truncated_and_accepts_any_name():
