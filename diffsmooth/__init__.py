@@ -13,8 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.api import OpenRun, Result, analyze, cascade, certify, load_spec, open_run
+    from jobs.api import OpenRun, Result, analyze, cascade, certify, compare, load_spec, open_run
     from pipeline.certify import certified_radius, lower_confidence_bound
+    from pipeline.compare import Comparison
     from pipeline.curve import Curve
     from pipeline.errors import RunError, Stopped, UserError
     from pipeline.spec import RunSpec
@@ -25,10 +26,12 @@ _HOMES = {
     "analyze": "jobs.api",
     "cascade": "jobs.api",
     "certify": "jobs.api",
+    "compare": "jobs.api",
     "load_spec": "jobs.api",
     "open_run": "jobs.api",
     "certified_radius": "pipeline.certify",
     "lower_confidence_bound": "pipeline.certify",
+    "Comparison": "pipeline.compare",
     "Curve": "pipeline.curve",
     "RunError": "pipeline.errors",
     "Stopped": "pipeline.errors",
@@ -37,6 +40,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Curve",
     "OpenRun",
     "Result",
@@ -48,6 +52,7 @@ __all__ = [
     "cascade",
     "certified_radius",
     "certify",
+    "compare",
     "load_spec",
     "lower_confidence_bound",
     "open_run",

@@ -12,9 +12,11 @@ from jobs.analyze import analyze as analyze_run
 from jobs.cascade import Cascade, write_cascade
 from jobs.cascade import cascade as cascade_of
 from jobs.certify import Options, certify_all
+from jobs.compare import compare_sources
 from jobs.in_process import Model, Settings, certify_in_process
 from jobs.report import report
 from jobs.specs import find_spec, home_of, load_shipped
+from pipeline.compare import Comparison
 from pipeline.curve import Curve
 from pipeline.errors import RunError, UserError
 from pipeline.models.denoisers import Denoiser
@@ -217,4 +219,25 @@ def cascade(
     return found
 
 
-__all__ = ["OpenRun", "Result", "RunError", "UserError", "analyze", "cascade", "certify", "load_spec", "open_run"]
+def compare(*sources: str, order: str | None = None, grid: str | None = None) -> Comparison:
+    """Compare runs and logs on the samples that they share: `.pairs`, `.table`, `.notes`, `.to_json()`.
+
+    `sources` are folders, s3://BUCKET/PREFIX or logs, also as NAME=PLACE; `grid` is "START:STOP:STEP".
+
+    Raises: UserError for runs that cannot be compared.
+    """
+    return compare_sources(sources, order_name=order, grid=grid)
+
+
+__all__ = [
+    "OpenRun",
+    "Result",
+    "RunError",
+    "UserError",
+    "analyze",
+    "cascade",
+    "certify",
+    "compare",
+    "load_spec",
+    "open_run",
+]

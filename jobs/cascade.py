@@ -72,6 +72,7 @@ class _Member(NamedTuple):
     n: int
     samples: set[int]
     images: dict[int, str]  # sample -> hash of its image and label
+    grown: bool  # an order has other samples than the first
     votes: pd.DataFrame
 
 
@@ -90,7 +91,11 @@ def cascade(runs: Sequence[str], *, alpha: float | None = None, n0: int | None =
     scales = [ScaleVotes(votes=one.votes, sigma=one.run.sigma, n0=one.n0, n=one.n) for one in members]
     rows = certify_cascade(scales, samples, alpha=level, num_classes=members[0].run.num_classes)
     reach = max(float(certified_radius(one.n, one.n, level, one.run.sigma)) for one in members)
-    curve = replace(curve_of(CASCADE, rows, None, reach, level), scales=tuple(one.run.sigma for one in members))
+    curve = replace(
+        curve_of(CASCADE, rows, None, reach, level),
+        scales=tuple(one.run.sigma for one in members),
+        grown=any(one.grown for one in members),
+    )
     if not curve.num_samples:
         draws = ", ".join(f"n0 = {one.n0} and n = {one.n} in {one.uri}" for one in members)
         raise UserError(f"no sample is complete with {draws}; use smaller --n0 and --n, or run certify again")
@@ -132,6 +137,7 @@ def _read(uri: str, n0: int | None, n: int | None) -> _Member:
         n=n,
         samples={sample for order in orders for sample in order.samples},
         images={one.block.sample: one.metadata.sample_sha256 for one in blocks},
+        grown=len({frozenset(order.samples) for order in stored.orders.values()}) > 1,
         votes=to_table(blocks),
     )
 

@@ -1,4 +1,4 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, report, bench, submit.
+"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, compare, report, bench, submit.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -26,6 +26,7 @@ from pipeline.errors import RunError, Stopped, UserError
 from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
+from pipeline.units import UNITS
 
 
 class _Main(click.Group):
@@ -88,6 +89,9 @@ _SET = click.option(
 )
 _YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation before an expensive order.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
+_PIXELS = click.option(
+    "--pixels", metavar="C,H,W", help="Shape of the images, for l-infinity radii. [default: that of CIFAR-10, ImageNet]"
+)
 _COSTLY = click.option(
     "--costly",
     metavar="FILE",
@@ -335,6 +339,15 @@ def audit(
 @click.option("--plot", "picture", metavar="FILE", help="Draw the curves into a .png, .pdf or .svg file.")
 @click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name; not a classifier.")
 @click.option("--cascade", is_flag=True, help="Add one certificate over the sigmas of the runs, and the envelope.")
+@click.option(
+    "--unit",
+    type=click.Choice(list(UNITS)),
+    default="l2",
+    show_default=True,
+    help="Convert the radii: other pixel scales, or the l-infinity norm.",
+)
+@_PIXELS
+@click.option("--std", metavar="S,S,S", help="With --unit l2-normalized: std per channel of the normalisation.")
 def curve(sources: tuple[str, ...], **layout: Any) -> None:
     """Compare runs and published logs in one table and one picture.
 
@@ -351,6 +364,30 @@ def curve(sources: tuple[str, ...], **layout: Any) -> None:
 
 
 @main.command()
+@click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_LOG...")
+@click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
+@click.option("--grid", metavar="START:STOP:STEP", help="Radii, as exact decimals up to STOP. [default: round radii]")
+@click.option("--output", metavar="FILE", help="Write to this file. [default: stdout]")
+@_JSON
+def compare(
+    sources: tuple[str, ...], order_name: str | None, grid: str | None, output: str | None, as_json: bool
+) -> None:
+    """Test which of two or more runs certifies more of the samples that they share.
+
+    Prints differences of certified accuracy (exact McNemar test) and of ACR (BCa bootstrap), with intervals that hold
+    for all radii and pairs at once, and the number of samples that would show a difference of 1 point.
+
+    \b
+    diffsmooth compare runs/mnist-diffsmooth-0.50 runs/mnist-cohen-0.50 --grid 0:1.5:0.25
+    """
+    from jobs import compare as command
+
+    command.print_comparison(
+        command.compare_sources(sources, order_name=order_name, grid=grid), as_json=as_json, output=output
+    )
+
+
+@main.command()
 @click.argument("sources", nargs=-1, required=True, metavar="RUN...")
 @click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
 @click.option(
@@ -360,6 +397,7 @@ def curve(sources: tuple[str, ...], **layout: Any) -> None:
 @click.option(
     "--samples", "each", type=click.IntRange(min=0), default=3, show_default=True, help="Samples to show of each kind."
 )
+@_PIXELS
 @click.option(
     "--output", default="report.html", show_default=True, metavar="FILE", help="Write the report to this file."
 )

@@ -1,4 +1,4 @@
-"""Places: how the arguments RUN, LOG and FILE of a command are opened."""
+"""Places: how the arguments RUN, LOG and FILE of a command are opened, and how its radii and units are read."""
 
 import math
 import os
@@ -6,14 +6,24 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.curve import Curve, curve_of
+from pipeline.data import known_facts
 from pipeline.errors import UserError
 from pipeline.locations import is_remote
 from pipeline.logs import read_log
 from pipeline.results import OrderResult, read_result
+from pipeline.run import Run
+from pipeline.spec import Data
+from pipeline.units import Images
+
+_MOST_RADII = 10_000
 
 
 class Source(NamedTuple):
@@ -118,3 +128,64 @@ def _distinct(paths: Sequence[tuple[str, ...]]) -> list[str]:
             name = paths[alike[0]][-1]
             raise UserError(f"two curves have the name {name!r}; rename one with NAME=PATH, or remove it")
         kept = [count + (index in alike) for index, count in enumerate(kept)]
+
+
+def parse_grid(grid: str, float_grid: bool = False) -> NDArray[np.float64]:
+    """The radii of --grid: START, START + STEP, ... up to STOP: exact decimals, or floats as in published tables.
+
+    70 steps of 0.005 are 0.35 in decimals but 0.35000000000000003 in floats, which a radius of 0.35 does not reach.
+    """
+    try:
+        start, stop, step = map(Decimal, grid.split(":"))
+        if not all(math.isfinite(float(value)) for value in (start, stop, step)):
+            raise ValueError
+    except (ValueError, DecimalException):
+        raise UserError(f"--grid {grid} must be START:STOP:STEP in decimal numbers, for example 0:1.5:0.25") from None
+    if float(step) <= 0:
+        raise UserError(f"--grid {grid}: the step {step} must be above 0")
+    if not 0 <= start <= stop:
+        raise UserError(f"--grid {grid}: the radii must satisfy 0 <= START <= STOP")
+    if (stop - start) / _MOST_RADII >= step:
+        raise UserError(f"--grid {grid}: more than {_MOST_RADII:,} radii; use a larger step")
+    if float_grid:
+        return np.arange(float(start), float(stop) + float(step), float(step))
+    return np.array([float(start + index * step) for index in range(int((stop - start) // step) + 1)])
+
+
+def parse_images(pixels: str | None, std: str | None) -> Images:
+    """The images of --pixels C,H,W and --std S,S,S. Raises: UserError."""
+    shape, deviations = _numbers("--pixels", pixels, "3,32,32"), _numbers("--std", std, "0.25,0.24,0.26")
+    if shape is not None and not (len(shape) == 3 and all(value == int(value) for value in shape)):
+        raise UserError(f"--pixels {pixels} must be three whole numbers C,H,W, for example 3,32,32")
+    return Images(shape_CHW=None if shape is None else tuple(map(int, shape)), std=deviations)
+
+
+def _numbers(option: str, text: str | None, example: str) -> list[float] | None:
+    """Numbers above 0, separated by commas."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{option} {text} must be numbers above 0, separated by commas, for example {example}")
+    return values
+
+
+def images_of(run: Run | None, given: Images) -> Images:
+    """The given images, with the shape of a run's data set if every copy of that data set has it.
+
+    run.json does not store the shape. Only CIFAR-10 and cropped ImageNet have one that follows from it.
+    Raises: UserError if --pixels contradicts that shape.
+    """
+    if run is None or run.spec.data.name not in ("cifar10", "imagenet"):
+        return given
+    data = run.spec.data
+    facts = known_facts(Data(**data.model_dump()))
+    if facts is None:
+        return given
+    if given.shape_CHW not in (None, facts.shape_CHW):
+        shown = ",".join(map(str, facts.shape_CHW))
+        raise UserError(f"--pixels: the images of {data.name} are {shown} in this run; use that, or omit it")
+    return replace(given, shape_CHW=facts.shape_CHW)

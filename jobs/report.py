@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs.console import report_incomplete
 from jobs.gallery import gallery
-from jobs.places import is_log, parse_source, with_distinct_names, writing
+from jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
 from pipeline.orders import stored_hash
@@ -31,15 +31,17 @@ def report(
     specs: Sequence[RunSpec] = (),
     shipped: Shipped = lambda name: None,
     each: int = 3,
+    pixels: str | None = None,
     output: str,
 ) -> bool:
     """Write the report of [NAME=]RUN ...; returns whether all of their samples are complete.
 
     `specs` say where the data and weights of the runs are; for a run that none of them made, the `shipped` spec of its
-    name is tried. `each` samples of each kind are shown, none if it is 0.
+    name is tried. `each` samples of each kind are shown, none if it is 0. `pixels` is the shape C,H,W of the images.
 
     Raises: UserError, also for a spec that made none of the runs, and if the data or weights of `specs` do not load.
     """
+    images = parse_images(pixels, None)
     parsed = [parse_source(text) for text in sources]
     for source in parsed:
         if is_log(source.place):
@@ -57,6 +59,7 @@ def report(
             spec=json.dumps(one.result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
             exhibits=exhibits,
             no_exhibits=reason,
+            shape_CHW=images_of(one.result.run, images).shape_CHW,
         )
         for one, curve, (exhibits, reason) in zip(read, curves, galleries, strict=True)
     ]

@@ -4,13 +4,19 @@ Certified accuracy at radius r is the fraction of all samples, abstentions inclu
 certified radius of at least r (Cohen et al. 2019, section 4). ACR is the mean over all samples of the radius if
 correct, and of 0 otherwise (MACER, arXiv 2001.02378, section 5.1).
 
-Three statements about the data set go beyond the plain fraction k / m; none of them implies another:
+Four statements about the data set go beyond the plain fraction k / m; none of them implies another:
 - over the draws: each certificate errs independently with probability at most alpha, and an error affects one sample at
   every radius, so at most q of them err, with q the 1 - rho quantile of Bin(m, alpha). The true accuracy of g on these
   m images is therefore at least (k - q) / m at all radii at once, with probability 1 - rho. (The form in Cohen's
   published code lacks a factor 2 and fails for large m; it is given for comparison.)
-- over the images, at one radius: the Clopper-Pearson interval of k among m, if the images were drawn at random;
-- over the images, at all radii: the band of Dvoretzky, Kiefer and Wolfowitz (DKW) with Massart's constant.
+- over the images, at one radius: the Clopper-Pearson interval of k among m, if the images were drawn at random. It
+  bounds q, the share of the population that this procedure certifies;
+- over both, at one radius: a certificate that errs with probability at most alpha gives q <= A + (1 - A) alpha, with A
+  the true accuracy of g in the population. Therefore A >= (q_lower - alpha) / (1 - alpha);
+- over the images, at all radii: the band of Dvoretzky, Kiefer and Wolfowitz (DKW) with Massart's constant, also for q.
+
+Statements over the images assume that the number of images was fixed before the first look at them. They do not hold
+for an order that adds samples to a run (`grown`).
 """
 
 import math
@@ -22,11 +28,24 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, betaincinv
+from scipy.special import bdtr, betaincinv, ndtri
 
-BAND = "Clopper-Pearson 95 % per radius"
+BAND = "Clopper-Pearson 95 % per radius, of the certified share"
+GROWN = "the sample set grew after looking: population intervals do not hold"
+CONFIDENCE = 0.95  # of the interval of the ACR
 RHO = 0.001  # probability that the bound over the draws fails
 _DELTA = 0.05  # probability that a statement over the images fails
+_LEAST_FOR_ACR = 30  # samples; the interval of the ACR was simulated with no fewer
+
+
+class Interval(NamedTuple):
+    """A confidence interval; NaN if there is none."""
+
+    lower: float
+    upper: float
+
+
+NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,13 @@ class Curve:
     skipped: int = 0  # samples that count as wrong because their selected class is not their label
     tested: NDArray[np.float64] | None = None  # the radii of grid mode
     scales: tuple[float, ...] = ()  # the sigmas of a cascade, which is drawn beside the curves of every sigma
+    grown: bool = False  # an earlier order of the run has other samples, so m was not fixed before the first look
+    unit: str = "l2 radius"  # what the radii are; see pipeline/units.py
+
+    @property
+    def band(self) -> str:
+        """What the shaded band is."""
+        return f"{BAND}; {GROWN}" if self.grown else BAND
 
     @property
     def num_samples(self) -> int:
@@ -54,6 +80,16 @@ class Curve:
     def acr(self) -> float:
         """Average certified radius; NaN in grid mode, whose mean radius is not comparable with an ACR."""
         return float(np.mean(self.radii * self.correct)) if self.num_samples and self.tested is None else float("nan")
+
+    @property
+    def acr_interval(self) -> Interval:
+        """The 95 % interval of the ACR over images from the same population.
+
+        NaN in grid mode, for fewer than 30 samples, and if all radii are equal.
+        """
+        if self.tested is not None or self.num_samples < _LEAST_FOR_ACR:
+            return NO_INTERVAL
+        return mean_interval(self.radii * self.correct, CONFIDENCE)
 
     @property
     def abstention_rate(self) -> float:
@@ -88,26 +124,31 @@ class Curve:
         return self.at(radii) - alpha - math.sqrt(alpha * (1 - alpha) * logarithm / m) - logarithm / (3 * m)
 
     def table(self, radii: ArrayLike) -> pd.DataFrame:
-        """Columns radius, certified_accuracy, lower, upper, num_samples, band, draws_lower, cohen_lower, dkw_*.
+        """Columns radius, certified_accuracy, lower, upper, num_samples, band, draws_lower, cohen_lower, dkw_*,
+        population_lower.
 
-        `lower` and `upper` are the 95 % interval over the images at each radius, `dkw_*` the 95 % band over all radii;
-        `draws_lower` and `cohen_lower` are statements about these images.
+        `lower` and `upper` bound the share of the population that is certified, at each radius with 95 %; `dkw_*` bound
+        it at all radii at once. `population_lower` bounds the true accuracy of g in the population from below, at each
+        radius with 97.5 %; NaN if alpha is unknown. `draws_lower` and `cohen_lower` are statements about these images.
         """
         radii, m = np.asarray(radii, dtype=float), self.num_samples
         count, share = self._counts(radii), self.at(radii)
+        certified = clopper_pearson(count, np.full_like(count, m), _DELTA)
+        alpha = math.nan if self.alpha is None else self.alpha
         half_width = math.sqrt(math.log(2 / _DELTA) / (2 * max(m, 1)))
         return pd.DataFrame(
             {
                 "radius": radii,
                 "certified_accuracy": share,
-                "lower": np.where(count > 0, betaincinv(np.maximum(count, 1), m - count + 1, 0.025), 0.0),
-                "upper": np.where(count < m, betaincinv(count + 1, np.maximum(m - count, 1), 0.975), 1.0),
+                "lower": certified.lower,
+                "upper": certified.upper,
                 "num_samples": m,
-                "band": BAND,
+                "band": self.band,
                 "draws_lower": self.draws_lower(radii),
                 "cohen_lower": self.cohen_lower(radii),
                 "dkw_lower": np.maximum(share - half_width, 0.0),
                 "dkw_upper": np.minimum(share + half_width, 1.0),
+                "population_lower": np.maximum((certified.lower - alpha) / (1 - alpha), 0.0),
             }
         )
 
@@ -123,6 +164,41 @@ class Curve:
     def _counts(self, radii: ArrayLike) -> NDArray[np.int64]:
         right = np.sort(self.radii[self.correct])
         return len(right) - np.searchsorted(right, np.asarray(radii, dtype=float), side="left")
+
+
+class Bounds(NamedTuple):
+    """Lower and upper confidence bounds, over arrays."""
+
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+
+
+def clopper_pearson(count: NDArray[np.int64], total: NDArray[np.int64], delta: float) -> Bounds:
+    """The two-sided Clopper-Pearson interval of a probability at confidence 1 - delta, from 0 to 1 if total is 0."""
+    missed = total - count
+    return Bounds(
+        np.where(count > 0, betaincinv(np.maximum(count, 1), missed + 1.0, delta / 2), 0.0),
+        np.where(missed > 0, betaincinv(count + 1.0, np.maximum(missed, 1), 1 - delta / 2), 1.0),
+    )
+
+
+def mean_interval(values_M: NDArray[np.float64], confidence: float) -> Interval:
+    """The ABC interval of a mean (DiCiccio and Efron 1992): the BCa bootstrap interval in closed form, to second order.
+
+    For a mean, bias and curvature vanish. With a = sum d^3 / (6 (sum d^2)^1.5), d the deviations from the mean, and
+    w = a + z, an end is mean + s w / (1 - a w)^2. NaN if all values are equal.
+    """
+    mean = float(values_M.mean()) if len(values_M) else math.nan
+    d = values_M - mean
+    squares = float((d**2).sum())
+    if not squares > 1e-18 * max(1.0, mean**2):
+        return NO_INTERVAL
+    a = float((d**3).sum()) / (6 * squares**1.5)
+    ends = []
+    for level in ((1 - confidence) / 2, (1 + confidence) / 2):
+        w = a + float(ndtri(level))
+        ends.append(mean + math.sqrt(squares) / len(values_M) * w / (1 - a * w) ** 2)
+    return Interval(*ends)
 
 
 def curve_of(
@@ -177,7 +253,10 @@ def table_radii(curves: Sequence[Curve]) -> NDArray[np.float64]:
     if all(curve.tested is not None for curve in curves):
         return np.unique(np.concatenate([curve.tested for curve in curves if curve.tested is not None]))
     reach = max(curve.max_radius for curve in curves)
-    step = next(step for step in (0.25, 0.5, 1.0, 2.0, 5.0, math.inf) if reach / step <= 12)
+    if not 0 < reach < math.inf:
+        return np.array([0.0])
+    scale = 0.1 if curves[0].unit == Curve.unit else 10.0 ** (math.floor(math.log10(reach)) - 1)
+    step = next(scale * step for step in (2.5, 5, 10, 20, 50, math.inf) if reach / (scale * step) <= 12)
     return np.array([0.0]) if math.isinf(step) else grid(step, math.floor(reach / step) * step)
 
 
@@ -228,8 +307,9 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         turn = index // len(COLOURS)  # when colours repeat, the line style changes
         colour, style = COLOURS[index % len(COLOURS)], _LINES[(index + turn) % len(_LINES)]
         table = curve.table(radii)
-        mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "certified at the marked radii only"
-        label = f"{curve.name} ({mean}{', post hoc' if curve.post_hoc else ''})".replace("$", r"\$")
+        mean = shown_acr(curve) or "certified at the marked radii only"
+        marks = (", post hoc" if curve.post_hoc else "") + (", grown" if curve.grown else "")
+        label = f"{curve.name} ({mean}{marks})".replace("$", r"\$")
         if curve.tested is not None:
             axes.plot(curve.tested, curve.at(curve.tested), color=colour, linestyle="", marker="o", markersize=4)
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
@@ -237,8 +317,28 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         if len(curves) == 1 and curve.alpha is not None:
             label = f"lower bound over the draws ({100 * (1 - RHO):g} %, all radii)"
             axes.plot(radii, table["draws_lower"], color="black", linestyle=":", linewidth=1, label=label)
+            label = "lower bound of g's population accuracy (97.5 % per radius)"
+            axes.plot(radii, table["population_lower"], color="black", linestyle="--", linewidth=0.8, label=label)
             axes.plot(radii, table["dkw_lower"], color=colour, alpha=0.5, linewidth=0.6, label="DKW 95 %, all radii")
             axes.plot(radii, table["dkw_upper"], color=colour, alpha=0.5, linewidth=0.6)
-    axes.set(xlabel="l2 radius", ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))
+    axes.set(xlabel=curves[0].unit, ylabel="certified accuracy", xlim=(0, reach * 1.02), ylim=(0, 1.01))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, title=f"band: {BAND}", title_fontsize=7)
+    title = f"band: {BAND}" + (f"\n{GROWN}" if any(curve.grown for curve in curves) else "")
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=7)
+
+
+NO_ACR = "-"
+
+
+def acr_figures(curve: Curve) -> tuple[str, str]:
+    """The ACR and its 95 % interval as printed; "-" if there is none."""
+    if curve.tested is not None:
+        return NO_ACR, NO_ACR
+    (lower, upper), form = curve.acr_interval, ".3f" if curve.unit == Curve.unit else ".3g"
+    return f"{curve.acr:{form}}", NO_ACR if math.isnan(lower) else f"[{lower:{form}}, {upper:{form}}]"
+
+
+def shown_acr(curve: Curve) -> str:
+    """Such as ACR 0.513 [0.472, 0.550]; empty in grid mode."""
+    acr, interval = acr_figures(curve)
+    return "" if acr == NO_ACR else f"ACR {acr}{'' if interval == NO_ACR else f' {interval}'}"

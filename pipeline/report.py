@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipeline.curve import BAND, COLOURS, RHO, Curve, grid
+from pipeline.curve import BAND, COLOURS, GROWN, RHO, Curve, grid, shown_acr
 from pipeline.orders import Order
 from pipeline.tables import render
 
@@ -59,6 +59,7 @@ class RunReport:
     spec: str = ""  # as in run.json
     exhibits: Sequence[Exhibit] = ()
     no_exhibits: str = ""  # why there are none
+    shape_CHW: tuple[int, ...] | None = None  # of the images; None: not known
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
@@ -126,11 +127,8 @@ def guarantee(run: RunReport) -> list[str]:
             f"{curve.most_errors()} of the certificates are wrong. The true certified accuracy of g on them is "
             "therefore at least the value shown minus that many samples, at all radii at once."
         )
-    said.append(
-        f"For the population of images: if these images were drawn from it at random, the shaded band is the 95 % "
-        f"interval at one radius ({BAND.split(' 95')[0]}); a statement about all radii at once needs the wider 95 % "
-        "band of Dvoretzky, Kiefer and Wolfowitz."
-    )
+    said += _about_population(curve)
+    said.append(_conversions(run.shape_CHW))
     if run.noise_grid is None:
         said.append(
             "The proof is for real numbers, but f and the noise are computed in floating point. smoothing.noise_grid = "
@@ -144,6 +142,35 @@ def guarantee(run: RunReport) -> list[str]:
     if curve.incomplete:
         said.append(f"INCOMPLETE: {curve.incomplete:,} samples lack draws and are excluded from every figure.")
     return said
+
+
+def _about_population(curve: Curve) -> list[str]:
+    """What is claimed about the images that were not certified."""
+    said = [
+        f"For the population of images: if these images were drawn from it at random, the shaded band is the 95 % "
+        f"interval at one radius ({BAND.split(' 95')[0]}) of the share of images that this procedure certifies; a "
+        "statement about all radii at once needs the wider 95 % band of Dvoretzky, Kiefer and Wolfowitz."
+    ]
+    if curve.alpha is not None and curve.num_samples:
+        lower = math.floor(1000 * curve.table([0.0])["population_lower"][0]) / 10
+        said.append(
+            f"The true accuracy of g in that population is at least {lower:.1f} % at r = 0, with probability 97.5 %. "
+            "The dashed line is this bound at each radius separately; it accounts for certificates that are wrong."
+        )
+    if curve.grown:
+        said.append(f"GROWN: {GROWN}. An earlier order of this run has other samples.")
+    return said
+
+
+def _conversions(shape_CHW: tuple[int, ...] | None) -> str:
+    """How radii convert to other units."""
+    shape = "C H W" if shape_CHW is None else " x ".join(map(str, shape_CHW))
+    root = f"sqrt({shape})" + ("" if shape_CHW is None else f" = r / {math.sqrt(math.prod(shape_CHW)):.4g}")
+    return (
+        "Conversions: all radii are l2 norms of pixels in [0, 1]. A radius r is 255 r for pixels from 0 to 255, at "
+        "least r / s for pixels divided by a standard deviation of at most s, and an l-infinity radius of at least "
+        f"r / {root}."
+    )
 
 
 def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +195,12 @@ def class_table(certificates: pd.DataFrame) -> pd.DataFrame:
 
 
 def _about_bands(curves: Sequence[Curve]) -> str:
-    dotted = " Dotted: lower bound over the draws at all radii at once. Thin: 95 % band over all radii (DKW)."
-    return f"Shaded: {BAND}.{dotted if len(curves) == 1 and curves[0].alpha is not None else ''}"
+    lines = (
+        " Dotted: lower bound over the draws at all radii at once. Dashed: lower bound of g's accuracy in the "
+        "population, 97.5 % per radius. Thin: 95 % band over all radii (DKW)."
+    )
+    grown = f" Runs marked as grown: {GROWN}." if any(curve.grown for curve in curves) else ""
+    return f"Shaded: {BAND}.{lines if len(curves) == 1 and curves[0].alpha is not None else ''}{grown}"
 
 
 def _panels(curves: Sequence[Curve]) -> list[go.Figure]:
@@ -200,18 +231,24 @@ def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> N
     if alone and curve.alpha is not None:
         for bound in ("dkw_lower", "dkw_upper"):
             figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 0.6}, **hidden)
-        figure.add_scatter(x=radii, y=table["draws_lower"], line={**line, "width": 1, "dash": "dot"}, **hidden)
-    mean = f"ACR {curve.acr:.3f}" if curve.tested is None else "at the marked radii only"
+        for bound, dash in (("draws_lower", "dot"), ("population_lower", "dash")):
+            figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 1, "dash": dash}, **hidden)
+    mean = shown_acr(curve) or "at the marked radii only"
+    marks = (", post hoc" if curve.post_hoc else "") + (", grown" if curve.grown else "")
     figure.add_scatter(
         x=radii,
         y=table["certified_accuracy"],
-        name=f"{_plain(curve.name)} ({mean}{', post hoc' if curve.post_hoc else ''})",
+        name=f"{_plain(curve.name)} ({mean}{marks})",
         legendgroup=curve.name,
         mode="lines" if curve.tested is None else "lines+markers",
         line={**line, "width": 2.2, "dash": _DASHES[index // len(COLOURS) % len(_DASHES)]},
-        customdata=table[["lower", "upper", "draws_lower"]],
+        customdata=table[["lower", "upper", "draws_lower", "population_lower"]],
         hovertemplate=f"{_plain(curve.name)}: %{{y:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
-        + (", lower bound over the draws %{customdata[2]:.1%}" if curve.alpha is not None else "")
+        + (
+            ", lower bound over the draws %{customdata[2]:.1%}, of g's population accuracy %{customdata[3]:.1%}"
+            if curve.alpha is not None
+            else ""
+        )
         + "<extra></extra>",
     )
 

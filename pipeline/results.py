@@ -1,9 +1,11 @@
 """Results: a stored run, and the certificates, the curve and the status of its orders."""
 
 import io
+import itertools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,9 @@ class Summary(BaseModel):
     abstention_rate: float | None
     accuracy: float = 0.0  # of PREDICT
     acr: float | None = None  # None in grid mode
+    acr_lower: float | None = None  # 95 % interval over the images; None without one
+    acr_upper: float | None = None
+    grown: bool = False  # the sample set grew after looking: intervals over the images do not hold
     certified_accuracy: dict[str, float] = {}
 
     def to_json(self) -> dict[str, Any]:
@@ -103,8 +108,11 @@ class OrderResult:
         else:
             radii = table_radii([curve])
             accuracy = zip(radii, curve.at(radii).tolist(), strict=True)
+            interval = [None if math.isnan(end) else end for end in curve.acr_interval]
             reached = {
                 "acr": None if curve.tested is not None else curve.acr,
+                "acr_lower": interval[0],
+                "acr_upper": interval[1],
                 "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy},
             }
         return Summary(
@@ -125,6 +133,7 @@ class OrderResult:
             draws_used=int(complete["n0"].sum() + complete.loc[complete["status"] != "skipped", "n"].sum()),
             draws_at_n=len(complete) * (order.n0 + order.n),
             post_hoc=curve.post_hoc,
+            grown=curve.grown,
             abstention_rate=curve.abstention_rate if curve.num_samples > curve.skipped else None,
             **reached,
         )
@@ -232,13 +241,14 @@ class StoredRun:
     def result(self, votes: pd.DataFrame, name: str) -> OrderResult:
         """What follows from an order and a table of votes."""
         rows = self.certificates(votes, name)
+        curve = curve_of_order(self.run.name, self.orders[name], rows, self.run.sigma)
         return OrderResult(
             run_uri=self.store.uri,
             run=self.run,
             name=name,
             order=self.orders[name],
             certificates=rows,
-            curve=curve_of_order(self.run.name, self.orders[name], rows, self.run.sigma),
+            curve=replace(curve, grown=sample_set_grew(self.orders, name)),
         )
 
     def finish(self, name: str) -> OrderResult:
@@ -338,6 +348,17 @@ def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: f
     if order.certificate != "top":
         name = f"{name} [{order.certificate}]"
     return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
+
+
+def sample_set_grew(orders: Mapping[str, Order], name: str) -> bool:
+    """Whether an order has other samples than one that was placed earlier.
+
+    An interval over the images needs a number of images that was fixed before the first look, which is that of the
+    first order. The choice of a later order can depend on what the earlier ones showed.
+    """
+    samples = set(orders[name].samples)
+    earlier = itertools.takewhile(lambda other: other != name, orders)
+    return any(set(orders[other].samples) != samples for other in earlier)
 
 
 def comparison_notes(results: Sequence[OrderResult]) -> list[str]:

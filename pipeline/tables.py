@@ -18,17 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.curve import Curve, Envelope, envelope_of, table_radii
+from pipeline.curve import GROWN, NO_ACR, Curve, Envelope, acr_figures, envelope_of, table_radii
 
 logger = logging.getLogger(__name__)
 
 ENVELOPE = "envelope (not a classifier)"  # the name of its row or block
 
 _Radii = NDArray[np.float64]
-_Cells = list[list[str]]  # run, ACR, abstained, then one accuracy per radius
-_HEADINGS = ("run", "ACR", "abstain, %")
-_NO_ACR = "-"
-_CAPTION = "certified accuracy, %, at l2 radius"
+_Cells = list[list[str]]  # run, ACR, its interval, abstained, then one accuracy per radius
+_HEADINGS = ("run", "ACR", "95 % interval", "abstain, %")
 
 
 def render(curves: Sequence[Curve], form: str = "text", *, radii: _Radii | None = None, envelope: bool = False) -> str:
@@ -48,9 +46,11 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
             "[cost] certifies only that no costly class is predicted; its values are not comparable with those of the "
             "other certificates"
         )
+    if any(curve.grown for curve in curves):
+        said.append(f"grown: {GROWN}")
     if any(curve.tested is not None for curve in curves):
         said.append(
-            f"{_NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
+            f"{NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
             "one, and the mean radius is not comparable with an ACR"
         )
     for curve in curves:
@@ -76,7 +76,7 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
 
 
 def _text(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
-    table = Table(title=_CAPTION, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(title=_caption(curves), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for heading in (*_HEADINGS, *map(_radius, radii)):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for cells in _cells(curves, radii):
@@ -101,10 +101,10 @@ def _markdown(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None)
         rows.append(_envelope_cells(envelope))
     return _joined(
         [
-            f"{_CAPTION[0].upper()}{_CAPTION[1:]}",
+            _caption(curves).capitalize(),
             "",
             line([*_HEADINGS, *map(_radius, radii)]),
-            line(["---"] + ["---:"] * (len(radii) + 2)),
+            line(["---"] + ["---:"] * (len(radii) + len(_HEADINGS) - 1)),
             *map(line, rows),
             *(f"\n{_escaped_markdown(note)}" for note in _notes(curves, radii, envelope)),
         ]
@@ -118,10 +118,10 @@ def _latex(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
     return _joined(
         [
             r"% needs \usepackage{booktabs}",
-            rf"\begin{{tabular}}{{l{'r' * (len(radii) + 2)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(radii) + len(_HEADINGS) - 1)}}}",
             r"\toprule",
-            rf" & & & \multicolumn{{{len(radii)}}}{{c}}{{certified accuracy, \%, at $\ell_2$ radius}} \\",
-            rf"\cmidrule(l){{4-{len(radii) + 3}}}",
+            rf"{' & ' * len(_HEADINGS)}\multicolumn{{{len(radii)}}}{{c}}{{{_latex_caption(curves)}}} \\",
+            rf"\cmidrule(l){{{len(_HEADINGS) + 1}-{len(_HEADINGS) + len(radii)}}}",
             line([*map(_escaped_latex, _HEADINGS), *map(_radius, radii)]),
             r"\midrule",
             *map(line, _with_best(_cells(curves, radii), _escaped_latex, r"\textbf{{{}}}".format)),
@@ -140,7 +140,7 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
     return _joined(
         [
             "<table>",
-            f"<caption>{_CAPTION[0].upper()}{_CAPTION[1:]}</caption>",
+            f"<caption>{html.escape(_caption(curves).capitalize())}</caption>",
             line([*_HEADINGS, *map(_radius, radii)], "th"),
             *map(line, _with_best(_cells(curves, radii), html.escape, "<b>{}</b>".format)),
             *([line(_envelope_cells(envelope))] if envelope else []),
@@ -153,11 +153,12 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
 def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
     """Columns run, radius, certified_accuracy, post_hoc, incomplete (samples); an envelope adds its rows and best_run.
 
-    CSV has no place for the notes, so they are logged.
+    Radii in another unit than the l2 norm of [0, 1] pixels add the column unit. CSV has no place for the notes, so they
+    are logged.
     """
     for note in _notes(curves, radii, envelope):
         logger.warning("%s", note)
-    columns = {"radius": radii}
+    columns = {"radius": radii} | ({} if curves[0].unit == Curve.unit else {"unit": curves[0].unit})
     blocks = [
         pd.DataFrame(
             {"run": one.name, **columns, "certified_accuracy": one.at(radii), "post_hoc": one.post_hoc,
@@ -184,21 +185,23 @@ FORMATS: dict[str, Callable[[Sequence[Curve], _Radii, Envelope | None], str]] = 
 def _cells(curves: Sequence[Curve], radii: _Radii) -> _Cells:
     cells = []
     for curve in curves:
-        marks = ("*" if curve.post_hoc else "") + (f" ({curve.incomplete} incomplete)" if curve.incomplete else "")
+        marks = "*" if curve.post_hoc else ""
+        marks += " (grown)" if curve.grown else ""
+        marks += f" ({curve.incomplete} incomplete)" if curve.incomplete else ""
         shares = [f"{100 * curve.abstention_rate:.1f}", *_percent(curve.at(radii))]
-        cells.append([curve.name + marks, _mean(curve), *shares])
+        cells.append([curve.name + marks, *acr_figures(curve), *shares])
     return cells
 
 
 def _envelope_cells(envelope: Envelope) -> list[str]:
-    return [ENVELOPE, "", "", *_percent(envelope.certified_accuracy)]
+    return [ENVELOPE, "", "", "", *_percent(envelope.certified_accuracy)]
 
 
 def _with_best(rows: _Cells, escape: Callable[[str], str], mark: Callable[[str], str]) -> _Cells:
     """The rows with escaped names, and the highest value of each column marked, including ties as printed."""
-    _, acr, _, *accuracies = zip(*rows, strict=True)
+    _, acr, _, _, *accuracies = zip(*rows, strict=True)
     highest = [max(column, key=_figure) if len(rows) > 1 else "" for column in (acr, *accuracies)]
-    highest.insert(1, "")  # abstaining less is not better in itself
+    highest[1:1] = ["", ""]  # neither an interval nor abstaining less is better in itself
     return [
         [
             escape(name),
@@ -208,12 +211,17 @@ def _with_best(rows: _Cells, escape: Callable[[str], str], mark: Callable[[str],
     ]
 
 
-def _mean(curve: Curve) -> str:
-    return _NO_ACR if curve.tested is not None else f"{curve.acr:.3f}"
+def _caption(curves: Sequence[Curve]) -> str:
+    return f"certified accuracy, %, at {curves[0].unit}"
+
+
+def _latex_caption(curves: Sequence[Curve]) -> str:
+    unit = _escaped_latex(curves[0].unit).replace("l2", r"$\ell_2$").replace("l-infinity", r"$\ell_\infty$")
+    return rf"certified accuracy, \%, at {unit}"
 
 
 def _figure(cell: str) -> float:
-    return 0.0 if cell == _NO_ACR else float(cell)
+    return 0.0 if cell == NO_ACR else float(cell)
 
 
 def _percent(shares: NDArray[np.float64]) -> list[str]:

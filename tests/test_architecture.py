@@ -44,6 +44,8 @@ ARROWS = {
     "pipeline.curve": "",
     "pipeline.logs": "certify records",
     "pipeline.tables": "curve",
+    "pipeline.units": "curve",
+    "pipeline.compare": "certify curve",
     "pipeline.results": "certify curve orders planning records run sampling storage.store votes",
     "pipeline.report": "curve orders tables",
     "cluster.scheduler": "",
@@ -53,7 +55,7 @@ ARROWS = {
 }
 TORCH = {"pipeline.smoothing", "pipeline.models"}  # in pipeline/
 RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
-COMMANDS = {f"jobs.{name}" for name in ("analyze", "audit", "certify", "curve", "plan", "report", "submit")}
+COMMANDS = {f"jobs.{name}" for name in ("analyze", "audit", "certify", "compare", "curve", "plan", "report", "submit")}
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 # the spot watcher runs where only the standard library is installed
 PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "cluster.aws.spot_watcher"}

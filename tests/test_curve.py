@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from pipeline.curve import curve_of, envelope_of, grid, plot, table_radii
+from pipeline.curve import GROWN, curve_of, envelope_of, grid, plot, table_radii
 
 
 def certificates(*rows):
@@ -48,7 +48,7 @@ def test_band_covers():
     for count, lower, upper in zip([2, 1, 0], band["lower"], band["upper"], strict=True):
         assert binom.sf(count - 1, 4, lower) == pytest.approx(0.025 if count else 1)
         assert binom.cdf(count, 4, upper) == pytest.approx(0.025)
-    assert (band["band"] == "Clopper-Pearson 95 % per radius").all()
+    assert (band["band"] == "Clopper-Pearson 95 % per radius, of the certified share").all()
 
 
 def test_radii_are_exact_decimals():
@@ -133,6 +133,78 @@ def test_the_bound_over_the_draws_fails_with_probability_at_most_rho(m, alpha, r
 def test_a_log_without_alpha_has_no_bound_over_the_draws():
     table = with_counts(3, 5, None).table([0.5])
     assert table[["draws_lower", "cohen_lower"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05])
+def test_population_lower_covers_if_half_of_the_images_are_at_the_boundary(alpha):
+    """The worst case: half of the images have a true radius just below r and are certified with probability alpha.
+
+    4,000 data sets of 10,000 images. `lower` bounds the certified share only, and misses the true accuracy of 0.5.
+    """
+    generator, m, truth = np.random.Generator(np.random.Philox(key=7)), 10_000, 0.5
+    right = generator.binomial(m, truth, 4000)
+    certified = right + generator.binomial(m - right, alpha)
+    counts, repeats = np.unique(certified, return_counts=True)
+    bounds = pd.concat([with_counts(count, m, alpha).table([0.5]) for count in counts])
+    missed = {name: np.average(bounds[name] > truth, weights=repeats) for name in ("lower", "population_lower")}
+    assert 0.01 <= missed["population_lower"] <= 0.03  # 0.025, and a standard error of 0.0025
+    assert missed["lower"] >= {0.01: 0.13, 0.05: 0.99}[alpha]
+
+
+def test_population_lower_by_hand():
+    """(0.0249 - 0.01) / 0.99 for 5 of 100 images would be below 0 for 1 of 100."""
+    table = with_counts(5, 100, 0.01).table([0.5, 1.5])
+    assert table["population_lower"][0] == pytest.approx((table["lower"][0] - 0.01) / 0.99)
+    assert table["population_lower"][1] == 0
+    assert with_counts(5, 100, None).table([0.5])["population_lower"].isna().all()
+
+
+def radii_of(generator, m, scenario):
+    """Radii, 0 if wrong, and their true mean."""
+    chance, size = generator.random(m), generator.random(m)
+    if scenario == "typical":
+        return np.where(chance < 0.25, 0, 1.2 * np.sqrt(size)), 0.75 * 1.2 * 2 / 3
+    if scenario == "saturated":  # two of five images have the largest possible radius
+        return np.where(chance < 0.4, 0, np.where(chance < 0.8, 1.2, 1.2 * size)), 0.6
+    return np.where(chance < 0.9, 0, size), 0.05  # few are certified
+
+
+@pytest.mark.parametrize(
+    ("m", "scenario", "least"),
+    [(100, "typical", 0.94), (100, "saturated", 0.94), (100, "few", 0.94), (1000, "typical", 0.94), (30, "few", 0.91)],
+)
+def test_coverage_of_the_interval_of_the_acr(m, scenario, least):
+    """4,000 data sets; the standard error of a coverage of 95 % is 0.35 %."""
+    generator, covered, judged = np.random.Generator(np.random.Philox(key=8)), 0, 0
+    for _ in range(4000):
+        radii, truth = radii_of(generator, m, scenario)
+        lower, upper = replace(CURVE, radii=radii, correct=radii > 0).acr_interval
+        judged += not np.isnan(lower)
+        covered += lower <= truth <= upper
+    assert least <= covered / judged <= 0.96
+    assert judged >= 3800
+
+
+def test_the_interval_of_the_acr_needs_30_samples_that_differ():
+    def interval(radii, **changes):
+        curve = replace(CURVE, radii=np.array(radii), correct=np.ones(len(radii), bool), **changes)
+        return curve.acr_interval
+
+    assert np.isnan(interval([0.1] * 28 + [0.2])).all()
+    assert np.isnan(interval([0.1] * 100)).all()
+    assert np.isnan(interval([0.1, 0.2] * 50, tested=np.array([0.1, 0.2]))).all()
+    lower, upper = interval([0.1] * 29 + [0.2])
+    assert lower < 0.1 + 0.1 / 30 < upper
+
+
+def test_a_grown_sample_set_is_marked_in_table_and_picture():
+    from matplotlib.figure import Figure
+
+    grown = replace(CURVE, grown=True)
+    assert GROWN in grown.table([0.0])["band"][0]
+    legend = grown.plot(Figure().add_subplot()).get_legend()
+    assert GROWN in legend.get_title().get_text()
+    assert any(", grown" in text.get_text() for text in legend.get_texts())
 
 
 def test_dkw_band_covers_the_whole_curve():

@@ -169,6 +169,24 @@ def test_post_hoc_orders_are_marked(home, spec, write):
         write(home)
 
 
+def test_the_report_bounds_the_population_and_converts_radii(home, spec, write):
+    curve = read_result(home).result.curve
+    lower = np.floor(1000 * curve.table([0.0])["population_lower"][0]) / 10
+    _, text = write(home, specs=[spec], pixels="1,4,4")
+    page = Page(text).text
+    assert f"true accuracy of g in that population is at least {lower:.1f} % at r = 0" in page
+    assert "r / sqrt(1 x 4 x 4) = r / 4." in page
+    assert "GROWN" not in page
+    assert "r / sqrt(C H W)." in Page(write(home, specs=[spec])[1]).text
+
+
+def test_the_report_marks_a_sample_set_that_grew(spec, tmp_path, write):
+    for samples in (4, 8):
+        make_run(spec, tmp_path / "grown", samples=samples)
+    _, text = write(str(tmp_path / "grown"), specs=[spec], order_name="002")
+    assert "GROWN: the sample set grew after looking: population intervals do not hold" in Page(text).text
+
+
 def test_incomplete_samples_are_reported(home, spec, write):
     Path(home, "votes/estimation/3-100.parquet").unlink()
     complete, text = write(home, specs=[spec])

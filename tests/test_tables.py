@@ -2,6 +2,7 @@
 
 import io
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -34,11 +35,11 @@ HIGH = curve("high & 50% | x", 0.9, 1.0, sigma=0.5)
 def test_markdown_marks_the_best_and_all_ties():
     text = render([LOW, HIGH, curve("third", 1.0, 1.0)], "markdown", radii=RADII)
     assert text.splitlines()[2:] == [
-        "| run | ACR | abstain, % | 0 | 0.5 | 1 | 2 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        r"| low\_0.25 | 0.325 | 25.0 | **75.0** | 25.0 | 0.0 | 0.0 |",
-        r"| high & 50% \| x | 0.475 | 50.0 | 50.0 | **50.0** | 25.0 | 0.0 |",
-        "| third | **0.500** | 50.0 | 50.0 | **50.0** | **50.0** | 0.0 |",
+        "| run | ACR | 95 % interval | abstain, % | 0 | 0.5 | 1 | 2 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        r"| low\_0.25 | 0.325 | - | 25.0 | **75.0** | 25.0 | 0.0 | 0.0 |",
+        r"| high & 50% \| x | 0.475 | - | 50.0 | 50.0 | **50.0** | 25.0 | 0.0 |",
+        "| third | **0.500** | - | 50.0 | 50.0 | **50.0** | **50.0** | 0.0 |",
     ]
 
 
@@ -48,12 +49,12 @@ def test_the_only_row_is_not_the_best():
 
 def test_latex():
     text = render([LOW, HIGH], "latex", radii=RADII, envelope=True)
-    assert text.startswith("% needs \\usepackage{booktabs}\n\\begin{tabular}{lrrrrrr}\n\\toprule\n")
-    assert r"low\_0.25 & 0.325 & 25.0 & \textbf{75.0} & 25.0 & 0.0 & 0.0 \\" in text
-    assert r"high \& 50\% | x & \textbf{0.475} & 50.0 & 50.0 & \textbf{50.0} & \textbf{25.0} & 0.0 \\" in text
-    assert r"envelope (not a classifier) &  &  & 75.0 & 50.0 & 25.0 & 0.0 \\" in text
+    assert text.startswith("% needs \\usepackage{booktabs}\n\\begin{tabular}{lrrrrrrr}\n\\toprule\n")
+    assert r"low\_0.25 & 0.325 & - & 25.0 & \textbf{75.0} & 25.0 & 0.0 & 0.0 \\" in text
+    assert r"high \& 50\% | x & \textbf{0.475} & - & 50.0 & 50.0 & \textbf{50.0} & \textbf{25.0} & 0.0 \\" in text
+    assert r"envelope (not a classifier) &  &  &  & 75.0 & 50.0 & 25.0 & 0.0 \\" in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count("&") - line.count(r"\&") for line in rows[1:]} == {6}
+    assert {line.count("&") - line.count(r"\&") for line in rows[1:]} == {7}
     assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{\}\$\#" in render(
         [curve(r"a\b~c^d{}$#")], "latex"
     )
@@ -97,11 +98,24 @@ def test_every_format_marks_post_hoc_runs(form, caplog):
         assert "* (2 incomplete)" in text
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_marks_a_grown_sample_set(form, caplog):
+    text = render([replace(LOW, grown=True)], form)
+    assert "the sample set grew after looking: population intervals do not hold" in text + caplog.text
+    assert "grew" not in render([LOW], form)
+
+
+def test_the_interval_of_the_acr_is_printed():
+    text = render([curve("run", *[0.5] * 20, total=40)], "markdown")
+    lower, upper = curve("run", *[0.5] * 20, total=40).acr_interval
+    assert f"| run | 0.250 | [{lower:.3f}, {upper:.3f}] | 50.0 |" in text
+
+
 def test_text_is_never_truncated_and_accepts_any_name():
     name = "[red]" + "n" * 90 + "_0.50"
     lines = render([curve(name, 0.25)], radii=np.arange(60) / 16).splitlines()
     (row,) = (line.split() for line in lines if name in line)
-    assert row == [name, "0.062", "75.0"] + ["25.0"] * 5 + ["0.0"] * 55
+    assert row == [name, "0.062", "-", "75.0"] + ["25.0"] * 5 + ["0.0"] * 55
     assert "0.0625" in lines[2]
     assert "\x1b" not in "".join(lines)
 
@@ -109,5 +123,7 @@ def test_text_is_never_truncated_and_accepts_any_name():
 def test_html_marks_the_best_and_escapes_names():
     text = render([LOW, HIGH, curve("<b>&", 0.5)], "html", radii=RADII)
     rows = [line for line in text.splitlines() if line.startswith("<tr><td>")]
-    assert rows[0].startswith("<tr><td>low_0.25</td><td>0.325</td><td>25.0</td><td><b>75.0</b></td><td>25.0</td>")
+    assert rows[0].startswith(
+        "<tr><td>low_0.25</td><td>0.325</td><td>-</td><td>25.0</td><td><b>75.0</b></td><td>25.0</td>"
+    )
     assert rows[2].startswith("<tr><td>&lt;b&gt;&amp;</td>")
