@@ -309,6 +309,7 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         table = curve.table(radii)
         mean = shown_acr(curve) or "certified at the marked radii only"
         marks = (", post hoc" if curve.post_hoc else "") + (", grown" if curve.grown else "")
+        marks += f", {curve.incomplete} incomplete" if curve.incomplete else ""
         label = f"{curve.name} ({mean}{marks})".replace("$", r"\$")
         if curve.tested is not None:
             axes.plot(curve.tested, curve.at(curve.tested), color=colour, linestyle="", marker="o", markersize=4)

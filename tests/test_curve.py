@@ -207,6 +207,13 @@ def test_a_grown_sample_set_is_marked_in_table_and_picture():
     assert any(", grown" in text.get_text() for text in legend.get_texts())
 
 
+def test_a_picture_names_the_number_of_incomplete_samples():
+    from matplotlib.figure import Figure
+
+    legend = replace(CURVE, incomplete=3).plot(Figure().add_subplot()).get_legend()
+    assert any(", 3 incomplete" in text.get_text() for text in legend.get_texts())
+
+
 def test_dkw_band_covers_the_whole_curve():
     """1,000 data sets of 60 radii from a known law: the band misses the true curve anywhere in at most 5 % of them."""
     rng, grid_ = np.random.default_rng(3), np.linspace(0, 1, 101)
