@@ -1,12 +1,13 @@
 """One Ray for all tests that do not kill it, bound to the loopback address; small runs without a trained network.
 
-pytest-xdist runs the tests in two processes. All tests on that Ray run in one of them.
+pytest-xdist runs the tests in three processes on two cores, because many tests wait for processes that they started.
+All tests on the session's Ray run in one of them.
 """
 
 import os
 
 os.environ.pop("RAY_ADDRESS", None)  # no test may use the cluster of the person who runs the tests
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # makes Ray use 127.0.0.1 for every address
@@ -23,13 +24,20 @@ import pytest
 
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
+SLOWEST = ("ray", "test_chaos", "test_end_to_end", "test_submit", "test_elasticity", "test_store_s3")
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell pytest-xdist which tests share a process: those on the session's Ray, and those of one module."""
-    for item in items:
-        shared = "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shared))
+    """Tell pytest-xdist which tests share a process: those on the session's Ray, and those of one module.
+
+    The slowest groups come first, so that no process is still busy with one of them at the end.
+    """
+    groups = {item: "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    ranks = {group: rank for rank, group in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(groups[item], len(ranks)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def with_bucket(url: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other tests in this process use moto too, and delete what it stores
 def moto_url() -> Iterator[str]:
     """moto's S3 with a bucket `bucket`."""
     with moto_server() as url, with_bucket(url):
