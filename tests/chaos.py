@@ -37,7 +37,7 @@ from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import make_run, png, to_toml
-from tests.processes import busy_actors
+from tests.processes import busy_actors, starting_ray
 from tests.s3_servers import KEY, SECRET, faulty, find_weed, moto_server, seaweed_server
 
 ROOT = Path(__file__).parent.parent
@@ -85,16 +85,10 @@ class Chaos:
     """The cluster, the drivers, and the failures that they suffer."""
 
     def __init__(self, spec: RunSpec, home: str, folder: Path, log: Path, rng: np.random.Generator) -> None:
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 1,
-                "num_gpus": 0,
-                "object_store_memory": 80 * 1024**2,
-                "include_dashboard": False,
-            },
-        )
-        self.nodes = [self.new_node() for _ in range(2)]
+        head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+        with starting_ray():
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
+            self.nodes = [self.new_node() for _ in range(2)]
         (folder / "spec.toml").write_text(to_toml(spec))
         self.command = [sys.executable, "-m", "jobs.cli", "certify", str(folder / "spec.toml"), "--out", home]
         self.command += ["--address", self.cluster.address, "--actors", "3", "--batch-size", str(BATCH), "--json"]

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.processes import starting_ray
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
 SLOWEST = ("ray", "test_chaos", "test_end_to_end", "test_submit", "test_elasticity", "test_store_s3")
@@ -57,16 +58,17 @@ def ray_session() -> Iterator[RaySession]:
     import jobs.certify
 
     (port,) = free_ports(1)
-    context = ray.init(
-        address="local",
-        num_cpus=8,
-        num_gpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 1024**2,
-        _metrics_export_port=port,
-        _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
-    )
+    with starting_ray():
+        context = ray.init(
+            address="local",
+            num_cpus=8,
+            num_gpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=80 * 1024**2,
+            _metrics_export_port=port,
+            _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
+        )
     with pytest.MonkeyPatch.context() as patch:
         for module in (jobs.certify, jobs.bench.driver):
             patch.setattr(module, "Cluster", pooled_cluster())

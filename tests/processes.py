@@ -1,7 +1,22 @@
-"""Processes below this one, found in /proc."""
+"""Processes below this one, found in /proc, and the start of Ray's."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
+
+
+@contextmanager
+def starting_ray() -> Iterator[None]:
+    """Let one Ray of the tests start at a time.
+
+    On two cores, Rays that start together take longer than the 30 s for which Ray waits for its own agents.
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"diffsmooth-tests-{os.getuid()}.lock"):
+        yield
 
 
 def descendants(pid: int) -> set[int]:

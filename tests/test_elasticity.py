@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.spec import load_spec
 from tests.models import to_toml
-from tests.processes import descendants
+from tests.processes import descendants, starting_ray
 
 ROOT = Path(__file__).parent.parent
 NODE = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0}
@@ -54,14 +54,13 @@ def head(tmp_path):
                "--include-dashboard=false", "--dashboard-agent-listen-port=0", "--node-ip-address=127.0.0.1",
                f"--object-store-memory={80 * 1024**2}"]  # fmt: skip
     environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with (tmp_path / "head.log").open("wb") as log:
+    with starting_ray(), (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
         limit = time.monotonic() + 400
-        while b"--block" not in (tmp_path / "head.log").read_bytes():
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < limit
+        while process.poll() is None and time.monotonic() < limit and b"--block" not in Path(log.name).read_bytes():
             time.sleep(0.2)
+    try:
+        assert b"--block" in (tmp_path / "head.log").read_bytes(), (tmp_path / "head.log").read_text()
         yield f"127.0.0.1:{port}"
     finally:
         for pid in [*descendants(process.pid), process.pid]:

@@ -27,6 +27,7 @@ from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import make_run, to_toml
+from tests.processes import starting_ray
 from tests.s3_servers import free_ports
 
 ROOT = Path(__file__).parent.parent
@@ -61,15 +62,15 @@ def head():
     command += [f"--metrics-export-port={metrics}", f"--temp-dir={temp}", "--include-dashboard=true"]
     command += ["--num-cpus=2", "--num-gpus=0", "--object-store-memory=83886080", "--disable-usage-stats"]
     log = Path(temp) / "head.log"
-    with log.open("w") as stream:
+    with log.open("w") as stream, starting_ray():
         process = subprocess.Popen(
             command, env=ENVIRONMENT, cwd="/tmp", stdout=stream, stderr=stream, start_new_session=True
         )
-    limit = time.monotonic() + 400
-    while "--block" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < limit, log.read_text()
-        time.sleep(0.2)
+        limit = time.monotonic() + 400
+        while "--block" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < limit, log.read_text()
+            time.sleep(0.2)
     yield SimpleNamespace(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{gcs}", temp=temp)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
