@@ -1,11 +1,11 @@
 """Every use of Ray's private interfaces, in one place, each guarded: if Ray changes one, a run goes on without it.
 
-| what                                       | why there is no public one                          | without it |
-|--------------------------------------------|-----------------------------------------------------|------------|
-| _private.state.state.get_draining_nodes    | the state API does not say which nodes drain        | actors stay until their node dies |
-| _private.worker.print_to_stdstream         | log_to_driver=False does not cover a raylet's death | Ray prints to stdout |
-| _private.ray_constants.ENABLE_RAY_CLUSTER  | ray.init replaces 127.0.0.1 by a public address     | Ray listens on all interfaces, with a token |
-| _raylet.Config, AuthenticationTokenLoader  | RAY_AUTH_MODE and the token are read at import      | Ray's own default |
+| what                                      | why there is no public one                 | without it               |
+|-------------------------------------------|--------------------------------------------|--------------------------|
+| _private.state.state.get_draining_nodes   | the state API does not say which drain     | actors stay on the node  |
+| _private.worker.print_to_stdstream        | log_to_driver=False omits a raylet's death | Ray prints to stdout     |
+| _private.ray_constants.ENABLE_RAY_CLUSTER | ray.init replaces 127.0.0.1 as an address  | all interfaces are open  |
+| _raylet.Config, AuthenticationTokenLoader | mode and token are read at import          | Ray's own default        |
 
 tests/test_ray_private.py checks all against the installed Ray and names its version if one has changed.
 """
