@@ -53,7 +53,7 @@ def only_for_this_process() -> Iterator[None]:
     """
     names = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     before = {name: os.environ.get(name) for name in names}
-    constants = getattr(ray._private, "ray_constants", None)
+    constants: Any = getattr(ray._private, "ray_constants", None)
     across_nodes = getattr(constants, "ENABLE_RAY_CLUSTER", None)
     if across_nodes is None:
         logger.warning("Ray %s listens on all interfaces of this machine; a token is required", ray.__version__)
@@ -78,8 +78,9 @@ def only_for_this_process() -> Iterator[None]:
 
 def _reload_authentication() -> None:
     """Make Ray read RAY_AUTH_MODE and the token again."""
+    raylet: Any = ray._raylet
     try:
-        ray._raylet.Config.initialize("")
-        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
     except AttributeError as error:
         logger.debug("Ray %s reads its token at import only (%s)", ray.__version__, error)

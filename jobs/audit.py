@@ -25,6 +25,7 @@ from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
 from pipeline.planning import Pilot, Plan, make_plan
 from pipeline.results import StoredRun
 from pipeline.run import SECRET_SEED, Run
+from pipeline.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
 from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.votes import BLOCK_COLUMNS, TABLE_KEY, StoredBlock, block_key, list_blocks, read_blocks, to_table
@@ -55,6 +56,15 @@ class Effort:
         if self.blocks is not None:
             return self.blocks
         return math.ceil(math.log1p(-self.assurance) / math.log1p(-self.share) - 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What the author of a run published, for an auditor to compare with."""
+
+    commitment: str | None = None  # the hash that was published before the first draw
+    root: str | None = None  # of a seal
+    signers: str | None = None  # file of the SSH keys one of which signed the seal
 
 
 @dataclass
@@ -110,10 +120,8 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str | None = None) -> Findings:
+def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, published: Published = Published()) -> Findings:
     """Check a run. Without `spec`, which says where data and weights are, no block is cast again.
-
-    `commitment` is the hash that was published before the first draw.
 
     Raises: UserError if there is no run, or if the spec is that of another run.
     """
@@ -132,7 +140,8 @@ def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str
     blocks = read_blocks(store, run, committed, on_damage=note)
     votes = to_table(blocks)
     findings += [f"{store.uri}: {broken}; restore the run from a copy" for broken in broken_links(store, stored.orders)]
-    findings += _check_commitment(stored, commitment)
+    findings += _check_commitment(stored, published.commitment)
+    findings += _check_seal(stored, blocks, published)
     findings += _check_table(stored, votes)
     findings += _check_plans(stored, votes)
     findings += _check_orders(stored, votes, {one.block for one in blocks})
@@ -241,6 +250,32 @@ def _check_commitment(stored: StoredRun, commitment: str | None) -> list[str]:
     return [
         f"{store.uri}: --commitment {commitment} is neither the sha256 of order {first} nor of run.json; ask its author"
     ]
+
+
+def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Published) -> list[str]:
+    """What differs from the seal with the published root; without a root, from the last seal if there is one.
+
+    Without a root, objects that were added after the last seal are no finding: the run may be in progress.
+    """
+    store, root = stored.store, published.root
+    seals = read_seals(store)
+    chosen = [one for one in seals.values() if root is None or one.root == root.lower()][-1:]
+    if not chosen:
+        missing = f"has no seal with the root {root}" if root else "has no seal"
+        return [f"{store.uri} {missing}; ask its author"] if root or published.signers else []
+    (seal,) = chosen
+    blocks_of = {block_key(one.block): one.sha256 for one in blocks}
+    others = [key for key in seal.entries if key not in blocks_of]
+    found = blocks_of | hash_objects(store, [*others, *record_keys(store)])
+    present = {*record_keys(store), *store.keys("votes")} | {key for key in others if key in found}
+    lines = compare(seal, found, present=present if root else present & seal.entries.keys())
+    findings = [f"{store.uri}: {line} after seal {seal.name}; restore it from a copy" for line in lines]
+    if published.signers is not None:
+        key = signature_key(seal.name)
+        by = signer(seal, store.read(key), published.signers) if store.exists(key) else None
+        if by is None:
+            findings.append(f"{store.uri}: seal {seal.name} is signed by none of {published.signers}; ask its author")
+    return findings
 
 
 def _check_plans(stored: StoredRun, votes: pd.DataFrame) -> list[str]:

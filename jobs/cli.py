@@ -1,4 +1,5 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, compare, report, bench, submit.
+"""The command `diffsmooth` with plan, certify, predict, status, analyze, seal, audit, curve, compare, report, bench and
+submit.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -300,6 +301,27 @@ def _analyze_cascade(
 
 @main.command()
 @click.argument("run")
+@click.option("--sign", "key_file", metavar="KEY", help="Sign the seal with this SSH key (ssh-keygen -Y sign).")
+@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; seal nothing.")
+@_JSON
+def seal(run: str, key_file: str | None, sample: int | None, as_json: bool) -> None:
+    """Commit to run.json, orders, plans and blocks of RUN by one hash, the root. certify does so when it ends.
+
+    \b
+    diffsmooth seal runs/mnist
+    diffsmooth seal runs/mnist --sign ~/.ssh/id_ed25519
+    """
+    from jobs import seal as command
+
+    if sample is not None:
+        click.echo(command.prove_sample(run, sample).model_dump_json(indent=2))
+        return
+    done = command.seal(run, key_file)
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else str(done), nl=as_json)
+
+
+@main.command()
+@click.argument("run")
 @click.option("--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are.")
 @_SET
 @click.option(
@@ -309,9 +331,18 @@ def _analyze_cascade(
 @click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
 @click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
 @click.option("--commitment", metavar="HASH", help="Check the hash that was published before the first draw.")
+@click.option("--root", metavar="HASH", help="Check every file against the seal with this published root.")
+@click.option("--signers", metavar="FILE", help="Check that one of these SSH keys signed the seal: NAME KEYTYPE KEY.")
 @_JSON
 def audit(
-    run: str, spec_name: str | None, overrides: tuple[str, ...], commitment: str | None, as_json: bool, **effort: Any
+    run: str,
+    spec_name: str | None,
+    overrides: tuple[str, ...],
+    commitment: str | None,
+    root: str | None,
+    signers: str | None,
+    as_json: bool,
+    **effort: Any,
 ) -> None:
     """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
@@ -322,7 +353,8 @@ def audit(
 
     how = command.Effort(**effort)
     spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
-    found = command.audit(run, spec=spec, effort=how, commitment=commitment)
+    published = command.Published(commitment=commitment, root=root, signers=signers)
+    found = command.audit(run, spec=spec, effort=how, published=published)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
     sys.exit(1 if found.findings else 0)
 

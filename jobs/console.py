@@ -38,7 +38,8 @@ def print_order(result: OrderResult, *, quiet: bool = False) -> None:
         files = "certificates.parquet" + ("" if result.predicts else ", curve.csv, curve.png")
         console.out(
             f"order {result.name}: {result.order}, {curve.num_samples} samples{skipped}{post_hoc}\n"
-            f"{result.run_uri}/orders/{result.name}: {files}",
+            f"{result.run_uri}/orders/{result.name}: {files}"
+            + ("" if result.root is None else f"\nsealed: root {result.root}"),
             highlight=False,
         )
     report_incomplete(result)

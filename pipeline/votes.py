@@ -6,6 +6,7 @@
 Columns: sample | label | stage | draw_start | draw_stop | class | votes, with a row for each class that got votes.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -83,6 +84,7 @@ class StoredBlock(NamedTuple):
     classes: NDArray[np.int32]
     counts: NDArray[np.int32]  # votes for each of `classes`
     metadata: BlockMetadata
+    sha256: str = ""  # of the object
 
     def votes(self) -> Votes:
         return Votes(self.block, self.label, dict(zip(self.classes.tolist(), self.counts.tolist(), strict=True)))
@@ -97,6 +99,12 @@ class TableFacts(Record):
 
 def block_key(block: Block) -> str:
     return f"votes/{block.stage}/{block.sample}-{block.draw_start}.parquet"
+
+
+def sample_of_key(key: str) -> int | None:
+    """The sample whose block has this key; None for a key that no block has."""
+    match = _NAME.fullmatch(key)
+    return int(match[2]) if match and int(match[2]) <= LARGEST else None
 
 
 def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata: BlockMetadata) -> bytes:
@@ -215,7 +223,8 @@ class _Decoder:
     def read(self, block: Block) -> StoredBlock:
         key = block_key(block)
         try:
-            table = self._read_table(self._fetch(key))
+            data = self._fetch(key)
+            table = self._read_table(data)
             metadata = self._parse((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._refusal(key, f"is damaged or missing ({_reason(error)})") from error
@@ -236,7 +245,8 @@ class _Decoder:
         if (labels != labels[0]).any() or not -1 <= labels[0] < num_classes:
             raise self._refusal(key, f"has label {labels[0]}, or several, for {num_classes} classes")
         # copies: a view would keep all of the file's buffers
-        return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata, sha256)
 
     def _read_table(self, data: bytes) -> pa.Table:
         # not pq.read_table, which takes four times as long: it sets up a data set for each file

@@ -41,12 +41,13 @@ ARROWS = {
     "pipeline.cascade": "certify records",
     "pipeline.planning": "certify orders records spec storage.store",
     "pipeline.sampling": "certify orders planning spec votes",
+    "pipeline.seal": "records run storage.store votes",
     "pipeline.curve": "",
     "pipeline.logs": "certify records",
     "pipeline.tables": "curve",
     "pipeline.units": "curve",
     "pipeline.compare": "certify curve",
-    "pipeline.results": "certify curve orders planning records run sampling storage.store votes",
+    "pipeline.results": "certify curve orders planning records run sampling seal storage.store votes",
     "pipeline.report": "curve orders tables",
     "cluster.scheduler": "",
     "cluster.worker": "data images models.device noise run smoothing spec storage.store votes",
@@ -55,7 +56,9 @@ ARROWS = {
 }
 TORCH = {"pipeline.smoothing", "pipeline.models"}  # in pipeline/
 RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
-COMMANDS = {f"jobs.{name}" for name in ("analyze", "audit", "certify", "compare", "curve", "plan", "report", "submit")}
+COMMANDS = {
+    f"jobs.{name}" for name in ("analyze", "audit", "certify", "compare", "curve", "plan", "report", "seal", "submit")
+}
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 # the spot watcher runs where only the standard library is installed
 PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "cluster.aws.spot_watcher"}
