@@ -23,7 +23,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from jobs.specs import SPECS, find_spec
 from pipeline.cascade import CASCADE
-from pipeline.errors import RunError, Stopped, UserError
+from pipeline.errors import RunError, Stopped, UserError, redacted
 from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
@@ -42,8 +42,15 @@ class _Main(click.Group):
             _fail(error, 1)
 
 
+class _Formatter(logging.Formatter):
+    """One line without secrets, whoever wrote it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _fail(error: Exception, status: int) -> None:
-    click.echo(f"diffsmooth: {' '.join(str(error).split())}", err=True)
+    click.echo(f"diffsmooth: {redacted(' '.join(str(error).split()))}", err=True)
     sys.exit(status)
 
 
@@ -71,7 +78,9 @@ def main() -> None:
     diffsmooth certify mnist             run the demo: no GPU, no download
     diffsmooth report runs/mnist         write everything about a run into one HTML file
     """
-    logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in ("pipeline.storage.fetch", "pipeline.data"):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
     if str(Path.cwd()) not in sys.path:

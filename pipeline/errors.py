@@ -1,14 +1,37 @@
-"""The three ways in which a command ends early. The command line prints one line for each and exits with its status."""
+"""The three ways in which a command ends early. The command line prints one line for each and exits with its status.
+
+No message shows the user, the password or the query of a URI, which may be a signature or a token.
+"""
 
 import re
+
+_URI = re.compile(
+    r"""(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)      # anywhere in a text
+        (?:[^\s/?\#'"]*@)?                            # user and password
+        (?P<place>[^\s?'"]*)
+        (?P<query>\?(?!\.\.\.)[^\s'"]+?(?=[:;,.)\]]*(?:[\s'"]|$)))?  # without the punctuation that follows the URI
+    """,
+    re.VERBOSE,
+)
+
+
+def redacted(text: str) -> str:
+    """A text in which no URI has a user, a password or a query."""
+    return _URI.sub(lambda uri: uri["scheme"] + uri["place"] + ("?..." if uri["query"] else ""), text)
 
 
 class UserError(ValueError):
     """The user made a mistake. The message names the value, the limit and the remedy. Exit status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
+
 
 class RunError(RuntimeError):
     """The environment failed, for example because a disk is full or a file is damaged. Exit status 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class Stopped(Exception):

@@ -276,7 +276,7 @@ def _ssh_keygen(action: str, *options: str, data: bytes = b"") -> _Ended:
     """Run `ssh-keygen -Y`. Raises: RunError if it is not installed."""
     program = shutil.which("ssh-keygen")
     if program is None:
-        raise RunError("ssh-keygen signs and verifies seals, but it is not installed; install OpenSSH 8.2 or later")
+        raise RunError(f"ssh-keygen -Y {action}: ssh-keygen is not installed; install OpenSSH 8.2 or later")
     command = [program, "-Y", action, "-n", _NAMESPACE, *options]
     ended = subprocess.run(command, input=data, capture_output=True, check=False)
     if ended.returncode == 0:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError, first_line
-from pipeline.models.files import local_file
+from pipeline.models.files import again, local_file
 
 State = dict[str, Tensor]
 
@@ -90,14 +90,14 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
         contents = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise UserError(f"checkpoint {location}: not a file of weights; get the right file") from error
+            raise UserError(f"checkpoint {location}: not a file of weights; {again(location)}") from error
         raise UserError(
             f"checkpoint {location}: holds Python objects besides tensors, which are never executed "
             f"({_reason(error)}); load it where you trust it and save its state_dict alone with torch.save"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}); get the file again"
+            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}); {again(location)}"
         ) from error
     if isinstance(contents, Mapping) and isinstance(contents.get(name), Mapping):
         contents, name = contents[name], ""
