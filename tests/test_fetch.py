@@ -423,7 +423,9 @@ def test_full_disk(server, uri, cache, monkeypatch, found_out):
 def test_unwritable_cache_is_named(server, uri, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(RunError, match="the cache folder cannot be used: (Not a directory|File exists); set DIFFSMOOTH_CACHE"):
+    with pytest.raises(
+        RunError, match=r"the cache folder cannot be used: (Not a directory|File exists); set DIFFSMOOTH_CACHE"
+    ):
         fetch(uri)
 
 

@@ -6,6 +6,7 @@ of the file (`state_dict`, `net`, ...). `#NAME` after the location selects an en
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,21 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a zip file with a compressed or a damaged entry: torch would map wrong bytes as weights."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed; torch.save stores entries uncompressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} differs")
+
+
 def _torch_load(path: Path) -> Any:
+    _check_archive(path)
     with torch.serialization.safe_globals(_HARMLESS):
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
