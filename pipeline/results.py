@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.block import Block
 from pipeline.certify import certified_radius, certify
 from pipeline.curve import Curve, curve_of, grid, plot, table_radii
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from pipeline.planning import Plan, read_plan, settle_plan
 from pipeline.records import MOST_BYTES, parse_record
@@ -25,12 +25,14 @@ from pipeline.sampling import Sampler
 from pipeline.seal import Seal, add_seal
 from pipeline.storage.store import Store, open_store
 from pipeline.votes import (
+    OnDamage,
     StoredBlock,
     Votes,
     block_key,
     glance,
     list_blocks,
     read_blocks,
+    read_derived,
     to_table,
     write_table,
 )
@@ -189,13 +191,23 @@ class RunStatus:
 class StoredRun:
     """A run in storage. run.json, orders and plans are read once, when it is opened."""
 
-    def __init__(self, store: Store) -> None:
-        """Raises: UserError if there is no run, RunError for files that are damaged."""
+    def __init__(self, store: Store, *, on_damage: OnDamage | None = None) -> None:
+        """Raises: UserError if there is no run, RunError for files that are damaged.
+
+        With `on_damage`, which gets the error, a damaged order or plan is left out instead.
+        """
         self.store, self.run = store, read_run(store)
-        self.orders: dict[str, Order] = read_orders(store)
+        self.orders: dict[str, Order] = read_orders(store, on_damage)
         self.plans: dict[str, Plan] = {}
         for name, order in self.orders.items():
-            if order.mode == "planned" and (plan := read_plan(store, name)) is not None:
+            try:
+                plan = read_plan(store, name) if order.mode == "planned" else None
+            except RunError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+                continue
+            if plan is not None:
                 self.plans[name] = plan
 
     @classmethod
@@ -287,9 +299,10 @@ class StoredRun:
 
     def _written_marks(self, name: str) -> pd.Series | None:
         """The post hoc marks of an order as written, None if they are not written or damaged."""
+        key, rows = OrderKeys(name).certificates, len(self.orders[name].samples)
         try:
-            return pd.read_parquet(io.BytesIO(self.store.read(OrderKeys(name).certificates)))["post_hoc"]
-        except (OSError, ValueError, KeyError):
+            return read_derived(self.store, key, ["post_hoc"], rows)["post_hoc"]
+        except (UserError, RunError):
             return None
 
     def _write(self, result: OrderResult) -> None:

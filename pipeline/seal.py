@@ -252,10 +252,8 @@ def signer(seal: Seal, signature: bytes, signers_file: str) -> str | None:
     """Who of the signers signed a seal; None if nobody did.
 
     `signers_file` has a line `NAME KEYTYPE KEY` for each, as described under ALLOWED SIGNERS in `man ssh-keygen`.
-    Raises: UserError for a file that cannot be read, RunError.
+    Raises: RunError without ssh-keygen.
     """
-    if not Path(signers_file).is_file():
-        raise UserError(f"--signers {signers_file}: no such file; give a file with lines NAME KEYTYPE KEY")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "seal.sig"
         file.write_bytes(signature)

@@ -304,6 +304,29 @@ def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
     )
 
 
+def read_derived(store: Store, key: str, columns: Sequence[str], most_rows: int) -> pd.DataFrame:
+    """Some columns of a derived table, which has at most `most_rows` rows.
+
+    Raises: FileNotFoundError (a UserError as well), RunError for a file that is damaged or declares more.
+    """
+    data = store.read(key)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        check_declared(file.metadata, most_rows)
+        return file.read(columns=list(columns)).to_pandas()[list(columns)]
+    except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
+        raise RunError(
+            f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it"
+        ) from error
+
+
+def check_declared(metadata: pq.FileMetaData, most_rows: int) -> None:
+    """Raise ValueError if a Parquet file declares more rows, or more bytes, than a table of ours has."""
+    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    if not 0 <= metadata.num_rows <= most_rows or size > _ROW_BYTES * most_rows + 100_000:
+        raise ValueError(f"{metadata.num_rows} rows of {size} bytes")
+
+
 def read_votes(run_uri: str) -> pd.DataFrame:
     """All votes of a run, read from its blocks and checked; `read_blocks` says what is refused."""
     store = open_store(run_uri)
@@ -337,13 +360,15 @@ def _read_table(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataF
     """votes.parquet and its devices if they agree with the run and its blocks, else an empty table."""
     nothing: tuple[pd.DataFrame, dict[str, int]] = to_table([]), {}
     try:
-        stored = pq.read_table(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
+        check_declared(file.metadata, len(committed) * run.num_classes)
+        stored = file.read()
         facts = parse_record(TableFacts, stored.schema.metadata[_METADATA_KEY])
         votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
         drawn = votes.groupby(BLOCK_COLUMNS)["votes"].sum()
         blocks = [Block(*block) for block in drawn.index]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        return nothing  # it is derived: the blocks are read instead
+    except Exception:  # it is derived: the blocks are read instead
+        return nothing
     consistent = (
         facts.votes_id == run.votes_id
         and committed.issuperset(blocks)
