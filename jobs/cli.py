@@ -23,7 +23,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from jobs.specs import SPECS, find_spec
 from pipeline.cascade import CASCADE
-from pipeline.errors import RunError, Stopped, UserError, redacted
+from pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from pipeline.orders import CERTIFICATES, Certificate
 from pipeline.spec import load_spec
 from pipeline.tables import FORMATS
@@ -46,11 +46,11 @@ class _Formatter(logging.Formatter):
     """One line without secrets, whoever wrote it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 def _fail(error: Exception, status: int) -> None:
-    click.echo(f"diffsmooth: {redacted(' '.join(str(error).split()))}", err=True)
+    click.echo(printable(f"diffsmooth: {redacted(' '.join(str(error).split()))}"), err=True)
     sys.exit(status)
 
 
@@ -299,8 +299,8 @@ def _analyze_cascade(
     found = cascade(runs, alpha=request["alpha"], n0=request["n0"], n=request["n"])
     home = write_cascade(found, out)
     if export_tsv:
-        with writing("--export-tsv", export_tsv):
-            Path(export_tsv).write_text(write_log(found.certificates))
+        with writing("--export-tsv", export_tsv) as path:
+            Path(path).write_text(write_log(found.certificates))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
@@ -326,7 +326,7 @@ def seal(run: str, key_file: str | None, sample: int | None, as_json: bool) -> N
         click.echo(command.prove_sample(run, sample).model_dump_json(indent=2))
         return
     done = command.seal(run, key_file)
-    click.echo(json.dumps(done.to_json(), indent=2) if as_json else str(done), nl=as_json)
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else printable(str(done)), nl=as_json)
 
 
 @main.command()
@@ -364,7 +364,7 @@ def audit(
     spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
     published = command.Published(commitment=commitment, root=root, signers=signers)
     found = command.audit(run, spec=spec, effort=how, published=published)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else printable(str(found)), nl=as_json)
     sys.exit(1 if found.findings else 0)
 
 
@@ -458,7 +458,7 @@ def report(
 
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
-    click.echo(f"{output}: report")
+    click.echo(printable(f"{output}: report"))
     sys.exit(0 if complete else 1)
 
 

@@ -20,18 +20,23 @@ def redacted(text: str) -> str:
     return _URI.sub(lambda uri: uri["scheme"] + uri["place"] + ("?..." if uri["query"] else ""), text)
 
 
+def printable(text: str) -> str:
+    """A text in which escape sequences and other unprintable characters are escaped; lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """The user made a mistake. The message names the value, the limit and the remedy. Exit status 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(printable(redacted(message)))
 
 
 class RunError(RuntimeError):
     """The environment failed, for example because a disk is full or a file is damaged. Exit status 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(printable(redacted(message)))
 
 
 class Stopped(Exception):

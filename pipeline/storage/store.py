@@ -5,7 +5,6 @@ point leaves either no object or a complete one.
 """
 
 import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -163,13 +162,14 @@ class FolderStore:
 
     def _write_temporary(self, path: Path, data: bytes) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        temporary = f"{path.parent}/.{os.urandom(8).hex()}"
+        # with the rights that the user's umask leaves: run.json may hold a secret seed
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
             with open(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
         except BaseException:
             os.unlink(temporary)
             raise
