@@ -420,6 +420,10 @@ def _connect(address: str, actors: int | None, verbose: bool) -> None:
             f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it requires a token, or omit --address to start a local Ray"
         ) from error
+    except Exception as error:  # Ray raises plain ones if a machine is too slow or too full
+        raise RunError(
+            f"--address {address}: Ray did not start ({first_line(error)}); free some memory and run the command again"
+        ) from error
 
 
 def _knock(address: str) -> None:

@@ -40,6 +40,9 @@ class _Main(click.Group):
             _fail(error, 2)
         except RunError as error:
             _fail(error, 1)
+        except KeyboardInterrupt:
+            click.echo("diffsmooth: stopped", err=True)
+            sys.exit(130)
 
 
 class _Formatter(logging.Formatter):

@@ -283,6 +283,10 @@ class StoredRun:
         The certificates of the other orders are written again if their post hoc marks have changed. The run is sealed
         if no sample of the order is incomplete.
         """
+        if name not in self.orders:
+            raise RunError(
+                f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
+            )
         blocks = self.read_blocks()
         votes = write_table(self.store, self.run, blocks)
         result = self.result(votes, name)

@@ -21,7 +21,6 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -31,6 +30,7 @@ from pydantic import Field
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.records import LARGEST, Record
 from pipeline.run import RUN_KEY
+from pipeline.storage.remote import in_parallel
 from pipeline.storage.store import Store
 from pipeline.votes import sample_of_key
 
@@ -150,8 +150,7 @@ def hash_objects(store: Store, keys: Sequence[str]) -> dict[str, str]:
         except (UserError, RunError):
             return None
 
-    with ThreadPoolExecutor(max_workers=store.readers) as pool:
-        return dict(one for one in pool.map(hashed, keys) if one is not None)
+    return dict(one for one in in_parallel(hashed, keys, store.readers) if one is not None)
 
 
 def compare(seal: Seal, found: Mapping[str, str], *, present: set[str]) -> list[str]:

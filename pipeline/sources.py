@@ -8,7 +8,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.locations import is_remote
-from pipeline.storage.remote import S3File
+from pipeline.storage.remote import S3File, in_parallel
 
 UNLABELLED = -1
 
@@ -116,8 +115,7 @@ class ParquetRows:
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        with ThreadPoolExecutor(8) as pool:
-            self._files = list(pool.map(_open_parquet, files))
+        self._files = in_parallel(_open_parquet, files, 8)
         self._names = files
         schemas = [file.schema_arrow for file in self._files]
         for name, schema in zip(files, schemas, strict=True):

@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from pipeline.errors import RunError, first_line
 from pipeline.records import LARGEST, Record, first_problem, parse_record
 from pipeline.run import Run, read_run
 from pipeline.spec import BlockLengths
+from pipeline.storage.remote import in_parallel
 from pipeline.storage.store import Entry, Store, open_store
 
 SCHEMA = pa.schema(
@@ -184,8 +184,8 @@ def read_blocks(
             _refuse(error, on_damage)
             return None
 
-    with ThreadPoolExecutor(max_workers=store.readers) as pool:
-        stored = [one for some in pool.map(read, range(0, len(wanted), size)) for one in some]
+    batches = in_parallel(read, range(0, len(wanted), size), store.readers)
+    stored = [one for some in batches for one in some]
     return _of_one_image(store, stored, on_damage)
 
 

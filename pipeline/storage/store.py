@@ -8,7 +8,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from pipeline.storage.remote import (
     Changed,
     Conflict,
     call_s3,
+    in_parallel,
     list_pages,
     s3_client,
 )
@@ -354,8 +354,7 @@ class S3Store:
 
         if len(groups) < 2:
             return set().union(*map(look, groups.items()))
-        with ThreadPoolExecutor(max_workers=min(self.readers, len(groups))) as pool:
-            return set().union(*pool.map(look, groups.items()))
+        return set().union(*in_parallel(look, groups.items(), min(self.readers, len(groups))))
 
     def _call(self, key: str, call: Callable[[dict[str, str]], T]) -> T:
         """Call the client about an object, which `call` gets as {Bucket, Key}.
