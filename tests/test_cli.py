@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -422,3 +423,16 @@ def test_markup_and_escape_sequences_in_names_are_shown_as_they_are(raw_spec, tm
         assert "\x1b" not in result.output, arguments
         shown += "q[b]\\x1b[31m" in result.output
     assert shown >= 8
+
+
+def test_only_commands_with_a_spec_look_into_the_working_folder(raw_spec, tmp_path, monkeypatch):
+    """Whoever can write there could otherwise run code in every command."""
+    make_run(load_spec(raw_spec), tmp_path / "run")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    for command in (["status"], ["analyze"], ["seal"], ["audit"], ["curve"], ["report", "--samples", "0"]):
+        assert run(command[0], tmp_path / "run", *command[1:]).exit_code == 0
+        assert str(tmp_path / "work") not in sys.path
+    assert run("plan", "mnist").exit_code == 0
+    assert sys.path[-1] == str(tmp_path / "work")  # after all packages

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import main
@@ -22,9 +22,9 @@ from pipeline.run import RUN_KEY, Run, read_run
 from pipeline.spec import load_spec
 from pipeline.storage.store import FolderStore
 from pipeline.votes import block_key, read_blocks
+from tests.fuzzing import FUZZ
 from tests.models import make_run
 
-FUZZ = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 BLOCK = block_key(Block(3, "estimation", 100, 200))
 DEEP = "[" * 100_000
 COMMANDS = (["status"], ["analyze"], ["audit"], ["curve"], ["report", "--samples", "0", "--output", os.devnull])
