@@ -83,7 +83,7 @@ def cascade(runs: Sequence[str], *, alpha: float | None = None, n0: int | None =
     Raises: UserError for runs that do not fit together, and if no shared sample is complete.
     """
     if len(runs) < 2:
-        raise UserError("a cascade needs at least two runs with different sigma; add another RUN")
+        raise UserError(f"{len(runs)} run: a cascade needs at least two runs with different sigma; add another RUN")
     members = sorted((_read(uri, n0, n) for uri in runs), key=lambda one: one.run.sigma)
     samples = _shared(members)
     level = _alpha(members) if alpha is None else alpha
