@@ -29,14 +29,14 @@ class UserError(ValueError):
     """The user made a mistake. The message names the value, the limit and the remedy. Exit status 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(redacted(message)))
+        super().__init__(one_line(redacted(message), limit=None))
 
 
 class RunError(RuntimeError):
     """The environment failed, for example because a disk is full or a file is damaged. Exit status 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(redacted(message)))
+        super().__init__(one_line(redacted(message), limit=None))
 
 
 class Stopped(Exception):
@@ -47,11 +47,12 @@ class Stopped(Exception):
         self.signal = signal
 
 
-def one_line(text: object, limit: int = 300) -> str:
+def one_line(text: object, limit: int | None = 300) -> str:
     """Foreign text as part of a message: on one line, with unprintable characters escaped, cut after `limit`."""
     joined = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[: limit + 1])
-    return escaped if len(escaped) <= limit else f"{escaped[:limit]}..."
+    kept = joined if limit is None else joined[: limit + 1]
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    return escaped if limit is None or len(escaped) <= limit else f"{escaped[:limit]}..."
 
 
 def first_line(error: BaseException) -> str:
