@@ -12,14 +12,15 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
-from cluster.ray_private import draining_nodes, redirect_worker_output
+from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
 from pipeline.block import Block
@@ -116,9 +117,20 @@ class Cluster:
         Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
         address = address or os.environ.get("RAY_ADDRESS") or "local"
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            _connect(address, actors, verbose)
+        self.actors: dict[str, _Actor] = {}
+        self._created = 0
+        self.stop_signal: int | None = None
+        with ExitStack() as started:
+            if not ray.is_initialized():
+                if address == "local":
+                    started.enter_context(only_for_this_process())
+                started.callback(ray.shutdown)
+                _connect(address, actors, verbose)
+            self._choose_actors(address, device, actors)
+            self._own_ray = started.pop_all()  # ends what is started here
+
+    def _choose_actors(self, address: str, device: str, actors: int | None) -> None:
+        """Decide how many actors there are, and what each needs. Raises: UserError."""
         resources = ray.cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         if device == "cuda" and address == "local" and not gpus:
@@ -130,17 +142,13 @@ class Cluster:
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
         self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
-        self.actors: dict[str, _Actor] = {}
-        self._created = 0
-        self.stop_signal: int | None = None
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release(list(self.actors.values()))
-        if self._owns_ray:
-            ray.shutdown()
+        self._own_ray.close()
 
     def stop(self, signal: int) -> None:
         """Make `cast` start no more tasks, wait for those in flight within the grace period, and raise Stopped."""
@@ -407,10 +415,14 @@ def _connect(address: str, actors: int | None, verbose: bool) -> None:
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one, or omit "
-            "--address to start a local Ray"
+            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it requires a token, or omit --address to start a local Ray"
+        ) from error
+    except Exception as error:  # Ray raises plain ones if a machine is too slow or too full
+        raise RunError(
+            f"--address {address}: Ray did not start ({first_line(error)}); free some memory and run the command again"
         ) from error
 
 

@@ -50,8 +50,8 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
     print_order(result, quiet=quiet)
     if export_tsv:
         log = write_log(result.certificates)
-        with writing("--export-tsv", export_tsv):
-            Path(export_tsv).write_text(log)
+        with writing("--export-tsv", export_tsv) as path:
+            Path(path).write_text(log)
     return result
 
 

@@ -5,11 +5,12 @@ That the votes are those of f can only be shown by casting some of them again, i
 random. A fraction q of forged blocks escapes k redrawn blocks with probability at most (1 - q)^k.
 """
 
-import io
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,20 @@ from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
 from pipeline.planning import Pilot, Plan, make_plan
 from pipeline.results import StoredRun
 from pipeline.run import SECRET_SEED, Run
+from pipeline.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
 from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
-from pipeline.votes import BLOCK_COLUMNS, TABLE_KEY, StoredBlock, block_key, list_blocks, read_blocks, to_table
+from pipeline.storage.store import open_store
+from pipeline.votes import (
+    BLOCK_COLUMNS,
+    TABLE_KEY,
+    StoredBlock,
+    block_key,
+    list_blocks,
+    read_blocks,
+    read_derived,
+    to_table,
+)
 
 _MOMENT_VALUES = 2_000_000
 _MOMENT_LIMIT = 5.0  # standard errors
@@ -55,6 +67,19 @@ class Effort:
         if self.blocks is not None:
             return self.blocks
         return math.ceil(math.log1p(-self.assurance) / math.log1p(-self.share) - 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What the author of a run published, for an auditor to compare with."""
+
+    commitment: str | None = None  # the hash that was published before the first draw
+    root: str | None = None  # of a seal
+    signers: str | None = None  # file of the SSH keys one of which signed the seal
+
+    def __post_init__(self) -> None:
+        if self.signers is not None and not Path(self.signers).is_file():
+            raise UserError(f"--signers {self.signers}: no such file; give a file with lines NAME KEYTYPE KEY")
 
 
 @dataclass
@@ -110,19 +135,24 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str | None = None) -> Findings:
+def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, published: Published = Published()) -> Findings:
     """Check a run. Without `spec`, which says where data and weights are, no block is cast again.
-
-    `commitment` is the hash that was published before the first draw.
 
     Raises: UserError if there is no run, or if the spec is that of another run.
     """
-    stored = StoredRun.open(run_uri)
     findings: list[str] = []
 
-    def note(error: RunError) -> None:
+    def note(error: Exception) -> None:
         findings.append(str(error))
 
+    def collect(check: Callable[[], Iterable[str]]) -> None:
+        """Add the findings of a check; a file that it cannot read is one, and the next check goes on."""
+        try:
+            findings.extend(check())
+        except (UserError, RunError) as error:
+            note(error)
+
+    stored = StoredRun(open_store(run_uri), on_damage=note)
     try:
         check_known_answers()
     except RunError as error:
@@ -131,11 +161,15 @@ def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, commitment: str
     committed = list_blocks(store, run.block, on_damage=note)
     blocks = read_blocks(store, run, committed, on_damage=note)
     votes = to_table(blocks)
-    findings += [f"{store.uri}: {broken}; restore the run from a copy" for broken in broken_links(store, stored.orders)]
-    findings += _check_commitment(stored, commitment)
-    findings += _check_table(stored, votes)
-    findings += _check_plans(stored, votes)
-    findings += _check_orders(stored, votes, {one.block for one in blocks})
+    good = {one.block for one in blocks}
+    links = broken_links(store, stored.orders)
+    collect(lambda: (f"{store.uri}: {broken}; restore the run from a copy" for broken in links))
+    collect(lambda: _check_commitment(stored, published.commitment))
+    collect(lambda: _check_seal(stored, blocks, published))
+    collect(lambda: _check_table(stored, votes))
+    collect(lambda: _check_plans(stored, votes))
+    for name in stored.orders:
+        collect(partial(_check_order, stored, name, votes, good))
     largest, off = _moments(run, blocks)
     findings += off
     redrawn = Redrawn()
@@ -174,11 +208,10 @@ def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
     keys = [*BLOCK_COLUMNS, "class"]
     columns = [*keys, "votes", "label"]
     try:
-        table = pd.read_parquet(io.BytesIO(store.read(TABLE_KEY)))[columns].astype(dict(votes[columns].dtypes))
+        table = read_derived(store, TABLE_KEY, columns, 2 * len(votes) + 1000)
+        table = _typed_as(table, votes[columns], f"{store.uri}/{TABLE_KEY}")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{store.uri}/{TABLE_KEY} is damaged ({first_line(error)}); run certify again to rebuild it"]
     both = table.merge(votes[columns], on=keys, how="left", suffixes=("", "_now"))
     changed = both[(both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])]
     for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
@@ -191,36 +224,34 @@ def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
     return findings
 
 
-def _check_orders(stored: StoredRun, votes: pd.DataFrame, good: set[Block]) -> list[str]:
+def _check_order(stored: StoredRun, name: str, votes: pd.DataFrame, good: set[Block]) -> list[str]:
     """Blocks that an order needs and that are missing; certificates that do not follow from the votes."""
-    store, findings = stored.store, []
-    for name, order in stored.orders.items():
-        missing = stored.sampler(order, good, name=name).start()
-        if missing:
-            findings.append(
-                f"{store.uri}: order {name} lacks {len(missing)} blocks, the first {block_key(missing[0])}: never "
-                "cast, or deleted; run certify again"
-            )
-            continue
-        key = OrderKeys(name).certificates
-        derived = stored.certificates(votes, name)
-        columns = list(derived.columns)
-        try:
-            written = pd.read_parquet(io.BytesIO(store.read(key)))[columns]
-            written = written.astype(dict(derived[columns].dtypes))
-        except FileNotFoundError:
-            findings.append(f"{store.uri}/{key} is missing; run certify or analyze to derive it from the votes")
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            findings.append(f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it")
-            continue
-        if len(written) != len(derived):
-            differing = ["its samples"]
-        else:
-            differing = [column for column in columns if not _equal(written[column], derived[column])]
-        if differing:
-            findings.append(f"{store.uri}/{key} does not follow from the votes ({differing[0]}); run certify again")
-    return findings
+    store, order, key = stored.store, stored.orders[name], OrderKeys(name).certificates
+    missing = stored.sampler(order, good, name=name).start()
+    if missing:
+        return [
+            f"{store.uri}: order {name} lacks {len(missing)} blocks, the first {block_key(missing[0])}: never "
+            "cast, or deleted; run certify again"
+        ]
+    derived = stored.certificates(votes, name)
+    try:
+        written = read_derived(store, key, list(derived.columns), 2 * len(derived) + 1000)
+    except FileNotFoundError:
+        return [f"{store.uri}/{key} is missing; run certify or analyze to derive it from the votes"]
+    written = _typed_as(written, derived, f"{store.uri}/{key}")
+    if len(written) != len(derived):
+        differing = ["its samples"]
+    else:
+        differing = [column for column in map(str, derived) if not _equal(written[column], derived[column])]
+    return [f"{store.uri}/{key} does not follow from the votes ({one}); run certify again" for one in differing[:1]]
+
+
+def _typed_as(written: pd.DataFrame, derived: pd.DataFrame, place: str) -> pd.DataFrame:
+    """A table with the types of another. Raises: RunError if its values do not have them."""
+    try:
+        return written.astype(dict(derived.dtypes))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"{place} is damaged ({first_line(error)}); run certify again to rebuild it") from error
 
 
 def _equal(written: pd.Series, derived: pd.Series) -> bool:
@@ -241,6 +272,32 @@ def _check_commitment(stored: StoredRun, commitment: str | None) -> list[str]:
     return [
         f"{store.uri}: --commitment {commitment} is neither the sha256 of order {first} nor of run.json; ask its author"
     ]
+
+
+def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Published) -> list[str]:
+    """What differs from the seal with the published root; without a root, from the last seal if there is one.
+
+    Without a root, objects that were added after the last seal are no finding: the run may be in progress.
+    """
+    store, root = stored.store, published.root
+    seals = read_seals(store)
+    chosen = [one for one in seals.values() if root is None or one.root == root.lower()][-1:]
+    if not chosen:
+        missing = f"has no seal with the root {root}" if root else "has no seal"
+        return [f"{store.uri} {missing}; ask its author"] if root or published.signers else []
+    (seal,) = chosen
+    blocks_of = {block_key(one.block): one.sha256 for one in blocks}
+    others = [key for key in seal.entries if key not in blocks_of]
+    found = blocks_of | hash_objects(store, [*others, *record_keys(store)])
+    present = {*record_keys(store), *store.keys("votes")} | {key for key in others if key in found}
+    lines = compare(seal, found, present=present if root else present & seal.entries.keys())
+    findings = [f"{store.uri}: {line} after seal {seal.name}; restore it from a copy" for line in lines]
+    if published.signers is not None:
+        key = signature_key(seal.name)
+        by = signer(seal, store.read(key), published.signers) if store.exists(key) else None
+        if by is None:
+            findings.append(f"{store.uri}: seal {seal.name} is signed by none of {published.signers}; ask its author")
+    return findings
 
 
 def _check_plans(stored: StoredRun, votes: pd.DataFrame) -> list[str]:

@@ -1,4 +1,5 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, compare, report, bench, submit.
+"""The command `diffsmooth` with plan, certify, predict, status, analyze, seal, audit, curve, compare, report, bench and
+submit.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -12,7 +13,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from jobs.specs import SPECS, find_spec
 from pipeline.cascade import CASCADE
-from pipeline.errors import RunError, Stopped, UserError
+from pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from pipeline.orders import CERTIFICATES, Certificate
-from pipeline.spec import load_spec
+from pipeline.spec import RunSpec, load_spec
 from pipeline.tables import FORMATS
 from pipeline.units import UNITS
 
@@ -39,10 +40,20 @@ class _Main(click.Group):
             _fail(error, 2)
         except RunError as error:
             _fail(error, 1)
+        except KeyboardInterrupt:
+            click.echo("diffsmooth: stopped", err=True)
+            sys.exit(130)
+
+
+class _Formatter(logging.Formatter):
+    """One line without secrets, whoever wrote it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(redacted(super().format(record)))
 
 
 def _fail(error: Exception, status: int) -> None:
-    click.echo(f"diffsmooth: {' '.join(str(error).split())}", err=True)
+    click.echo(printable(f"diffsmooth: {redacted(' '.join(str(error).split()))}"), err=True)
     sys.exit(status)
 
 
@@ -70,11 +81,30 @@ def main() -> None:
     diffsmooth certify mnist             run the demo: no GPU, no download
     diffsmooth report runs/mnist         write everything about a run into one HTML file
     """
-    logging.basicConfig(level=logging.WARNING, format="diffsmooth: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in ("pipeline.storage.fetch", "pipeline.data"):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where own functions package.module:function are found, after all packages
+
+
+def _find_own_functions() -> None:
+    """Look for own functions package.module:function in the working folder, after all packages.
+
+    Only commands that were given a spec do so: no other command imports anything from there.
+    """
+    try:
+        folder = str(Path.cwd())
+    except OSError:  # it was deleted
+        return
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _load_spec(name: str, overrides: Sequence[str]) -> RunSpec:
+    """The spec that the command line names; its own functions can be found."""
+    _find_own_functions()
+    return load_spec(find_spec(name), overrides)
 
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -185,6 +215,7 @@ def _cast(
         logging.getLogger().setLevel(logging.INFO)
     overrides += ("compute.device=cpu",) if cpu else ()
     overrides += ("smoothing.seed=random",) if fresh_seed else ()
+    _find_own_functions()
     loaded = load_specs(specs, overrides)
     wanted = [(spec, home_of(spec, out, several=len(loaded) > 1)) for spec in loaded]
     how = Options(certificate=certificate, costly=costly, quiet=as_json or quiet, verbose=verbose, **options)
@@ -289,13 +320,34 @@ def _analyze_cascade(
     found = cascade(runs, alpha=request["alpha"], n0=request["n0"], n=request["n"])
     home = write_cascade(found, out)
     if export_tsv:
-        with writing("--export-tsv", export_tsv):
-            Path(export_tsv).write_text(write_log(found.certificates))
+        with writing("--export-tsv", export_tsv) as path:
+            Path(path).write_text(write_log(found.certificates))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
         print_cascade(found, home)
     sys.exit(0 if found.complete else 1)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--sign", "key_file", metavar="KEY", help="Sign the seal with this SSH key (ssh-keygen -Y sign).")
+@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; seal nothing.")
+@_JSON
+def seal(run: str, key_file: str | None, sample: int | None, as_json: bool) -> None:
+    """Commit to run.json, orders, plans and blocks of RUN by one hash, the root. certify does so when it ends.
+
+    \b
+    diffsmooth seal runs/mnist
+    diffsmooth seal runs/mnist --sign ~/.ssh/id_ed25519
+    """
+    from jobs import seal as command
+
+    if sample is not None:
+        click.echo(command.prove_sample(run, sample).model_dump_json(indent=2))
+        return
+    done = command.seal(run, key_file)
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else printable(str(done)), nl=as_json)
 
 
 @main.command()
@@ -309,9 +361,18 @@ def _analyze_cascade(
 @click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
 @click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
 @click.option("--commitment", metavar="HASH", help="Check the hash that was published before the first draw.")
+@click.option("--root", metavar="HASH", help="Check every file against the seal with this published root.")
+@click.option("--signers", metavar="FILE", help="Check that one of these SSH keys signed the seal: NAME KEYTYPE KEY.")
 @_JSON
 def audit(
-    run: str, spec_name: str | None, overrides: tuple[str, ...], commitment: str | None, as_json: bool, **effort: Any
+    run: str,
+    spec_name: str | None,
+    overrides: tuple[str, ...],
+    commitment: str | None,
+    root: str | None,
+    signers: str | None,
+    as_json: bool,
+    **effort: Any,
 ) -> None:
     """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
@@ -321,9 +382,10 @@ def audit(
     from jobs import audit as command
 
     how = command.Effort(**effort)
-    spec = load_spec(find_spec(spec_name), overrides) if spec_name else None
-    found = command.audit(run, spec=spec, effort=how, commitment=commitment)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
+    spec = _load_spec(spec_name, overrides) if spec_name else None
+    published = command.Published(commitment=commitment, root=root, signers=signers)
+    found = command.audit(run, spec=spec, effort=how, published=published)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else printable(str(found)), nl=as_json)
     sys.exit(1 if found.findings else 0)
 
 
@@ -415,9 +477,9 @@ def report(
     from jobs import report as command
     from jobs.specs import load_shipped
 
-    loaded = [load_spec(find_spec(name), overrides) for name in specs]
+    loaded = [_load_spec(name, overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
-    click.echo(f"{output}: report")
+    click.echo(printable(f"{output}: report"))
     sys.exit(0 if complete else 1)
 
 
@@ -452,7 +514,7 @@ def plan(
     from jobs import plan as planning
 
     prices = planning.parse_gpus(gpus)
-    loaded = [load_spec(find_spec(name), overrides) for name in specs]
+    loaded = [_load_spec(name, overrides) for name in specs]
     plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
@@ -525,7 +587,7 @@ def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ..
     from jobs.bench.speed import Effort, bench_speed, print_speed
 
     figures = bench_speed(
-        load_spec(find_spec(spec), (*overrides, "compute.device=cpu") if cpu else overrides),
+        _load_spec(spec, (*overrides, "compute.device=cpu") if cpu else overrides),
         batch_sizes=options["sizes"],
         precisions=options["precisions"],
         threads=options["threads"],
@@ -594,6 +656,7 @@ def submit(
     options = [] if actors is None else [f"--actors={actors}"]
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
+    _find_own_functions()
     files = [(name, find_spec(name)) for name in specs]
     named = [submission.SpecFile(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
     request = submission.Submission(specs=named, out=out, shared=shared, overrides=overrides, options=options, env=env)

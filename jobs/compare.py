@@ -64,8 +64,8 @@ def print_comparison(found: Comparison, *, as_json: bool, output: str | None) ->
     if output is None:
         click.echo(text, nl=False)
         return
-    with writing("--output", output):
-        Path(output).write_text(text, encoding="utf-8")
+    with writing("--output", output) as path:
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def _read(source: Source, order_name: str | None) -> _Side:

@@ -5,6 +5,7 @@ import time
 
 from rich.console import Console
 
+from pipeline.errors import printable
 from pipeline.results import OrderResult, OrderStatus, RunStatus
 from pipeline.tables import render
 
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def note(text: str) -> None:
     """Print a line for the user on stderr, without markup."""
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def report_incomplete(result: OrderResult) -> None:
@@ -32,15 +33,15 @@ def print_order(result: OrderResult, *, quiet: bool = False) -> None:
             accuracy, abstained = 100 * curve.at([0.0])[0], 100 * curve.abstention_rate
             console.out(f"predictions: {accuracy:.1f} % correct, {abstained:.1f} % abstained", highlight=False)
         else:
-            console.out(render([curve]), end="", highlight=False)
+            console.out(printable(render([curve])), end="", highlight=False)
         skipped = f", {curve.skipped} of them skipped" if curve.skipped else ""
         post_hoc = "; POST HOC: an earlier order covers these samples" if curve.post_hoc else ""
         files = "certificates.parquet" + ("" if result.predicts else ", curve.csv, curve.png")
-        console.out(
+        text = (
             f"order {result.name}: {result.order}, {curve.num_samples} samples{skipped}{post_hoc}\n"
-            f"{result.run_uri}/orders/{result.name}: {files}",
-            highlight=False,
+            f"{result.run_uri}/orders/{result.name}: {files}"
         )
+        console.out(printable(text) + (f"\nsealed: root {result.root}" if result.root else ""), highlight=False)
     report_incomplete(result)
 
 
@@ -63,7 +64,7 @@ def print_status(status: RunStatus) -> None:
         )
     for name, order in status.orders.items():
         lines += _order_lines(name, order)
-    Console().out("\n".join(lines), highlight=False)
+    Console().out(printable("\n".join(lines)), highlight=False)
 
 
 def _order_lines(name: str, status: OrderStatus) -> list[str]:

@@ -77,11 +77,11 @@ def curve(sources: Sequence[str], layout: Layout) -> None:
     for line in comparison_notes([one for one in read if not isinstance(one, Curve)]):
         logger.warning("NOTE: %s", line)
     if layout.output:
-        with writing("--output", layout.output):
-            Path(layout.output).write_text(table, encoding="utf-8")
+        with writing("--output", layout.output) as path:
+            Path(path).write_text(table, encoding="utf-8")
     else:
         click.echo(table, nl=False)
     if picture:
-        with writing("--plot", picture):
-            plot(curves, picture, envelope=envelope)
+        with writing("--plot", picture) as path:
+            plot(curves, path, envelope=envelope)
         click.echo(f"{picture}: curves with 95 % intervals", err=True)

@@ -1,10 +1,11 @@
 """Places: how the arguments RUN, LOG and FILE of a command are opened, and how its radii and units are read."""
 
+import errno
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal, DecimalException
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.curve import Curve, curve_of
 from pipeline.data import known_facts
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.locations import is_remote
 from pipeline.logs import read_log
 from pipeline.results import OrderResult, read_result
@@ -35,13 +36,33 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def writing(option: str, path: str) -> Iterator[None]:
-    """Report a failure to write the file of an option as the user's mistake."""
+def writing(option: str, path: str) -> Iterator[str]:
+    """Give the path of a temporary file that becomes the file of an option when the context ends without an error.
+
+    A failure, such as a full disk, therefore leaves no truncated file. A device is written directly.
+
+    Raises: UserError for a file that cannot be written.
+    """
+    special = os.path.exists(path) and not os.path.isfile(path)
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    # the ending decides the format of a picture
+    temporary = path if special else os.path.join(folder, f".{os.urandom(6).hex()}-{name}"[-200:])
     try:
-        yield
+        if not special and os.path.exists(target) and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield temporary
+        if not special:
+            os.replace(temporary, target)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        if isinstance(error, UserError):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option} {path}: cannot write it: {reason}; choose another path") from error
+    finally:
+        if not special:
+            with suppress(OSError, ValueError):
+                os.unlink(temporary)
 
 
 def parse_source(text: str) -> Source:
@@ -100,7 +121,9 @@ def with_distinct_names(
 
     Raises: UserError if nothing does.
     """
-    paths = [_name_parts(source, curve.name) for source, curve in zip(sources, curves, strict=True)]
+    paths = [
+        tuple(map(printable, _name_parts(source, curve.name))) for source, curve in zip(sources, curves, strict=True)
+    ]
     names = _distinct([*paths, *((name,) for name in taken)])
     return [replace(curve, name=name) for curve, name in zip(curves, names, strict=False)]
 

@@ -63,8 +63,8 @@ def report(
         )
         for one, curve, (exhibits, reason) in zip(read, curves, galleries, strict=True)
     ]
-    with writing("--output", output):
-        Path(output).write_text(render_report(runs), encoding="utf-8")
+    with writing("--output", output) as path:
+        Path(path).write_text(render_report(runs), encoding="utf-8")
     for line in comparison_notes([one.result for one in read]):
         logger.warning("NOTE: %s", line)
     for one in read:

@@ -29,7 +29,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.plan import warn_of_cost
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, one_line, redacted
 from pipeline.locations import is_relative, is_remote, shown
 from pipeline.models.own import imported_names, is_own
 from pipeline.spec import LOCATIONS, RunSpec, load_spec
@@ -42,6 +42,7 @@ _UNREACHABLE_SECONDS = 300.0  # how long the cluster may be unreachable while a 
 _STOP_SECONDS = 60  # from `ray job stop` to SIGKILL; Ray's own 3 s would cost the blocks in flight
 _LIMIT = 50_000_000  # bytes that are sent
 _STOPPED = 143
+_SECRET_NAMES = ("SECRET", "TOKEN", "PASSW", "CREDENTIAL", "PRIVATE", "API_KEY", "APIKEY", "ACCESS_KEY")
 _INSTALLED = ("pipeline", "cluster", "jobs", "diffsmooth")  # on the cluster; copies from here must not shadow them
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 _DASHBOARD = "give the address of the dashboard, by default port 8265 of the head"
@@ -182,6 +183,7 @@ def submit(
     Raises: UserError, RunError.
     """
     specs = [load_spec(one.file, submission.overrides) for one in submission.specs]
+    _refuse_secrets(submission)
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         raise UserError(f"several specs would share a run, their names are {', '.join(names)}; rename the specs")
@@ -207,6 +209,23 @@ def submit(
         command += [part for override in overrides for part in ("--set", override)]
         server.submit(submission_id, command, runtime_env)
     return server, Submitted(submission_id, JobStatus.PENDING.value)  # asking could fail and hide the id
+
+
+def _refuse_secrets(submission: Submission) -> None:
+    """Raise UserError for a location with a password or a signature: Ray stores commands and files of jobs unencrypted,
+    and shows them to everyone who may read its dashboard."""
+    sent = [("--set", override) for override in submission.overrides]
+    sent += [("--out", submission.out or "")]
+    for one in submission.specs:
+        raw = tomllib.loads(one.file.read_text(encoding="utf-8"))
+        tables = [(f"{section}.{key}", raw.get(section), key) for section, key in LOCATIONS]
+        sent += [(name, str(table.get(key, ""))) for name, table, key in tables if isinstance(table, Mapping)]
+    for name, text in sent:
+        if redacted(text) != text:
+            raise UserError(
+                f"{name} {text}: all users of the cluster could read the password or the signature in this location; "
+                "set it in the environment of the nodes, and write the location with ${NAME}"
+            )
 
 
 def how_to(server: JobServer, submission_id: str) -> list[str]:
@@ -307,7 +326,7 @@ def _environment_of(requested: Sequence[str]) -> dict[str, str]:
             if name not in os.environ:
                 raise UserError(f"--env {name}: the variable is not set here; set it, or write {name}=VALUE")
             value = os.environ[name]
-        if any(word in name.upper() for word in ("SECRET", "TOKEN", "PASSWORD")):
+        if any(word in name.upper() for word in _SECRET_NAMES) or redacted(value) != value:
             logger.warning(
                 "%s will be visible to all users of the cluster's dashboard; prefer a role of the nodes", name
             )

@@ -6,6 +6,7 @@ A sample's sha256 covers its stored bytes and its label, so that a block records
 import functools
 import hashlib
 import io
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,13 @@ from PIL import Image
 
 from pipeline.errors import UserError, first_line
 from pipeline.sources import UNLABELLED, Source
+
+logger = logging.getLogger(__name__)
+
+# Those of sources.IMAGE_ENDINGS. Pillow knows some 40 more, of which EPS starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+_MOST_PIXELS = 100_000_000
+_SAME_PIXELS = ("RGB", "L", "1")  # modes whose conversion to RGB changes no pixel
 
 
 class Sample(NamedTuple):
@@ -27,7 +35,8 @@ class Sample(NamedTuple):
 class EncodedImages:
     """Images that are decoded on access, and resized and cropped like torchvision's Resize and CenterCrop.
 
-    All have one shape and one mode: RGB, or greyscale if sample 0 is and neither resizing nor RGB is requested.
+    All have one shape and one mode: RGB, or greyscale if sample 0 is and neither resizing nor RGB is requested. Other
+    modes (RGBA, CMYK, palettes) are converted to RGB as by torchvision, which drops transparency; a message says so.
     """
 
     def __init__(
@@ -42,6 +51,7 @@ class EncodedImages:
         self.num_classes = num_classes
         self._source, self._resize, self._crop = source, resize, crop
         self._always_rgb = always_rgb or resize is not None or crop is not None
+        self._converted: set[str] = set()  # modes that a message has stated
 
     def __len__(self) -> int:
         return len(self._source)
@@ -75,9 +85,21 @@ class EncodedImages:
 
     def _open(self, index: int, stored: bytes) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(stored))
+            image = Image.open(io.BytesIO(stored), formats=_FORMATS)
         except Exception as error:  # Pillow's decoders can raise anything for a damaged file
             raise self._damaged(index, error) from error
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise UserError(
+                f"{self._source.place(index)}: the image of sample {index} is animated, or has {frames} pages; store "
+                "one of them"
+            )
+        if image.width * image.height > _MOST_PIXELS:
+            raise UserError(
+                f"{self._source.place(index)}: the image of sample {index} has {image.width} x {image.height} pixels, "
+                f"the limit is {_MOST_PIXELS:,}; replace or exclude it"
+            )
+        return image
 
     def _decode(self, index: int, stored: bytes) -> NDArray[np.float32]:
         image = self._open(index, stored)
@@ -91,6 +113,12 @@ class EncodedImages:
         return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)) / np.float32(255)
 
     def _check_mode(self, index: int, mode: str) -> None:
+        if mode not in (*_SAME_PIXELS, *self._converted):
+            self._converted.add(mode)
+            logger.warning(
+                "%s: the image of sample %d has mode %s; it is converted to RGB, as others of this mode",
+                self._source.place(index), index, mode,
+            )  # fmt: skip
         if mode.startswith(("I", "F")):
             raise UserError(
                 f"{self._source.place(index)}: the image of sample {index} has more than 8 bits per channel (mode "

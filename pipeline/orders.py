@@ -14,7 +14,7 @@ without breaking the chain after it.
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -246,13 +246,21 @@ def broken_links(store: Store, orders: Mapping[str, Order]) -> Iterator[str]:
         before, chained = name, chained or order.previous is not None
 
 
-def read_orders(store: Store) -> dict[str, Order]:
+def read_orders(store: Store, on_damage: Callable[[RunError], None] | None = None) -> dict[str, Order]:
     """The orders of a run by name, in the sequence in which they were placed.
 
-    Raises: RunError for an order that is damaged.
+    Raises: RunError for an order that is damaged. With `on_damage`, which gets the error, it is left out instead.
     """
     names = [match[1] for key in store.keys("orders") if (match := _NAME.fullmatch(key))]
-    return {name: _read_order(store, name) for name in sorted(names, key=int)}
+    orders = {}
+    for name in sorted(names, key=int):
+        try:
+            orders[name] = _read_order(store, name)
+        except RunError as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+    return orders
 
 
 def _read_order(store: Store, name: str) -> Order:

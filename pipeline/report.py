@@ -4,7 +4,9 @@ It reads no run and casts no votes: jobs/report.py collects what is shown here.
 """
 
 import base64
+import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,23 +70,46 @@ def render_report(runs: Sequence[RunReport]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    histograms = [_embedded(_histogram(run), f"radii-{index}") for index, run in enumerate(runs)]
+    panels = [_embedded(figure, f"curves-{index}") for index, figure in enumerate(_panels(curves))]
+    script = get_plotlyjs()
     return environment.get_template("report.html").render(
+        policy=_content_security_policy([script, *(one for part in histograms + panels for one in _scripts(part))]),
         title=", ".join(curve.name for curve in curves) if len(curves) <= 3 else f"{len(curves)} runs",
         runs=[
             {
                 "report": run,
                 "guarantee": guarantee(run),
-                "histogram": _embedded(_histogram(run), f"radii-{index}"),
+                "histogram": histogram,
                 "classes": class_table(run.certificates).to_dict("records"),
                 "kinds": list(dict.fromkeys(one.kind for one in run.exhibits)),
             }
-            for index, run in enumerate(runs)
+            for run, histogram in zip(runs, histograms, strict=True)
         ],
         table=Markup(render(curves, "html")),
-        panels=[_embedded(figure, f"curves-{index}") for index, figure in enumerate(_panels(curves))],
+        panels=panels,
         about_bands=_about_bands(curves),
-        plotly=Markup(get_plotlyjs()),
+        plotly=Markup(script),
     )
+
+
+def _content_security_policy(scripts: Sequence[str]) -> str:
+    """A policy under which a browser runs these scripts only, and loads nothing.
+
+    plotly writes style attributes, and makes blobs of pictures to download.
+    """
+    texts = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]  # as an HTML parser reads them
+    hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts}
+    allowed = " ".join(f"'sha256-{one}'" for one in sorted(hashes))
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _scripts(part: str) -> list[str]:
+    """The contents of the script elements of an embedded figure."""
+    return re.findall(r"<script[^>]*>(.*?)</script>", part, re.DOTALL)
 
 
 def guarantee(run: RunReport) -> list[str]:

@@ -16,14 +16,26 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.block import Block
 from pipeline.certify import certified_radius, certify
 from pipeline.curve import Curve, curve_of, grid, plot, table_radii
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from pipeline.planning import Plan, read_plan, settle_plan
 from pipeline.records import MOST_BYTES, parse_record
 from pipeline.run import Run, read_run
 from pipeline.sampling import Sampler
+from pipeline.seal import Seal, add_seal
 from pipeline.storage.store import Store, open_store
-from pipeline.votes import StoredBlock, Votes, glance, list_blocks, read_blocks, to_table, write_table
+from pipeline.votes import (
+    OnDamage,
+    StoredBlock,
+    Votes,
+    block_key,
+    glance,
+    list_blocks,
+    read_blocks,
+    read_derived,
+    to_table,
+    write_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +85,7 @@ class Summary(BaseModel):
     acr_upper: float | None = None
     grown: bool = False  # the sample set grew after looking: intervals over the images do not hold
     certified_accuracy: dict[str, float] = {}
+    root: str = ""  # of the seal
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
@@ -88,6 +101,7 @@ class OrderResult:
     order: Order
     certificates: pd.DataFrame
     curve: Curve
+    root: str | None = None  # of the seal, once the run is sealed
 
     @property
     def predicts(self) -> bool:
@@ -115,6 +129,8 @@ class OrderResult:
                 "acr_upper": interval[1],
                 "certified_accuracy": {f"{radius:g}": value for radius, value in accuracy},
             }
+        if self.root is not None:
+            reached["root"] = self.root
         return Summary(
             name=self.run.name,
             run=self.run_uri,
@@ -175,13 +191,23 @@ class RunStatus:
 class StoredRun:
     """A run in storage. run.json, orders and plans are read once, when it is opened."""
 
-    def __init__(self, store: Store) -> None:
-        """Raises: UserError if there is no run, RunError for files that are damaged."""
+    def __init__(self, store: Store, *, on_damage: OnDamage | None = None) -> None:
+        """Raises: UserError if there is no run, RunError for files that are damaged.
+
+        With `on_damage`, which gets the error, a damaged order or plan is left out instead.
+        """
         self.store, self.run = store, read_run(store)
-        self.orders: dict[str, Order] = read_orders(store)
+        self.orders: dict[str, Order] = read_orders(store, on_damage)
         self.plans: dict[str, Plan] = {}
         for name, order in self.orders.items():
-            if order.mode == "planned" and (plan := read_plan(store, name)) is not None:
+            try:
+                plan = read_plan(store, name) if order.mode == "planned" else None
+            except RunError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+                continue
+            if plan is not None:
                 self.plans[name] = plan
 
     @classmethod
@@ -254,22 +280,33 @@ class StoredRun:
     def finish(self, name: str) -> OrderResult:
         """Rebuild votes.parquet from the blocks, and write the certificates and the curve of an order.
 
-        The certificates of the other orders are written again if their post hoc marks have changed.
+        The certificates of the other orders are written again if their post hoc marks have changed. The run is sealed
+        if no sample of the order is incomplete.
         """
-        votes = write_table(self.store, self.run, self.read_blocks())
+        if name not in self.orders:
+            raise RunError(
+                f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
+            )
+        blocks = self.read_blocks()
+        votes = write_table(self.store, self.run, blocks)
         result = self.result(votes, name)
         self._write(result)
         for other in self.orders:
             written = None if other == name else self._written_marks(other)
             if written is not None and written.tolist() != self._marks(other).tolist():
                 self._write(self.result(votes, other))
-        return result
+        return result if result.incomplete else replace(result, root=self.seal(blocks).root)
+
+    def seal(self, blocks: Sequence[StoredBlock]) -> Seal:
+        """Seal the run with all its blocks, which were read and checked."""
+        return add_seal(self.store, {block_key(one.block): one.sha256 for one in blocks})
 
     def _written_marks(self, name: str) -> pd.Series | None:
         """The post hoc marks of an order as written, None if they are not written or damaged."""
+        key, rows = OrderKeys(name).certificates, len(self.orders[name].samples)
         try:
-            return pd.read_parquet(io.BytesIO(self.store.read(OrderKeys(name).certificates)))["post_hoc"]
-        except (OSError, ValueError, KeyError):
+            return read_derived(self.store, key, ["post_hoc"], rows)["post_hoc"]
+        except (UserError, RunError):
             return None
 
     def _write(self, result: OrderResult) -> None:

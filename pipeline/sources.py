@@ -8,7 +8,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +19,15 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.locations import is_remote
-from pipeline.storage.remote import S3File
+from pipeline.storage.remote import S3File, in_parallel
 
 UNLABELLED = -1
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake, and would allocate memory for its votes
 _MOST_SAMPLES = 2**31 - 1  # votes store the index as int32
+_MOST_DECODED = 2_000_000_000  # bytes of a row group; a small file can decode to far more than its size
+_DECODED_ROWS = 16  # rows that are decoded at a time
 
 
 class Source(Protocol):
@@ -114,8 +115,7 @@ class ParquetRows:
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        with ThreadPoolExecutor(8) as pool:
-            self._files = list(pool.map(_open_parquet, files))
+        self._files = in_parallel(_open_parquet, files, 8)
         self._names = files
         schemas = [file.schema_arrow for file in self._files]
         for name, schema in zip(files, schemas, strict=True):
@@ -146,7 +146,7 @@ class ParquetRows:
         if self._cached[0] != place:
             number, group = self._groups[place]
             columns = [self._image, "label"] if self._has_labels else [self._image]
-            table = self._read(number, lambda file: file.read_row_group(group, columns=columns))
+            table = self._read(number, lambda file: self._decode_group(number, file, group, columns))
             if len(table) != self._rows[place]:
                 raise UserError(f"{self._names[number]}: damaged (row group {group} lacks rows); get the file again")
             self._cached = (place, table)
@@ -157,6 +157,23 @@ class ParquetRows:
             raise UserError(f"{self.place(index)}: sample {index} has no image bytes; store the encoded image itself")
         label = table.column("label")[row].as_py() if self._has_labels else None
         return stored, UNLABELLED if label is None else label
+
+    def _decode_group(self, number: int, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        """A row group, of which no more than _MOST_DECODED bytes are decoded. Raises: UserError for more."""
+        batches: list[pa.RecordBatch] = []
+        declared, size = file.metadata.row_group(group).total_byte_size, 0
+        if declared <= _MOST_DECODED:
+            for batch in file.iter_batches(_DECODED_ROWS, row_groups=[group], columns=columns):
+                batches.append(batch)
+                size += batch.nbytes
+                if size > _MOST_DECODED:
+                    break
+        if max(declared, size) > _MOST_DECODED:
+            raise UserError(
+                f"{self._names[number]}: row group {group} holds more than {_MOST_DECODED:,} bytes; write smaller row "
+                "groups"
+            )
+        return pa.Table.from_batches(batches)
 
     def place(self, index: int) -> str:
         return self._names[self._groups[self._group(index)][0]]

@@ -6,13 +6,13 @@
 Columns: sample | label | stage | draw_start | draw_stop | class | votes, with a row for each class that got votes.
 """
 
+import hashlib
 import io
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from pipeline.errors import RunError, first_line
 from pipeline.records import LARGEST, Record, first_problem, parse_record
 from pipeline.run import Run, read_run
 from pipeline.spec import BlockLengths
+from pipeline.storage.remote import in_parallel
 from pipeline.storage.store import Entry, Store, open_store
 
 SCHEMA = pa.schema(
@@ -83,6 +84,7 @@ class StoredBlock(NamedTuple):
     classes: NDArray[np.int32]
     counts: NDArray[np.int32]  # votes for each of `classes`
     metadata: BlockMetadata
+    sha256: str = ""  # of the object
 
     def votes(self) -> Votes:
         return Votes(self.block, self.label, dict(zip(self.classes.tolist(), self.counts.tolist(), strict=True)))
@@ -97,6 +99,12 @@ class TableFacts(Record):
 
 def block_key(block: Block) -> str:
     return f"votes/{block.stage}/{block.sample}-{block.draw_start}.parquet"
+
+
+def sample_of_key(key: str) -> int | None:
+    """The sample whose block has this key; None for a key that no block has."""
+    match = _NAME.fullmatch(key)
+    return int(match[2]) if match and int(match[2]) <= LARGEST else None
 
 
 def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata: BlockMetadata) -> bytes:
@@ -176,8 +184,8 @@ def read_blocks(
             _refuse(error, on_damage)
             return None
 
-    with ThreadPoolExecutor(max_workers=store.readers) as pool:
-        stored = [one for some in pool.map(read, range(0, len(wanted), size)) for one in some]
+    batches = in_parallel(read, range(0, len(wanted), size), store.readers)
+    stored = [one for some in batches for one in some]
     return _of_one_image(store, stored, on_damage)
 
 
@@ -215,7 +223,8 @@ class _Decoder:
     def read(self, block: Block) -> StoredBlock:
         key = block_key(block)
         try:
-            table = self._read_table(self._fetch(key))
+            data = self._fetch(key)
+            table = self._read_table(data)
             metadata = self._parse((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._refusal(key, f"is damaged or missing ({_reason(error)})") from error
@@ -236,7 +245,8 @@ class _Decoder:
         if (labels != labels[0]).any() or not -1 <= labels[0] < num_classes:
             raise self._refusal(key, f"has label {labels[0]}, or several, for {num_classes} classes")
         # copies: a view would keep all of the file's buffers
-        return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata, sha256)
 
     def _read_table(self, data: bytes) -> pa.Table:
         # not pq.read_table, which takes four times as long: it sets up a data set for each file
@@ -294,6 +304,29 @@ def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
     )
 
 
+def read_derived(store: Store, key: str, columns: Sequence[str], most_rows: int) -> pd.DataFrame:
+    """Some columns of a derived table, which has at most `most_rows` rows.
+
+    Raises: FileNotFoundError (a UserError as well), RunError for a file that is damaged or declares more.
+    """
+    data = store.read(key)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        check_declared(file.metadata, most_rows)
+        return file.read(columns=list(columns)).to_pandas()[list(columns)]
+    except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
+        raise RunError(
+            f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it"
+        ) from error
+
+
+def check_declared(metadata: pq.FileMetaData, most_rows: int) -> None:
+    """Raise ValueError if a Parquet file declares more rows, or more bytes, than a table of ours has."""
+    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    if not 0 <= metadata.num_rows <= most_rows or size > _ROW_BYTES * most_rows + 100_000:
+        raise ValueError(f"{metadata.num_rows} rows of {size} bytes")
+
+
 def read_votes(run_uri: str) -> pd.DataFrame:
     """All votes of a run, read from its blocks and checked; `read_blocks` says what is refused."""
     store = open_store(run_uri)
@@ -327,13 +360,15 @@ def _read_table(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataF
     """votes.parquet and its devices if they agree with the run and its blocks, else an empty table."""
     nothing: tuple[pd.DataFrame, dict[str, int]] = to_table([]), {}
     try:
-        stored = pq.read_table(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
+        check_declared(file.metadata, len(committed) * run.num_classes)
+        stored = file.read()
         facts = parse_record(TableFacts, stored.schema.metadata[_METADATA_KEY])
         votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
         drawn = votes.groupby(BLOCK_COLUMNS)["votes"].sum()
         blocks = [Block(*block) for block in drawn.index]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        return nothing  # it is derived: the blocks are read instead
+    except Exception:  # it is derived: the blocks are read instead
+        return nothing
     consistent = (
         facts.votes_id == run.votes_id
         and committed.issuperset(blocks)

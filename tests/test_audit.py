@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from jobs.analyze import Request, analyze
-from jobs.audit import Effort, audit
+from jobs.audit import Effort, Published, audit
 from pipeline.block import Block
 from pipeline.errors import UserError
 from pipeline.run import read_run
@@ -138,7 +138,7 @@ def test_a_changed_or_deleted_order_is_found(store, tmp_path):
 
 def test_the_commitment_is_the_hash_of_the_first_order(store, tmp_path):
     def audited(commitment):
-        return audit(store.uri, spec=None, effort=Effort(), commitment=commitment).findings
+        return audit(store.uri, spec=None, effort=Effort(), published=Published(commitment=commitment)).findings
 
     for name in ("orders/001.json", "run.json"):
         assert audited(hashlib.sha256((tmp_path / "run" / name).read_bytes()).hexdigest()) == []

@@ -350,7 +350,7 @@ def test_runs_without_a_common_sample_are_refused(runs):
 def test_another_image_is_refused(runs):
     store = open_store(runs[1])
     stored = ds.open_run(runs[1])._stored
-    for block, label, classes, counts, metadata in read_blocks(store, stored.run):
+    for block, label, classes, counts, metadata, _ in read_blocks(store, stored.run):
         if block.sample == 2:
             counts_K = np.zeros(10, dtype=np.int64)
             counts_K[classes] = counts

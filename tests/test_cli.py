@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,69 @@ def test_swapped_sigmas_cause_a_warning(tmp_path, caplog):
     with pytest.raises(AssertionError, match="a cluster was started"):
         raise run("certify", "mnist", "--out", tmp_path / "b", "--set=smoothing.sigma=0.1").exception
     assert "local_sigma = 0.25 is far above smoothing.sigma = 0.1; check that they are not swapped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["report", "--samples", "0", "--output"], ["curve", "--output"], ["curve", "--plot"], ["compare", "--output"]],
+    ids=" ".join,
+)
+def test_a_full_disk_leaves_no_truncated_file(raw_spec, tmp_path, monkeypatch, command):
+    """What was there before stays as it was."""
+    for seed in (0, 1):
+        make_run(load_spec(raw_spec).with_seed(seed), tmp_path / f"run{seed}")
+    runs = [tmp_path / "run0"] if command[0] == "report" else [tmp_path / "run0", tmp_path / "run1"]
+    target = tmp_path / "out" / "written.png"
+    target.parent.mkdir()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.places.os.replace", full)
+        line = refused(2, command[0], *runs, *command[1:], target)
+        assert "written.png: cannot write it: No space left on device" in line
+        assert list(target.parent.iterdir()) == []
+        target.write_text("before")
+        refused(2, command[0], *runs, *command[1:], target)
+        assert [path.read_text() for path in target.parent.iterdir()] == ["before"]
+    assert run(command[0], *runs, *command[1:], target).exit_code == 0
+    assert [path.name for path in target.parent.iterdir()] == ["written.png"]
+    assert target.read_bytes() != b"before"
+
+
+NAME = "q[b]\x1b[31m"
+
+
+def test_markup_and_escape_sequences_in_names_are_shown_as_they_are(raw_spec, tmp_path, monkeypatch):
+    """`[b]` is no markup, and no name can send an escape sequence to a terminal."""
+    home, other = tmp_path / NAME, tmp_path / "other[/b]"
+    for seed, folder in enumerate((home, other)):
+        make_run(load_spec(raw_spec).with_seed(seed), folder)
+    monkeypatch.setattr("click.utils.should_strip_ansi", lambda *_: False)  # as on a terminal
+    shown = 0
+    for arguments in (
+        ["status", home], ["analyze", home, "--alpha", "0.01"], ["audit", home], ["seal", home],
+        ["curve", f"{NAME}={home}", other], ["compare", f"{NAME}={home}", other],
+        ["report", f"{NAME}={other}", "--samples", "0", "--output", tmp_path / f"{NAME}.html"],
+        ["status", tmp_path / f"none{NAME}"], ["curve", home, "--output", tmp_path / NAME / "a" / "b"],
+        ["plan", f"none{NAME}"], ["curve", home, "--plot", tmp_path / f"a.{NAME}"],
+    ):  # fmt: skip
+        result = run(*arguments)
+        assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
+        assert "\x1b" not in result.output, arguments
+        shown += "q[b]\\x1b[31m" in result.output
+    assert shown >= 8
+
+
+def test_only_commands_with_a_spec_look_into_the_working_folder(raw_spec, tmp_path, monkeypatch):
+    """Whoever can write there could otherwise run code in every command."""
+    make_run(load_spec(raw_spec), tmp_path / "run")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    for command in (["status"], ["analyze"], ["seal"], ["audit"], ["curve"], ["report", "--samples", "0"]):
+        assert run(command[0], tmp_path / "run", *command[1:]).exit_code == 0
+        assert str(tmp_path / "work") not in sys.path
+    assert run("plan", "mnist").exit_code == 0
+    assert sys.path[-1] == str(tmp_path / "work")  # after all packages

@@ -1,6 +1,7 @@
 """ray-cluster.yaml, checked offline against Ray's schema, EC2's parameter model and a bootstrap on moto."""
 
 import copy
+import fnmatch
 import json
 import os
 import re
@@ -12,6 +13,10 @@ import pytest
 import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
+
+from pipeline.spec import load_spec
+from pipeline.storage import store as storage
+from tests.models import make_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
@@ -63,15 +68,31 @@ def test_bootstrap_prepares_a_launch(tmp_path, monkeypatch):
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     monkeypatch.setenv("HOME", str(tmp_path))
     os.makedirs(tmp_path / ".ssh")
+    os.makedirs(tmp_path / ".ray")
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    text = json.dumps(CONFIG).replace("sg-0a1b2c3d4e5f67890", closed_security_group())
     from ray.autoscaler._private.commands import _bootstrap_config
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # Ray waits for AWS to propagate its new role
-    config = _bootstrap_config(check_schema(CONFIG), no_config_cache=True)
+    config = _bootstrap_config(check_schema(json.loads(text)), no_config_cache=True)
     for name, one in WORKERS.items():
         found = config["available_node_types"][name]["node_config"]
         assert found["SubnetIds"]
-        assert found["SecurityGroupIds"]
         assert found["IamInstanceProfile"] == one["node_config"]["IamInstanceProfile"]
+    # Ray made no role with full rights, and no security group that is open to the internet
+    assert [role["RoleName"] for role in boto3.client("iam").list_roles()["Roles"] if "ray" in role["RoleName"]] == []
+    groups = boto3.client("ec2").describe_security_groups()["SecurityGroups"]
+    assert not [one for one in groups if "0.0.0.0/0" in json.dumps(one["IpPermissions"])]
+
+
+def closed_security_group() -> str:
+    """The security group of docs/cluster.md, in the default VPC of the mocked AWS; returns its id."""
+    ec2 = boto3.client("ec2")
+    vpc = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"][0]["VpcId"]
+    group = ec2.create_security_group(GroupName="diffsmooth", Description="d", VpcId=vpc)["GroupId"]
+    pairs = [{"GroupId": group}]
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[{"IpProtocol": "-1", "UserIdGroupPairs": pairs}])
+    return group
 
 
 def test_configuration_follows_good_practice():
@@ -89,16 +110,97 @@ def test_configuration_follows_good_practice():
     assert re.search(r":\d+\.\d+\.\d+-py3\d+-gpu$", CONFIG["docker"]["image"])
 
 
-def test_iam_policy_allows_exactly_what_storage_needs():
-    policy = json.loads((ROOT / "cluster" / "aws" / "iam-policy.json").read_text())
-    allowed = {
-        action
-        for statement in policy["Statement"]
-        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
-    }
-    assert allowed == {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject"}
-    # without s3:ListBucket, or with a condition on its prefix, S3 answers 403 instead of 404 for an absent object
-    (listing,) = [one for one in policy["Statement"] if one["Action"] == "s3:ListBucket"]
+def test_every_node_has_a_role_and_a_closed_network_and_ray_requires_a_token():
+    for one in TYPES.values():
+        node = one["node_config"]
+        assert node["IamInstanceProfile"]
+        assert node["SecurityGroupIds"]
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+    assert "--env RAY_AUTH_MODE=token" in CONFIG["docker"]["run_options"]
+    assert CONFIG["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 /home/ray/.ray/auth_token" in CONFIG["setup_commands"]
+    commands = CONFIG["head_start_ray_commands"] + CONFIG["worker_start_ray_commands"]
+    for command in (one for one in commands if "ray start" in one):
+        assert command.startswith("export RAY_AUTH_MODE=token;")
+
+
+def test_secrets_are_neither_committed_nor_sent_to_the_nodes():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {".env", "*.pem", "*.key", "id_rsa*", "id_ed25519*"} <= set(ignored)
+    assert ".gitignore" in CONFIG["rsync_filter"]
+    assert ".env" in CONFIG["rsync_exclude"]
+    # these patterns also apply to the SSH key and the token, which Ray must send
+    for name in ("ray-autoscaler_1_us-west-2.pem", "auth_token"):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in CONFIG["rsync_exclude"])
+
+
+def policy(name: str) -> list[dict]:
+    return json.loads((ROOT / "cluster" / "aws" / name).read_text())["Statement"]
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def allows(action: str, key: str, *, conditional: bool = False) -> bool:
+    """Whether the nodes' policy allows an action on an object, with or without If-None-Match."""
+    for one in policy("iam-policy.json"):
+        needed = one.get("Condition", {}).get("Null", {}).get("s3:if-none-match")
+        assert set(one.get("Condition", {})) <= {"Null"}
+        if action in listed(one["Action"]) and (needed is None or conditional):
+            for resource in listed(one["Resource"]):
+                if fnmatch.fnmatchcase(f"arn:aws:s3:::BUCKET/{key}", resource):
+                    return True
+    return False
+
+
+def test_the_nodes_can_write_what_a_run_writes_and_replace_only_derived_files(raw_spec, tmp_path, monkeypatch):
+    created, replaced = [], []
+    for method, keys in (("put_if_absent", created), ("replace", replaced)):
+        original = getattr(storage.FolderStore, method)
+
+        def call(self, key, data, original=original, keys=keys):
+            keys.append(f"runs/experiment/a/{key}")
+            return original(self, key, data)
+
+        monkeypatch.setattr(storage.FolderStore, method, call)
+    planned = {"mode": "planned", "max_acr_loss": 0.05}
+    spec = load_spec(raw_spec | {"smoothing": raw_spec["smoothing"] | {"n": 2000, "n0": 200}, "sampling": planned})
+    make_run(spec, tmp_path / "run")
+    assert any(key.endswith("plan.json") for key in created)
+    for key in created:
+        assert allows("s3:PutObject", key, conditional=True), key
+        assert not allows("s3:PutObject", key), key
+        assert allows("s3:DeleteObject", key) == ("/probe-" in key)
+    for key in [*replaced, "runs/a/progress.json", "runs/a/cascade.json"]:
+        assert allows("s3:PutObject", key), key
+    for key in ("models/net.pt", "data/test.parquet", "runs/a/run.json"):
+        assert allows("s3:GetObject", key)
+    for key in ("models/net.pt", "data/test.parquet", "elsewhere/x"):
+        assert not allows("s3:PutObject", key, conditional=True)
+    assert not allows("s3:GetObject", "elsewhere/x")
+
+
+def test_the_nodes_policy_lists_without_a_condition():
+    """Without s3:ListBucket, or with a condition on its prefix, S3 answers 403 instead of 404 for an absent object."""
+    (listing,) = [one for one in policy("iam-policy.json") if one["Action"] == "s3:ListBucket"]
     assert "Condition" not in listing
-    (delete,) = [one for one in policy["Statement"] if one["Action"] == "s3:DeleteObject"]
-    assert delete["Resource"].endswith("/probe-*")  # votes are never deleted
+
+
+def test_the_heads_policy_is_limited_to_this_cluster():
+    statements = policy("head-policy.json")
+    worker = next(iter(WORKERS.values()))["node_config"]["IamInstanceProfile"]["Name"]
+    for one in statements:
+        actions = listed(one["Action"])
+        assert not any("*" in action for action in actions)
+        if one["Resource"] == "*":
+            assert all(action.startswith("ec2:Describe") for action in actions)
+        if "ec2:TerminateInstances" in actions:
+            assert one["Condition"]["StringEquals"] == {"aws:ResourceTag/ray-cluster-name": CONFIG["cluster_name"]}
+        if actions == ["iam:PassRole"]:
+            assert one["Resource"].endswith(f":role/{worker}")
+    (launch,) = [one for one in statements if one["Sid"] == "LaunchWorkersOfTheseTypes"]
+    allowed = launch["Condition"]["StringLike"]["ec2:InstanceType"]
+    for one in WORKERS.values():
+        assert any(fnmatch.fnmatch(one["node_config"]["InstanceType"], pattern) for pattern in allowed)
+    assert launch["Condition"]["StringEquals"] == {"aws:RequestTag/ray-cluster-name": CONFIG["cluster_name"]}

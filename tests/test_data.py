@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from pipeline import data as data_module
+from pipeline import images as images_module
 from pipeline import sources
 from pipeline.data import Facts, dataset_id, known_facts, open_dataset, sample_indices
 from pipeline.errors import RunError, UserError
@@ -225,6 +226,83 @@ def test_hostile_image_files_give_one_line(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"b/up.*: this link leads to a folder that contains it; remove the link"):
         open_dataset(Data(name="imagefolder", path=str(tmp_path)))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def folder_of(tmp_path, first: bytes, **others: bytes) -> Data:
+    """Class folders with the images 0.png, and others in the order of their names."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "z.png").write_bytes(first)
+    (tmp_path / "a" / "0.png").write_bytes(first)
+    for name, content in others.items():
+        (tmp_path / "a" / f"{name}.png").write_bytes(content)
+    return Data(name="imagefolder", path=str(tmp_path))
+
+
+def test_only_listed_image_formats_are_opened(tmp_path, monkeypatch):
+    """Pillow hands an EPS to Ghostscript, which runs the program in it."""
+    from PIL import EpsImagePlugin
+
+    def started(*_, **__):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    image = Image.new("RGB", (4, 4))
+    good, others = encoded(image, "PNG"), ("EPS", "GIF", "ICO", "PCX", "TGA")
+    contents = {f"x{number}": encoded(image, kind) for number, kind in enumerate(others)}
+    data = open_dataset(folder_of(tmp_path, good, **contents))
+    for index in range(1, 1 + len(others)):
+        with pytest.raises(UserError, match=rf"cannot decode sample {index} .*; replace or exclude it"):
+            data[index]
+    assert {one.lower() for one in images_module._FORMATS} >= {"jpeg", "png", "webp", "tiff", "bmp", "ppm"}
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF", "PNG"])
+def test_animated_images_are_refused(tmp_path, kind):
+    frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (0, 100, 200)]
+    animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    data = open_dataset(folder_of(tmp_path, encoded(frames[0], "PNG"), x=animated))
+    with pytest.raises(UserError, match="the image of sample 1 is animated, or has 3 pages; store one of them"):
+        data[1]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "P", "LA"])
+def test_conversions_to_rgb_are_stated_once(tmp_path, mode, caplog):
+    image = Image.new("RGB", (4, 4), (10, 20, 30)).convert("L" if mode == "LA" else "RGB").convert(mode)
+    stored = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    data = open_dataset(folder_of(tmp_path, encoded(Image.new("RGB", (4, 4)), "PNG"), x=stored, y=stored))
+    expected = np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1) / np.float32(255)
+    for index in (1, 2, 1):
+        assert (data[index].image_CHW == expected).all()
+    assert caplog.text.count(f"has mode {mode}; it is converted to RGB") == 1
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "_MOST_PIXELS", 20)
+    small, large = (encoded(Image.new("RGB", (4, side)), "PNG") for side in (4, 6))
+    data = open_dataset(folder_of(tmp_path, small, x=large))
+    with pytest.raises(UserError, match="sample 1 has 4 x 6 pixels, the limit is 20; replace or exclude it"):
+        data[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd", "use_dictionary": False}], ids=["dictionary", "zstd"])
+def test_a_row_group_that_decodes_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(sources, "_MOST_DECODED", 20_000_000)
+    image = bytes(1_000_000)
+    table = pa.table({"image": [image] * 100, "label": [0] * 100})
+    pq.write_table(table, tmp_path / "bomb.parquet", **options)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 2_000_000
+    before = pa.total_allocated_bytes()
+    data = open_dataset(Data(name="parquet", path=str(tmp_path / "bomb.parquet"), num_classes=2))
+    with pytest.raises(UserError, match=r"bomb\.parquet: row group 0 holds more than 20,000,000 bytes; write smaller"):
+        data[0]
+    assert pa.total_allocated_bytes() - before < 40_000_000
 
 
 def photographs(kind: str) -> list[tuple[Path, int]]:

@@ -16,8 +16,11 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+import requests
 
 from pipeline.errors import RunError, UserError
+from pipeline.models.files import weights_id
+from pipeline.models.weights import load_weights
 from pipeline.storage import fetch as fetching
 from pipeline.storage.fetch import fetch, fetch_first, file_sha256
 from pipeline.storage.remote import S3File, list_s3
@@ -303,6 +306,92 @@ def test_damaged_or_wrong_stored_hash_does_no_harm(server, stored):
     assert fetch(f"{server.url}/net.pt", expected) == path
 
 
+def test_a_pin_is_checked_against_the_file_itself(server):
+    """Neither a lying hash beside the file nor an unchanged modification time hides a changed byte."""
+    uri, expected = f"{server.url}/net.pt", hashlib.sha256(CONTENT).hexdigest()
+    path = fetch(uri, expected)
+    assert weights_id(uri, expected) == expected
+    before = path.stat()
+    path.write_bytes(b"x" + CONTENT[1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for call in (fetch, weights_id):
+        with pytest.raises(UserError, match=f"sha256 .*{expected}.*delete {path} to download it again"):
+            call(uri, expected)
+    lie = {"sha256": expected, "size": before.st_size, "mtime_ns": before.st_mtime_ns}
+    path.with_name(path.name + ".sha256.json").write_text(json.dumps(lie))
+    with pytest.raises(UserError, match="sha256"):
+        weights_id(uri, expected)
+
+
+def test_the_cache_folder_is_private(server, cache, uri, monkeypatch):
+    cache.parent.chmod(0o755)
+    before = os.umask(0)
+    try:
+        fetch(uri)
+    finally:
+        os.umask(before)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    for mode in (0o770, 0o777, 0o702):
+        cache.chmod(mode)
+        with pytest.raises(UserError, match=rf"cache: other users can change .*mode {mode:o}.*; run chmod 700 on it"):
+            fetch(uri)
+    cache.chmod(0o755)
+    assert fetch(uri).read_bytes() == CONTENT
+    monkeypatch.setattr(fetching.os, "geteuid", lambda: 12345)
+    os.chown(cache, 54321, -1)
+    with pytest.raises(UserError, match="owner 54321"):
+        fetch(uri)
+
+
+PAGE = b"\xef\xbb\xbf \n<!DOCTYPE html><html>sign in</html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("net.pt", PAGE, "a web page instead of the file"),
+        ("net.pt", b"<?xml version='1.0'?><Error/>", "a web page"),
+        ("net.safetensors", PAGE, "a web page"),
+        ("net.safetensors", b"Not Found", "no safetensors file"),
+        ("set.parquet", b"{}", "no .parquet file"),
+        ("cifar-10-python.tar.gz", b"quota exceeded", "no .gz file"),
+    ],
+)
+def test_a_wrong_download_does_not_enter_the_cache(server, cache, name, content, words):
+    server.content = content
+    uri = f"{server.url}/{name}"
+    with pytest.raises(UserError, match=f"the server sent {words}.* and it was removed; correct the location"):
+        fetch(uri)
+    assert [path for path in cache.iterdir() if path.name.endswith((name, ".part"))] == []
+    right = {".parquet": b"PAR1", ".safetensors": b"........{", ".gz": b"\x1f\x8b", ".pt": b"PK"}
+    server.content = right[Path(name).suffix]
+    assert fetch(uri).read_bytes() == server.content
+
+
+def test_a_damaged_download_names_the_file_in_the_cache(server):
+    uri = f"{server.url}/net.pt?token=secret"
+    with pytest.raises(UserError, match=r"net\.pt\?\.\.\.: .*; delete .*-net\.pt to download it again") as error:
+        load_weights(uri)
+    assert "secret" not in str(error.value)
+    assert str(fetch(uri)) in str(error.value)
+
+
+def test_a_redirection_from_https_to_http_is_refused():
+    response = requests.Response()
+    response.status_code, response.url = 302, "https://host/a?token=secret"
+    with fetching._Session() as session:
+        for target in ("http://host/a", "HTTP://elsewhere/a?signature=secret"):
+            response.headers["Location"] = target
+            with pytest.raises(UserError, match=r"https://host/a\?\.\.\.: redirected to .*not encrypted") as error:
+                session.get_redirect_target(response)
+            assert "secret" not in str(error.value)
+        for target in ("https://elsewhere/a", "/b"):
+            response.headers["Location"] = target
+            assert session.get_redirect_target(response) == target
+        response.url, response.headers["Location"] = "http://host/a", "http://host/b"
+        assert session.get_redirect_target(response) == "http://host/b"
+
+
 def test_hashes_are_stored_while_the_file_is_unchanged(server, cache, monkeypatch):
     path = fetch(f"{server.url}/net.pt")
     fetching._sha256.cache_clear()
@@ -334,7 +423,9 @@ def test_full_disk(server, uri, cache, monkeypatch, found_out):
 def test_unwritable_cache_is_named(server, uri, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(RunError, match="the cache folder cannot be used: Not a directory; set DIFFSMOOTH_CACHE"):
+    with pytest.raises(
+        RunError, match=r"the cache folder cannot be used: (Not a directory|File exists); set DIFFSMOOTH_CACHE"
+    ):
         fetch(uri)
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import main
@@ -22,9 +22,9 @@ from pipeline.run import RUN_KEY, Run, read_run
 from pipeline.spec import load_spec
 from pipeline.storage.store import FolderStore
 from pipeline.votes import block_key, read_blocks
+from tests.fuzzing import FUZZ
 from tests.models import make_run
 
-FUZZ = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 BLOCK = block_key(Block(3, "estimation", 100, 200))
 DEEP = "[" * 100_000
 COMMANDS = (["status"], ["analyze"], ["audit"], ["curve"], ["report", "--samples", "0", "--output", os.devnull])
@@ -296,6 +296,52 @@ def test_damaged_derived_files_are_found_by_audit_and_rebuilt(run, key, content)
     result = CliRunner().invoke(main, ["analyze", str(run)])
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(main, ["audit", str(run)]).exit_code == 0
+
+
+def test_audit_goes_on_after_each_damaged_file(run):
+    """Every kind of file is damaged at once; each is a finding, and none hides another."""
+    shutil.copy(run / "orders" / "001.json", run / "orders" / "003.json")
+    order = run / "orders" / "002.json"
+    order.write_text(changed(run / "orders" / "001.json", mode="planned", max_acr_loss=0.01, previous=None))
+    (run / "orders" / "002").mkdir()
+    (run / OrderKeys("002").plan).write_text("[]")
+    (run / "orders" / "003.json").write_text("{")
+    (run / BLOCK).write_bytes(b"PAR1")
+    (run / "votes.parquet").unlink()
+    os.mkfifo(run / "votes.parquet")
+    (run / OrderKeys("001").certificates).unlink()
+    (run / OrderKeys("001").certificates).symlink_to("/dev/zero")
+    (run / "seals" / "001.sha256").write_text("x")
+    output = refused(run, ["audit"])
+    for words in (
+        "orders/003.json is damaged",
+        "orders/002/plan.json is damaged",
+        f"{BLOCK} is damaged or missing",
+        "votes.parquet: a named pipe, not a regular file",
+        "seals/001.sha256 is damaged",
+        "order 001 lacks 1 blocks",
+    ):
+        assert f"{words}" in output, words
+    shutil.copy(run / "votes" / "estimation" / "3-0.parquet", run / BLOCK)  # another damage: the file of other draws
+    assert "says draw_start = 0 inside" in refused(run, ["audit"])
+
+
+def test_audit_reports_certificates_that_cannot_be_read(run):
+    key = OrderKeys("001").certificates
+    (run / key).unlink()
+    (run / key).symlink_to("/dev/zero")
+    (run / "votes.parquet").write_bytes(b"x")
+    output = refused(run, ["audit"])
+    assert f"{key}: a device, not a regular file" in output
+    assert "votes.parquet is damaged" in output
+
+
+@pytest.mark.parametrize("key", ["votes.parquet", OrderKeys("001").certificates])
+def test_a_derived_table_that_declares_a_huge_table_is_not_decoded(run, key):
+    table = pq.read_table(run / key).slice(0, 1)
+    pq.write_table(pa.concat_tables([table] * 2_000_000), run / key, compression="zstd")
+    assert f"{key} is damaged (2000000 rows of" in refused(run, ["audit"])
+    assert CliRunner().invoke(main, ["status", str(run)]).exit_code == 0
 
 
 @pytest.mark.parametrize("key", ["votes.parquet", OrderKeys("001").certificates])

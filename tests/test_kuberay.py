@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-ACCOUNT, JOB = yaml.safe_load_all((ROOT / "cluster/kuberay/rayjob.yaml").read_text())
+HEAD_ACCOUNT, WORKER_ACCOUNT, NETWORK, JOB = yaml.safe_load_all((ROOT / "cluster/kuberay/rayjob.yaml").read_text())
 SCHEMA = yaml.safe_load((ROOT / "tests/kuberay_schema.yaml").read_text())
 SPEC = JOB["spec"]
 CLUSTER = SPEC["rayClusterSpec"]
@@ -62,15 +62,47 @@ def test_manifest_follows_good_practice():
     env_vars = yaml.safe_load(SPEC["runtimeEnvYAML"])["env_vars"]
     pods = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in pods):
-        assert pod["serviceAccountName"] == ACCOUNT["metadata"]["name"]
         assert pod["restartPolicy"] == "Never"
         assert pod["terminationGracePeriodSeconds"] >= int(env_vars["RAY_JOB_STOP_WAIT_TIME_S"])
-        (volume,) = pod["volumes"]
-        assert volume["emptyDir"]["medium"] == "Memory"
-        assert pod["containers"][0]["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        (volume,) = [one for one in pod["volumes"] if one["emptyDir"].get("medium") == "Memory"]
+        assert {"name": volume["name"], "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
     (workers,) = CLUSTER["workerGroupSpecs"]
     assert workers["minReplicas"] == 0
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+PODS = [group["template"] for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])]
+
+
+def test_pods_have_no_rights_that_they_do_not_need():
+    accounts = [pod["spec"]["serviceAccountName"] for pod in PODS]
+    assert accounts == [HEAD_ACCOUNT["metadata"]["name"], WORKER_ACCOUNT["metadata"]["name"]]
+    assert len(set(accounts)) == 2
+    assert WORKER_ACCOUNT["automountServiceAccountToken"] is False
+    assert PODS[1]["spec"]["automountServiceAccountToken"] is False  # no credentials of the API server
+    for pod in PODS:
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            written = [mount["mountPath"] for mount in container["volumeMounts"]]
+            assert written == ["/dev/shm", "/tmp", "/home/ray/.cache"]
+
+
+def test_only_pods_of_the_job_and_the_operator_reach_ray():
+    assert CLUSTER["authOptions"] == {"mode": "token"}
+    spec = NETWORK["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    for pod in PODS:
+        assert spec["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (rule,) = spec["ingress"]
+    for source in rule["from"]:
+        assert source["podSelector"]["matchLabels"]  # an empty selector would admit every pod
+        assert "ipBlock" not in source
 
 
 def test_one_ray_and_one_python_everywhere():
@@ -82,7 +114,7 @@ def test_one_ray_and_one_python_everywhere():
     assert "FROM rayproject/ray:${RAY_VERSION}-${PYTHON}-gpu\n" in recipe
     assert CLUSTER["rayVersion"] == ray
     for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]):
-        assert group["template"]["spec"]["containers"][0]["image"].endswith(f"-ray{ray}")
+        assert re.fullmatch(r".+@sha256:[0-9a-f]{64}", group["template"]["spec"]["containers"][0]["image"])
 
 
 def test_image_is_not_root_and_holds_no_secret():

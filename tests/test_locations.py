@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import RunError, UserError, one_line, redacted
 from pipeline.locations import EMBEDDED, embedded_path, is_relative, is_remote, require_set, resolve, shown
 
 FOLDER = Path("/specs")
@@ -103,3 +103,24 @@ def test_shown_hides_secrets_and_stays_on_one_line(location, text):
 def test_long_text_is_cut():
     assert one_line(400 * "a") == 300 * "a" + "..."
     assert one_line("first\r\n  second\n") == "first second"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("checkpoint https://u:p@h/a.pt?sig=x#net: damaged; get it", "checkpoint https://h/a.pt?...: damaged; get it"),
+        ("--set k=https://u:p@h:80/a and s3://id:key@b/c", "--set k=https://h:80/a and s3://b/c"),
+        ("('https://h/a?token=x', \"s3://b/c?y\")", "('https://h/a?...', \"s3://b/c?...\")"),
+        ("https://u:p@[::1]/a", "https://[::1]/a"),
+        ("is https://h/a?... there?", "is https://h/a?... there?"),
+        ("a@b, /x?y=1, 3:4; n = 5?", "a@b, /x?y=1, 3:4; n = 5?"),
+    ],
+)
+def test_no_message_shows_the_secrets_of_a_uri(text, expected):
+    assert redacted(text) == redacted(expected) == expected
+    assert str(UserError(text)) == str(RunError(text)) == expected
+
+
+@pytest.mark.parametrize("location", ["https://u:SECRET@h/a.pt", "https://h/a.pt?sig=SECRET", "s3://SECRET@b/a"])
+def test_redacting_agrees_with_what_is_shown_of_a_location(location):
+    assert redacted(f"x {location}: y") == f"x {shown(location)}: y"

@@ -1,6 +1,7 @@
 """Reports: every figure is that of the run, nothing is fetched, and a browser draws it."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -206,6 +207,36 @@ def test_without_a_spec_there_are_no_pictures_and_a_reason(home, spec, raw_spec,
         write(str(log))
     with pytest.raises(UserError, match="cannot write"):
         report([home], output=str(tmp_path / "none" / "report.html"))
+
+
+def policy_of(text):
+    (policy,) = [one["content"] for tag, one in Page(text).tags if one.get("http-equiv") == "Content-Security-Policy"]
+    return dict(part.split(" ", 1) for part in policy.split("; "))
+
+
+def test_the_page_allows_its_own_scripts_only(home, spec, write):
+    _, text = write(f"<script>alert(1)<script>={home}", specs=[spec])
+    policy = policy_of(text)
+    assert policy["default-src"] == "'none'"
+    assert policy["base-uri"] == policy["form-action"] == "'none'"
+    assert "unsafe" not in policy["script-src"]
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in scripts]
+    assert len(scripts) == 3  # plotly, the curves and the radii
+    assert sorted(policy["script-src"].split()) == sorted(f"'sha256-{one}'" for one in hashes)
+    assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_browser_runs_no_other_script(home, spec, write, tmp_path):
+    _, text = write(home, specs=[spec])
+    evil = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
+    for name, page in (("with", text), ("without", re.sub(r"<meta http-equiv.*?>", "", text))):
+        (tmp_path / f"{name}.html").write_text(page.replace("<h1>", f"{evil}<h1>", 1))
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=3000",
+                 f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]  # fmt: skip
+        drawn = subprocess.run([CHROMIUM, *flags, f"file://{tmp_path / name}.html"], capture_output=True, timeout=120)
+        assert (b"<title>ran</title>" in drawn.stdout) == (name == "without")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -212,3 +212,18 @@ def test_broken_links_and_names_that_are_not_utf8_are_listed_so_that_they_can_be
     assert sorted(store.keys("votes")) == ["votes/\\udcff\\x01", "votes/link"]
     with pytest.raises(UserError, match=r"votes/link: no such file"):
         list(store.list("votes"))
+
+
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path):
+    """run.json may hold a secret seed."""
+    before = os.umask(0o077)
+    try:
+        store = open_store(str(tmp_path / "run"))
+        store.put_if_absent("run.json", b"{}")
+        store.replace("progress.json", b"{}")
+    finally:
+        os.umask(before)
+    for key in ("run.json", "progress.json"):
+        assert (tmp_path / "run" / key).stat().st_mode & 0o777 == 0o600
+    store.put_if_absent("votes/a", b"")
+    assert (tmp_path / "run" / "votes" / "a").stat().st_mode & 0o777 == 0o666 & ~before

@@ -241,6 +241,37 @@ def test_only_specs_and_own_modules_are_sent(remote, tmp_path, monkeypatch, capl
     }  # fmt: skip
 
 
+SECRET = "https://user:SECRET@host/a.pt?signature=SECRET"
+
+
+def test_locations_with_secrets_are_not_sent(remote, tmp_path):
+    """Ray shows the command and the files of a job to everyone who may read its dashboard."""
+    spec = tmp_path / "secret.toml"
+    spec.write_text((ROOT / "jobs/specs/mnist.toml").read_text().replace("embedded:mnist.safetensors#denoiser", SECRET))
+    assert SECRET in spec.read_text()
+    for arguments in (
+        ["mnist", "--out", "s3://b/a", "--set", f"classifier.checkpoint={SECRET}"],
+        ["mnist", "--out", "s3://id:SECRET@b/a"],
+        [spec, "--out", "s3://b/a"],
+    ):
+        line = refused(*arguments, *REMOTE)
+        assert "SECRET" not in line
+        assert "set it in the environment of the nodes, and write the location with ${NAME}" in line
+    assert "job" not in remote
+    options = ["--set", "classifier.checkpoint='${WEIGHTS_NOT_SET_HERE}'"]
+    assert submit("mnist", *REMOTE, "--out", "s3://b/a", *options).exit_code == 0
+    assert "${WEIGHTS_NOT_SET_HERE}" in remote["job"]["entrypoint"]
+
+
+@pytest.mark.parametrize(
+    "env", ["AWS_SECRET_ACCESS_KEY=x", "HF_TOKEN=x", "DB_PASSWD=x", "MY_API_KEY=x", f"URL={SECRET}"]
+)
+def test_secrets_in_variables_are_warned_of(remote, caplog, env):
+    assert submit("mnist", *REMOTE, "--out", "s3://b/a", "--env", env).exit_code == 0
+    assert f"{env.partition('=')[0]} will be visible to all users" in caplog.text
+    assert "SECRET@" not in caplog.text
+
+
 def test_too_many_bytes_are_refused_with_the_largest_files(remote, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jobs.submit._LIMIT", 5000)

@@ -188,6 +188,30 @@ def zipped_pickle(path, content: bytes):
             archive.writestr(name, content if name.endswith("data.pkl") else old)
 
 
+def test_a_compressed_archive_is_refused(tmp_path, trained):
+    """Mapped into memory, its compressed bytes would be taken for weights."""
+    torch.save(trained.state_dict(), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        for name, content in entries.items():
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            archive.writestr(name, content, kind)
+    with pytest.raises(UserError, match=r"data/0 is compressed.*; get the file again"):
+        load_weights(str(tmp_path / "b.pt"))
+
+
+def test_a_flipped_byte_of_the_weights_is_found(tmp_path, trained):
+    torch.save(trained.state_dict(), tmp_path / "a.pt")
+    assert same(trained, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    weight = trained.state_dict()["3.weight"].numpy().tobytes()
+    content[content.index(weight)] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"the checksum of .*data/\d+ differs.*; get the file again"):
+        load_weights(str(tmp_path / "a.pt"))
+
+
 def safetensors(header: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError, first_line
 from pipeline.locations import EMBEDDED, embedded_path
-from pipeline.storage.fetch import fetch, fetch_first, file_sha256
+from pipeline.storage.fetch import fetch, fetch_first, file_sha256, remedy
 
 _SHOWN = 200  # characters of a location or a reason in a message
 
@@ -46,6 +46,12 @@ def local_file(location: str) -> tuple[Path, str]:
         raise unreadable(name, error) from error
 
 
+def again(location: str) -> str:
+    """What a user can do about a file that is damaged or not the right one: get it again."""
+    name = location.partition("#")[0]
+    return "use another file" if name.startswith(EMBEDDED) else remedy(name)
+
+
 def unreadable(location: str, error: OSError) -> UserError:
     reason = error.strerror or type(error).__name__
     return UserError(f"checkpoint {location[:_SHOWN]}: cannot be read ({reason}); give the path of a readable file")
@@ -69,13 +75,13 @@ def weights_id(location: str, expected_sha256: str | None = None) -> str:
     """
     path, network = local_file(location)
     try:
-        found = file_sha256(path)
+        found = file_sha256(path, trust_stored=expected_sha256 is None)
     except OSError as error:
         raise unreadable(location, error) from error
     if expected_sha256 is not None and found != expected_sha256:
         raise UserError(
-            f"checkpoint {location}: its sha256 is {found}, but the spec expects {expected_sha256}; get the right file "
-            "or correct sha256"
+            f"checkpoint {location}: its sha256 is {found}, but the spec expects {expected_sha256}; correct sha256, or "
+            f"{again(location)}"
         )
     return f"{found}#{network}" if network else found
 
@@ -91,10 +97,10 @@ def load_json(location: str) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(location, error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {location}: not valid JSON ({first_line(error)}); get the file again") from error
+        raise UserError(f"checkpoint {location}: not valid JSON ({first_line(error)}); {again(location)}") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"checkpoint {location}: holds a JSON {type(content).__name__}, not an object; get the file again"
+            f"checkpoint {location}: holds a JSON {type(content).__name__}, not an object; {again(location)}"
         )
     return content
 
@@ -135,5 +141,5 @@ def library_errors(location: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries do not document what they raise for damaged files
         raise UserError(
-            f"checkpoint {location}: cannot be used ({type(error).__name__}: {first_line(error)}); get the file again"
+            f"checkpoint {location}: cannot be used ({type(error).__name__}: {first_line(error)}); {again(location)}"
         ) from error

@@ -6,6 +6,7 @@ of the file (`state_dict`, `net`, ...). `#NAME` after the location selects an en
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError, first_line
-from pipeline.models.files import local_file
+from pipeline.models.files import again, local_file
 
 State = dict[str, Tensor]
 
@@ -90,14 +91,14 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
         contents = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise UserError(f"checkpoint {location}: not a file of weights; get the right file") from error
+            raise UserError(f"checkpoint {location}: not a file of weights; {again(location)}") from error
         raise UserError(
             f"checkpoint {location}: holds Python objects besides tensors, which are never executed "
             f"({_reason(error)}); load it where you trust it and save its state_dict alone with torch.save"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}); get the file again"
+            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}); {again(location)}"
         ) from error
     if isinstance(contents, Mapping) and isinstance(contents.get(name), Mapping):
         contents, name = contents[name], ""
@@ -121,7 +122,21 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a zip file with a compressed or a damaged entry: torch would map wrong bytes as weights."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed; torch.save stores entries uncompressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} differs")
+
+
 def _torch_load(path: Path) -> Any:
+    _check_archive(path)
     with torch.serialization.safe_globals(_HARMLESS):
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

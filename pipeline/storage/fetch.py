@@ -7,7 +7,9 @@ The cache folder (DIFFSMOOTH_CACHE, else $XDG_CACHE_HOME/diffsmooth, else ~/.cac
     ...sha256.json                    the file's hash, valid while its size and modification time are unchanged
     ...lock                           held by the process that downloads
 
-A cached file is not compared with its source again; give sha256 to make sure that it is the right one.
+A cached file is not compared with its source again; give sha256 to make sure that it is the right one. With a sha256,
+the file is hashed at each use, and the stored hash does not count. The folder is private: it is refused if other users
+can write to it.
 """
 
 import errno
@@ -17,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -114,12 +117,18 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
     if not uri.startswith(("s3://", "https://", "http://")):
         raise UserError(f"{shown(uri)}: this kind of URI cannot be read; give a path, s3://BUCKET/KEY or https://...")
     path = _entry(uri)
+    _make_private(path.parent)
     if not path.is_file():
         with node_lock(path):
             if not path.is_file():
                 _download(uri, path, sha256)
                 return path
     return _checked(path, uri, sha256, f"delete {path} to download it again")
+
+
+def remedy(uri: str) -> str:
+    """What a user can do about a file that is not what it should be."""
+    return f"delete {_entry(uri)} to download it again" if is_remote(uri) else "get the file again"
 
 
 def at_hand(uri: str) -> bool:
@@ -145,15 +154,17 @@ def fetch_first(candidates: Sequence[str]) -> Path:
     raise UserError(f"none of these files exists: {', '.join(map(shown, candidates))}; correct the location")
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
+def file_sha256(path: str | os.PathLike[str], *, trust_stored: bool = True) -> str:
     """A file's sha256 in hexadecimal. For a file in the cache folder, the stored hash is used while it is valid.
+
+    Without `trust_stored`, the file is read again, even if its size and modification time are unchanged.
 
     Raises: UserError, RunError for a file that cannot be read.
     """
     path = Path(path)
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    return _sha256(path, status.st_size, status.st_mtime_ns) if trust_stored else _hash(path)
 
 
 def _full_disk(folder: Path, needed: int | None) -> RunError:
@@ -170,8 +181,8 @@ def node_lock(path: Path) -> Iterator[None]:
 
     Raises: RunError if the cache folder cannot be written.
     """
+    _make_private(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
         try:
             lock.acquire(timeout=0)
@@ -179,14 +190,34 @@ def node_lock(path: Path) -> Iterator[None]:
             logger.info("waiting for another process on this node to fetch %s", path.name)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise RunError(
-            f"{path.parent}: the cache folder cannot be used: {getattr(error, 'strerror', None) or error}; set "
-            "DIFFSMOOTH_CACHE to a writable folder"
-        ) from error
+        raise _unusable(path.parent, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _unusable(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{folder}: the cache folder cannot be used: {getattr(error, 'strerror', None) or error}; set "
+        "DIFFSMOOTH_CACHE to a writable folder"
+    )
+
+
+def _make_private(folder: Path) -> None:
+    """Create the cache folder for this user only. Raises: UserError if other users can write to it, RunError."""
+    try:
+        os.makedirs(folder.parent, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(folder, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid()):
+        raise UserError(
+            f"{folder}: other users can change the files of this cache folder (mode {stat.S_IMODE(status.st_mode):o}, "
+            f"owner {status.st_uid}); run chmod 700 on it, or set DIFFSMOOTH_CACHE to a folder of your own"
+        )
 
 
 def _entry(uri: str) -> Path:
@@ -231,8 +262,7 @@ def _store_hash(path: Path, sha256: str) -> None:
 
 
 def _checked(path: Path, uri: str, expected: str | None, remedy: str) -> Path:
-    # a stored hash that differs may itself be damaged, so that the file decides
-    if expected is not None and file_sha256(path) != expected and (found := _hash(path)) != expected:
+    if expected is not None and (found := _hash(path)) != expected:  # a stored hash could be a lie
         raise UserError(f"{shown(uri)}: sha256 is {found}, expected {expected}; correct sha256, or {remedy}")
     return path
 
@@ -282,6 +312,12 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
                 f"{path.parent}: cannot write to the cache folder: {error.strerror or one_line(error)}; set "
                 "DIFFSMOOTH_CACHE to another one"
             ) from error
+    if wrong := _wrong_kind(path, part):
+        part.unlink()
+        raise UserError(
+            f"{shown(uri)}: the server sent {wrong} and it was removed; correct the location, or log in and download "
+            "the file by hand"
+        )
     found = _hash(part)
     if sha256 is not None and found != sha256:
         part.unlink()
@@ -292,6 +328,26 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
     os.replace(part, path)
     state.unlink(missing_ok=True)
     _store_hash(path, found)
+
+
+_MAGIC = {".parquet": b"PAR1", ".gz": b"\x1f\x8b", ".zip": b"PK"}
+
+
+def _wrong_kind(path: Path, part: Path) -> str:
+    """What a download is instead of the file that its name promises; empty if it may be that file.
+
+    A server that wants a log-in answers with a web page and status 200.
+    """
+    with part.open("rb") as file:
+        head = file.read(1024)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if path.suffix not in (".html", ".xml") and text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page instead of the file,"
+    if path.suffix == ".safetensors" and head[8:9] != b"{":
+        return "no safetensors file,"
+    if path.suffix in _MAGIC and not head.startswith(_MAGIC[path.suffix]):
+        return f"no {path.suffix} file,"
+    return ""
 
 
 def _transfer(uri: str, part: Path, state: Path) -> None:
@@ -344,13 +400,26 @@ def _with_progress(uri: str, answer: _Answer, items: Iterator[_Answer | bytes]) 
             logger.info("downloading %s: %s of %s, %.0f MB/s", shown(uri), share, size, rate)
 
 
+class _Session(requests.Session):
+    """Follows redirections, but never from https:// to http://."""
+
+    def get_redirect_target(self, response: requests.Response) -> str | None:
+        target: str | None = super().get_redirect_target(response)
+        if target is not None and response.url.startswith("https:") and target.lower().startswith("http:"):
+            raise UserError(
+                f"{shown(response.url)}: redirected to {shown(target)}, which is not encrypted; correct the location"
+            )
+        return target
+
+
 def _from_http(uri: str, start: int, etag: str | None) -> _Download:
     headers = {"Accept-Encoding": "identity"}
     if start and etag:
         headers |= {"Range": f"bytes={start}-", "If-Range": etag}
     with (
         http_errors(uri),
-        requests.get(uri, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response,
+        _Session() as session,
+        session.get(uri, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response,
     ):
         check_status(uri, response.status_code, response.reason or "")
         length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")

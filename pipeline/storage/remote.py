@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from pipeline.locations import shown
 from pipeline.storage.local import Absent
 
 T = TypeVar("T")
+A = TypeVar("A")
 
 CALL_SECONDS = 900.0  # for one call of the S3 client with all its tries
 CONNECT_SECONDS, READ_SECONDS = 10, 60  # to connect, and between two reads from a connection
@@ -143,6 +145,18 @@ def paced(items: Generator[T], first: float, then: float | None = None) -> Gener
             yield entry[0]
     finally:
         abandoned.set()
+
+
+def in_parallel(function: Callable[[A], T], items: Iterable[A], threads: int) -> list[T]:
+    """The results of a function for each item, in their order. After an error or Ctrl-C, no thread is waited for."""
+    pool = ThreadPoolExecutor(max_workers=max(1, threads))
+    try:
+        results = list(pool.map(function, items))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    return results
 
 
 def check_status(uri: str, status: int, detail: str = "") -> None:

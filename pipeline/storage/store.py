@@ -5,11 +5,9 @@ point leaves either no object or a complete one.
 """
 
 import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +29,7 @@ from pipeline.storage.remote import (
     Changed,
     Conflict,
     call_s3,
+    in_parallel,
     list_pages,
     s3_client,
 )
@@ -163,13 +162,14 @@ class FolderStore:
 
     def _write_temporary(self, path: Path, data: bytes) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        temporary = f"{path.parent}/.{os.urandom(8).hex()}"
+        # with the rights that the user's umask leaves: run.json may hold a secret seed
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
             with open(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
         except BaseException:
             os.unlink(temporary)
             raise
@@ -354,8 +354,7 @@ class S3Store:
 
         if len(groups) < 2:
             return set().union(*map(look, groups.items()))
-        with ThreadPoolExecutor(max_workers=min(self.readers, len(groups))) as pool:
-            return set().union(*pool.map(look, groups.items()))
+        return set().union(*in_parallel(look, groups.items(), min(self.readers, len(groups))))
 
     def _call(self, key: str, call: Callable[[dict[str, str]], T]) -> T:
         """Call the client about an object, which `call` gets as {Bucket, Key}.

@@ -1,0 +1,97 @@
+"""Ctrl-C ends every command with status 130 and without a traceback: during imports, Ray's start, and waiting."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RunError
+from pipeline.results import StoredRun
+from pipeline.spec import load_spec
+from tests.models import make_run, to_toml
+
+ROOT = Path(__file__).parent.parent
+
+# Sends itself Ctrl-C when a module is imported that comes late.
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupt:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "pipeline.cascade":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+from jobs.start import main
+main()
+"""
+MAIN = "from jobs.start import main; main()"
+
+
+def start(code, *arguments, **environment):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended_quietly(process):
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stderr.strip().splitlines()[-1] == "diffsmooth: stopped"
+    assert "Traceback" not in stderr
+
+
+def test_ctrl_c_during_imports():
+    ended_quietly(start(INTERRUPTED_IMPORT, "status", "x"))
+
+
+def test_ctrl_c_while_a_server_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(120)
+        process = start(
+            MAIN, "status", "s3://bucket/run", AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+            AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_DEFAULT_REGION="us-east-1",
+        )  # fmt: skip
+        connection, _ = server.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            ended_quietly(process)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_ctrl_c_while_ray_starts(raw_spec, tmp_path):
+    (tmp_path / "half.toml").write_text(to_toml(load_spec(raw_spec)))
+    process = start(MAIN, "certify", tmp_path / "half.toml", "--out", tmp_path / "run", RAY_ADDRESS="")
+    limit = time.monotonic() + 120
+    while not any("gcs_server" in one for one in children(process.pid)):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    ended_quietly(process)
+
+
+def children(pid: int) -> list[str]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            try:
+                found.append(Path(f"/proc/{child}/cmdline").read_text())
+            except OSError:
+                continue
+    return found
+
+
+def test_orders_that_are_deleted_while_votes_are_cast_give_one_line(raw_spec, tmp_path):
+    store = make_run(load_spec(raw_spec), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "orders")
+    with pytest.raises(RunError, match=r"orders/001\.json was deleted after it was placed; run the same command again"):
+        StoredRun(store).finish("001")
