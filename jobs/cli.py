@@ -1,4 +1,5 @@
-"""The command `diffsmooth`: plan, certify, predict, status, analyze, audit, curve, compare, report, bench, submit.
+"""The command `diffsmooth`: plan, certify, predict, attack, status, analyze, audit, curve, compare, report, bench,
+submit.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -24,7 +25,7 @@ from jobs.specs import SPECS, find_spec
 from pipeline.cascade import CASCADE
 from pipeline.errors import RunError, Stopped, UserError
 from pipeline.orders import CERTIFICATES, Certificate
-from pipeline.spec import load_spec
+from pipeline.spec import RunSpec, load_spec
 from pipeline.tables import FORMATS
 from pipeline.units import UNITS
 
@@ -325,6 +326,85 @@ def audit(
     found = command.audit(run, spec=spec, effort=how, commitment=commitment)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found), nl=as_json)
     sys.exit(1 if found.findings else 0)
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are. [default: a "
+    "shipped one]",
+)  # fmt: skip
+@_SET
+@click.option(
+    "--attack",
+    default="pgd",
+    show_default=True,
+    metavar="NAME",
+    help="pgd, apgd, diffhammer, votes (no gradients), random, foolbox.attacks.NAME, or package.module:function.",
+)
+@click.option(
+    "--eps", type=float, multiple=True, help="l2 distance to try, in [0, 1] pixels. Can be repeated. [default: 8 sigma "
+    "and its halves down to sigma / 2]",
+)  # fmt: skip
+@click.option("--samples", metavar="START:STOP:STEP", help="Samples to attack. [default: those of the first order]")
+@click.option("--refine", type=int, help="Bisections between the last eps that succeeds and the next. [default: 5]")
+@click.option("--steps", type=int, help="Gradient steps per eps. [default: 10]")
+@click.option("--draws", type=int, help="Noise draws per gradient. [default: 32]")
+@click.option("--restarts", type=int, help="Further random starts per eps. [default: 0]")
+@click.option("--n0", type=int, help="Selection draws at each image that is tried. [default: 500]")
+@click.option("--n", type=int, help="Judging draws at each image that is judged. [default: 1000]")
+@click.option("--alpha", type=float, help="Error probability of an upper bound. [default: that of the first order]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's own noise.")
+@click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Draws per batch. [default: 64 on a CPU, the largest on a GPU]"
+)
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
+@_YES
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print more, including everything from Ray and its actors.")
+@_JSON
+def attack(
+    run: str, spec_name: str | None, overrides: tuple[str, ...], cpu: bool, yes: bool, as_json: bool, **given: Any
+) -> None:
+    """Bound the radius of RUN's samples from above: search images that g gets wrong, and prove them by fresh votes.
+
+    Exit status 1 if samples are missing, or if an upper bound contradicts a certificate. Run it again to resume.
+
+    \b
+    diffsmooth attack runs/mnist --samples 0:10
+    diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
+    """
+    from jobs.attack import Options, Request, attack_run
+
+    if given["verbose"]:
+        logging.getLogger().setLevel(logging.INFO)
+    overrides += ("compute.device=cpu",) if cpu else ()
+    spec = _spec_of_run(run, spec_name, overrides)
+    how = {name: given.pop(name) for name in ("address", "actors", "batch_size", "quiet", "verbose")}
+    options = Options(**{**how, "quiet": how["quiet"] or as_json})
+    try:
+        found = attack_run(run, spec, Request(**given), options, confirm=_ask_unless(yes))
+    except Stopped as stopped:
+        click.echo("diffsmooth: stopped; run the same command to resume", err=True)
+        sys.exit(128 + stopped.signal)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    contradicted = found.gap is not None and bool(found.gap.contradictions)
+    sys.exit(0 if found.complete and not contradicted else 1)
+
+
+def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) -> RunSpec:
+    """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
+    from pipeline.results import StoredRun
+
+    name = spec_name or StoredRun.open(run).run.name
+    if spec_name is None and not (SPECS / f"{name}.toml").is_file():
+        raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
+    return load_spec(find_spec(name) if spec_name else SPECS / f"{name}.toml", overrides)
 
 
 @main.command()

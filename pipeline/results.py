@@ -201,6 +201,10 @@ class StoredRun:
         """The blocks, all committed ones by default. Raises: RunError, as `votes.read_blocks`."""
         return read_blocks(self.store, self.run, blocks)
 
+    def votes(self, blocks: Iterable[Block] | None = None) -> pd.DataFrame:
+        """The votes of the blocks, of all committed ones by default, as one table."""
+        return to_table(self.read_blocks(blocks))
+
     def sampler(self, order: Order, committed: set[Block], *, name: str = "", plans: bool = False) -> Sampler:
         """What an order still needs; with `plans`, the sampler may store the plan of the order `name`."""
         run, store = self.run, self.store

@@ -85,9 +85,27 @@ class BaseClassifier:
 
     def _mean_softmax(self, x_BCHW: Tensor) -> Tensor:
         B, M = len(x_BCHW), len(self.local_noise_MCHW)
-        copies_BMCHW = self._denoise(x_BCHW)[:, None] + self.local_noise_MCHW
-        logits = self.classifier(copies_BMCHW.flatten(0, 1)).float()
+        logits = self._logits_of_copies(self._denoise(x_BCHW)).float()
         return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
+
+    def _logits_of_copies(self, x0_BCHW: Tensor) -> Tensor:
+        copies_BMCHW = x0_BCHW[:, None] + self.local_noise_MCHW
+        return self.classifier(copies_BMCHW.flatten(0, 1))
+
+    def differentiable_denoise(self, x_BCHW: Tensor) -> Tensor:
+        """`denoise`, with gradients."""
+        with torch.enable_grad():
+            return self._denoise(x_BCHW)
+
+    def differentiable_scores(self, x0_BCHW: Tensor) -> Tensor:
+        """Return scores_BK of denoised images, float64, with gradients; never compiled.
+
+        In float64 the softmax of a confident f keeps a gradient: in float32 it is exactly 0 or 1.
+        """
+        B, M = len(x0_BCHW), len(self.local_noise_MCHW)
+        with torch.enable_grad():
+            logits = self._logits_of_copies(x0_BCHW).double()
+            return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
 
 
 class Sources(NamedTuple):
