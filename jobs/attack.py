@@ -154,7 +154,7 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
     if votes_id(seeded, weights_ids(seeded)) != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
     data = open_dataset(seeded.data)
-    wanted = _samples(stored, request.samples, data)
+    wanted = chosen_samples(stored, request.samples, data)
     attack = settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
     store.prepare()
     claim_attack(store, attack)
@@ -192,7 +192,7 @@ def settings(request: Request, run: Run, *, alpha: float, pixels: int) -> Attack
         raise UserError(f"--{first_problem(error)}; choose another value") from None
 
 
-def _samples(stored: StoredRun, samples: str | None, data: Dataset) -> list[int]:
+def chosen_samples(stored: StoredRun, samples: str | None, data: Dataset) -> list[int]:
     """The samples to attack: those of --samples, or of the first order. Raises: UserError if one has no label."""
     if samples is not None:
         wanted = list(sample_indices(samples, len(data)))

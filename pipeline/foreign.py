@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from pipeline.attacks import Attack
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.models.own import OwnFunctionError, function_id, is_own, own_function
-from pipeline.search import ATTACKS, Problem, Search, steps_of_pgd, votes_gradient
+from pipeline.search import ATTACKS, Problem, Search, steps_by_votes
 
 _FOOLBOX = "foolbox.attacks."
+_LEAST_LOG = -1e4  # instead of the logarithm of 0
 _LEAST_PATH = 2.5  # sum of the steps of projected gradient descent, in eps
 
 
@@ -68,11 +70,11 @@ class SmoothedModel(nn.Module):
         noise_NCHW = problem.draws(problem.attack.draws)
         rows_RCHW = (x_BCHW[:, None] + noise_NCHW).flatten(0, 1)
         if x_BCHW.requires_grad:
-            scores_RK = f.differentiable_scores(f.differentiable_denoise(rows_RCHW))
+            scores_RK = f.differentiable_log_scores(f.differentiable_denoise(rows_RCHW))
         else:
-            scores_RK = torch.cat([f(chunk).double() for chunk in rows_RCHW.split(problem.batch)])
-        scores_BK = scores_RK.reshape(len(x_BCHW), len(noise_NCHW), -1).mean(dim=1)
-        return scores_BK.clamp_min(1e-30).log().float()
+            scores_RK = torch.cat([f(chunk).double() for chunk in rows_RCHW.split(problem.batch)]).log()
+        scores_BNK = scores_RK.reshape(len(x_BCHW), len(noise_NCHW), -1)
+        return (scores_BNK.logsumexp(dim=1) - math.log(len(noise_NCHW))).clamp_min(_LEAST_LOG).float()
 
 
 def _projected(problem: Problem, image: Any, eps: float, name: str) -> Tensor:
@@ -155,7 +157,7 @@ def _foolbox_search(name: str) -> Search:
             made = kind(**settings)
             model = foolbox.PyTorchModel(SmoothedModel(problem).eval(), bounds=(0, 1), device=problem.f.device)
             if "starting_points" in inspect.signature(kind.run).parameters:
-                start_CHW = steps_of_pgd(problem, problem.x_CHW, attack.eps[0], votes_gradient)
+                start_CHW = steps_by_votes(problem, problem.x_CHW, attack.eps[0])
                 if int(model(start_CHW[None]).argmax()) == problem.label:
                     return problem.x_CHW.clone()
                 options["starting_points"] = start_CHW[None]

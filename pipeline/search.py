@@ -13,7 +13,7 @@ the box [0, 1] ends before.
 | pgd        | over all N draws                                   | normalised, of falling length (PGD)          |
 | apgd       | over all N draws                                   | APGD (Croce and Hein 2020, arXiv 2003.01690) |
 | diffhammer | one chosen draw through the denoiser (DiffHammer)  | APGD                                         |
-| votes      | none: score-function estimate from the scores of f | as pgd                                       |
+| votes      | none: score-function estimate from the scores of f | along the mean of all estimates              |
 | random     | none: a random direction                           | one                                          |
 
 Shapes: B batch, C channels, H W image, K classes, N draws.
@@ -92,21 +92,21 @@ class Problem:
         """The unit vector along a gradient, without the pixels that would leave the box."""
         blocked_CHW = ((at_CHW <= 0) & (g_CHW < 0)) | ((at_CHW >= 1) & (g_CHW > 0))
         free_CHW = g_CHW.masked_fill(blocked_CHW, 0.0)
-        norm = free_CHW.norm()
-        return free_CHW / norm if norm > 0 else torch.zeros_like(free_CHW)
+        free_CHW = free_CHW / free_CHW.abs().max().clamp_min(1e-300)  # so that no square underflows
+        return (free_CHW / free_CHW.norm().clamp_min(1e-300)).to(at_CHW.dtype)
 
     def random_direction(self) -> Tensor:
         return self.draws(1)[0]
 
     def check(self, gradient: Gradient) -> Gradient:
         """Refuse a gradient that is not finite, or zero. Raises: UserError."""
-        norm = float(gradient.direction_CHW.norm())
-        if not (math.isfinite(norm) and math.isfinite(gradient.loss)):
+        largest = float(gradient.direction_CHW.abs().max())
+        if not (math.isfinite(largest) and math.isfinite(gradient.loss)):
             raise UserError(
-                f"the gradient of f is not finite at sample {self.index} (norm {norm:g}), because of NaN or overflow "
+                f"the gradient of f is not finite at sample {self.index}, because of NaN or overflow "
                 "in its networks; check them and smoothing.precision, or use --attack votes, which needs no gradient"
             )
-        if norm == 0:
+        if largest == 0:
             raise UserError(
                 f"the gradient of f is 0 for all {self.attack.draws} draws at sample {self.index}, so f hides it (a "
                 "rounding, an argmax, or detached tensors); use --attack votes or foolbox.attacks.HopSkipJumpAttack, "
@@ -120,29 +120,32 @@ Search = Callable[[Problem, Tensor, float], Tensor]  # problem, start_CHW, eps -
 
 
 def smoothed_gradient(f: BaseClassifier, x_CHW: Tensor, noise_NCHW: Tensor, label: int, batch: int) -> Gradient:
-    """J and its gradient over the draws of `noise_NCHW`, computed `batch` draws at a time."""
-    right = wrong = 0.0
-    total_CHW = torch.zeros_like(x_CHW, dtype=torch.float64)
+    """J and its gradient over the draws of `noise_NCHW`, computed `batch` draws at a time.
+
+    With W and R the sums over all draws of the wrong scores and of the label's, W + R = N, so the gradient of
+    J = log W - log R is (1/W + 1/R) times that of W, or minus that of R. The smaller of the two is differentiated in
+    each batch, as the gradient of its logarithm, which keeps its digits in the networks' precision.
+    """
+    wrong = right = -math.inf  # log W, log R
+    parts: list[tuple[float, Tensor]] = []
     for chunk_NCHW in noise_NCHW.split(batch):
         x = x_CHW.detach().clone().requires_grad_()
-        scores_NK = f.differentiable_scores(f.differentiable_denoise(x + chunk_NCHW))
-        right_sum, wrong_sum = _right_and_wrong(scores_NK, label)
-        scale = float(wrong_sum.detach())
-        right, wrong = right + float(right_sum.detach()), wrong + scale
-        if scale > 0:  # divided by its value, a tiny sum keeps its gradient in the networks' precision
-            total_CHW += _gradient(wrong_sum / scale, x).double() * scale
-        elif not math.isfinite(scale):
-            total_CHW += math.nan
-    if wrong == 0 or right == 0:  # saturated even in float64
-        return Gradient(math.inf if right == 0 else -1e300, total_CHW.float())
-    total_CHW *= 1 / wrong + 1 / right  # the sum over k != y falls as the score of y grows
-    return Gradient(math.log(wrong) - math.log(right), total_CHW.to(x_CHW.dtype))
+        scores_NK = f.differentiable_log_scores(f.differentiable_denoise(x + chunk_NCHW))
+        log_wrong, log_right = _others(scores_NK, label).logsumexp(dim=(0, 1)), scores_NK[:, label].logsumexp(dim=0)
+        smaller, sign = (log_wrong, 1) if log_wrong < log_right else (log_right, -1)
+        parts.append((float(smaller.detach()), sign * _gradient(smaller, x).double()))
+        wrong, right = (
+            float(np.logaddexp(total, float(part.detach()))) for total, part in ((wrong, log_wrong), (right, log_right))
+        )
+    total_CHW = torch.zeros_like(x_CHW, dtype=torch.float64)
+    for logarithm, part_CHW in parts:
+        total_CHW += part_CHW * math.exp(min(logarithm + float(np.logaddexp(-wrong, -right)), 700.0))
+    return Gradient(wrong - right, total_CHW)
 
 
-def _right_and_wrong(scores_NK: Tensor, label: int) -> tuple[Tensor, Tensor]:
-    """The sums over draws of the label's score, and of all others."""
-    others = torch.arange(scores_NK.shape[1], device=scores_NK.device) != label
-    return scores_NK[:, label].sum(), scores_NK[:, others].sum()
+def _others(scores_NK: Tensor, label: int) -> Tensor:
+    """The columns of all classes but the label."""
+    return scores_NK[:, torch.arange(scores_NK.shape[1], device=scores_NK.device) != label]
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -156,7 +159,21 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor:
 def eot_gradient(problem: Problem, x_CHW: Tensor) -> Gradient:
     """The gradient over all draws."""
     noise_NCHW = problem.draws(problem.attack.draws)
-    return problem.check(smoothed_gradient(problem.f, x_CHW, noise_NCHW, problem.label, problem.batch))
+    found = smoothed_gradient(problem.f, x_CHW, noise_NCHW, problem.label, problem.batch)
+    if float(found.direction_CHW.abs().max()) == 0:  # every draw is decided beyond the networks' precision
+        found = Gradient(found.loss, _mean_margin_gradient(problem, x_CHW, noise_NCHW))
+    return problem.check(found)
+
+
+def _mean_margin_gradient(problem: Problem, x_CHW: Tensor, noise_NCHW: Tensor) -> Tensor:
+    """The gradient of the mean over draws of each draw's own log odds, which no confidence makes vanish."""
+    f, total_CHW = problem.f, torch.zeros_like(x_CHW, dtype=torch.float64)
+    for chunk_NCHW in noise_NCHW.split(problem.batch):
+        x = x_CHW.detach().clone().requires_grad_()
+        scores_NK = f.differentiable_log_scores(f.differentiable_denoise(x + chunk_NCHW))
+        odds_N = _others(scores_NK, problem.label).logsumexp(dim=1) - scores_NK[:, problem.label]
+        total_CHW += _gradient(odds_N.sum(), x).double()
+    return total_CHW
 
 
 def hammer_gradient(problem: Problem, x_CHW: Tensor) -> Gradient:
@@ -171,9 +188,8 @@ def hammer_gradient(problem: Problem, x_CHW: Tensor) -> Gradient:
     losses, cheap = [], []
     for chunk_NCHW in noise_NCHW.split(problem.batch):
         x0 = f.denoise(x_CHW + chunk_NCHW).clone().requires_grad_()
-        scores_NK = f.differentiable_scores(x0)
-        others = torch.arange(scores_NK.shape[1], device=scores_NK.device) != label
-        loss_N = scores_NK[:, others].sum(dim=1).clamp_min(1e-300).log() - scores_NK[:, label].clamp_min(1e-300).log()
+        scores_NK = f.differentiable_log_scores(x0)
+        loss_N = _others(scores_NK, label).logsumexp(dim=1) - scores_NK[:, label]
         cheap.append(_gradient(loss_N.sum(), x0).flatten(1).double())
         losses.append(loss_N.detach())
     loss_N, g_NP = torch.cat(losses), torch.cat(cheap)
@@ -199,12 +215,11 @@ def votes_gradient(problem: Problem, x_CHW: Tensor) -> Gradient:
     noise_NCHW = problem.draws(problem.attack.draws)
     scores_NK = torch.cat([problem.f(x_CHW + chunk).double() for chunk in noise_NCHW.split(problem.batch)])
     wrong_N = 1 - scores_NK[:, problem.label]
-    centred_N = (wrong_N - wrong_N.mean()).to(noise_NCHW.dtype)
-    g_CHW = torch.einsum("n,nchw->chw", centred_N, noise_NCHW)
+    g_CHW = torch.einsum("n,nchw->chw", wrong_N - wrong_N.mean(), noise_NCHW.double())
     if not bool(g_CHW.isfinite().all()):
         return problem.check(Gradient(math.nan, g_CHW))
     if float(g_CHW.norm()) == 0:  # all draws alike: any direction is as good
-        g_CHW = problem.random_direction()
+        g_CHW = problem.random_direction().double()
     return Gradient(float(wrong_N.mean()), g_CHW)
 
 
@@ -253,6 +268,17 @@ def steps_of_apgd(problem: Problem, start_CHW: Tensor, eps: float, estimate: Est
     return at_CHW
 
 
+def steps_by_votes(problem: Problem, start_CHW: Tensor, eps: float) -> Tensor:
+    """Steps along a running mean of all estimates so far: each alone is mostly noise."""
+    at_CHW, mean_CHW = start_CHW, torch.zeros_like(start_CHW, dtype=torch.float64)
+    for step in range(problem.attack.steps):
+        mean_CHW = mean_CHW + votes_gradient(problem, at_CHW).direction_CHW
+        direction_CHW = problem.free_direction(at_CHW, mean_CHW)
+        length = eps * (1.0 if step == 0 else 0.5)
+        at_CHW = problem.at_distance(at_CHW + length * direction_CHW - problem.x_CHW, eps)
+    return at_CHW
+
+
 def random_image(problem: Problem, start_CHW: Tensor, eps: float) -> Tensor:
     """An image in a random direction, to compare attacks with."""
     return problem.at_distance(problem.random_direction(), eps)
@@ -262,7 +288,7 @@ ATTACKS: dict[str, Search] = {
     "pgd": lambda problem, start, eps: steps_of_pgd(problem, start, eps, eot_gradient),
     "apgd": lambda problem, start, eps: steps_of_apgd(problem, start, eps, eot_gradient),
     "diffhammer": lambda problem, start, eps: steps_of_apgd(problem, start, eps, hammer_gradient),
-    "votes": lambda problem, start, eps: steps_of_pgd(problem, start, eps, votes_gradient),
+    "votes": steps_by_votes,
     "random": random_image,
 }
 

@@ -8,6 +8,7 @@ smoothing (Carlini et al. 2023); if there is no denoiser either, it is Cohen's s
 Shapes: B batch, C channels, H W image, K classes, M local copies, N draws, T blocks of a task, U images of a task.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,15 +98,15 @@ class BaseClassifier:
         with torch.enable_grad():
             return self._denoise(x_BCHW)
 
-    def differentiable_scores(self, x0_BCHW: Tensor) -> Tensor:
-        """Return scores_BK of denoised images, float64, with gradients; never compiled.
+    def differentiable_log_scores(self, x0_BCHW: Tensor) -> Tensor:
+        """Return the logarithms of scores_BK of denoised images, float64, with gradients; never compiled.
 
-        In float64 the softmax of a confident f keeps a gradient: in float32 it is exactly 0 or 1.
+        They keep a gradient where f is so confident that the scores themselves are 0 or 1.
         """
         B, M = len(x0_BCHW), len(self.local_noise_MCHW)
         with torch.enable_grad():
             logits = self._logits_of_copies(x0_BCHW).double()
-            return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
+            return logits.log_softmax(dim=1).reshape(B, M, -1).logsumexp(dim=1) - math.log(M)
 
 
 class Sources(NamedTuple):
