@@ -58,6 +58,7 @@ TABLE_COLUMNS = (
     "sample", "label", "attack", "eps", "distance", "class", "n_y", "n_c", "n", "p_value", "proven", "upper",
 )  # fmt: skip
 _CONFIDENT = 3.0  # standard errors by which the first judged image is expected to be proven
+BEYOND = (1.015, 1.03, 1.06)  # the nearest image found is also tried this much farther away, if its proof should fail
 HOPEFUL = 1.0  # standard errors from which the search takes an image for one that will be proven
 
 Counts = NDArray[np.int64]
@@ -116,7 +117,7 @@ class Attack(Record):
     @property
     def votes(self) -> int:
         """Votes per sample, at most: selection draws at each x', and judging draws at each x' that is judged."""
-        tried = 1 + len(self.eps) + self.refine
+        tried = 1 + (len(self.eps) + self.refine) * (1 + self.restarts) + len(BEYOND)
         return tried * (self.n0 + self.n)
 
     @property

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.attacks import HOPEFUL, Attack, Rung, expected_margin, judging_order, prove
+from pipeline.attacks import BEYOND, HOPEFUL, Attack, Rung, expected_margin, judging_order, prove
 from pipeline.block import Block, Stage
 from pipeline.errors import UserError
 from pipeline.images import Sample
@@ -340,21 +340,26 @@ def attack_sample(
     def margin(rung: Rung) -> float:
         return expected_margin(rung.selection_K, sample.label, attack.n, attack.alpha)
 
+    def add(eps: float, found_CHW: Tensor) -> Rung:
+        image_CHW = _stored(problem, found_CHW)
+        distance = float(np.linalg.norm((image_CHW.astype(np.float64) - sample.image_CHW).ravel()))
+        rungs.append(Rung(eps, distance, image_CHW, voter.votes(image_CHW, "selection", len(rungs))))
+        return rungs[-1]
+
     def attempt(eps: float, start_CHW: Tensor) -> Rung:
         best: Rung | None = None
         for restart in range(1 + attack.restarts):
             first = start_CHW if restart == 0 else problem.at_distance(problem.random_direction(), eps)
-            image_CHW = _stored(problem, search(problem, first, eps))
-            distance = float(np.linalg.norm((image_CHW.astype(np.float64) - sample.image_CHW).ravel()))
-            tried = Rung(eps, distance, image_CHW, voter.votes(image_CHW, "selection", len(rungs)))
-            rungs.append(tried)
+            tried = add(eps, search(problem, first, eps))
             if best is None or margin(tried) > margin(best):
                 best = tried
         assert best is not None
         return best
 
     if margin(rungs[0]) < _SURE:
-        _descend(problem, attempt, margin)
+        nearest = _descend(problem, attempt, margin)
+        for factor in BEYOND if nearest is not None else ():
+            add(nearest[1] * factor, problem.at_distance(nearest[0] - problem.x_CHW, nearest[1] * factor))
     for place, number in enumerate(judging_order(rungs, sample.label, attack)):
         judging_K = voter.votes(rungs[number].image_CHW, "estimation", place)
         rungs[number] = rungs[number]._replace(judged=place, judging_K=judging_K)
@@ -364,8 +369,13 @@ def attack_sample(
     return rungs
 
 
-def _descend(problem: Problem, attempt: Callable[[float, Tensor], Rung], margin: Callable[[Rung], float]) -> None:
-    """Try the declared eps from the largest, then bisect between the nearest success and the failure below it."""
+def _descend(
+    problem: Problem, attempt: Callable[[float, Tensor], Rung], margin: Callable[[Rung], float]
+) -> tuple[Tensor, float] | None:
+    """Try the declared eps from the largest, then bisect between the nearest success and the failure below it.
+
+    Returns the nearest image that is likely to be proven and its eps; None if there is none.
+    """
     tried = {}
     start_CHW = problem.x_CHW
     for eps in problem.attack.eps:
@@ -373,7 +383,7 @@ def _descend(problem: Problem, attempt: Callable[[float, Tensor], Rung], margin:
         start_CHW = _on_device(problem, tried[eps])
     reached = [eps for eps, rung in tried.items() if margin(rung) >= HOPEFUL]
     if not reached:
-        return
+        return None
     high, start_CHW = min(reached), _on_device(problem, tried[min(reached)])
     low = max((eps for eps in tried if eps < high), default=0.0)
     high = min(high, tried[high].distance)
@@ -384,6 +394,7 @@ def _descend(problem: Problem, attempt: Callable[[float, Tensor], Rung], margin:
             high, start_CHW = min(middle, rung.distance), _on_device(problem, rung)
         else:
             low = middle
+    return start_CHW, high
 
 
 def _on_device(problem: Problem, tried: Rung) -> Tensor:
