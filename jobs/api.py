@@ -230,7 +230,10 @@ def attack(
     )  # fmt: skip
     if isinstance(model, str | RunSpec):
         if not isinstance(certified, str) or images is not None:
-            raise UserError('a spec has its own images and needs its run; call attack(spec, certified="runs/NAME")')
+            raise UserError(
+                f"certified = {certified!r:.60} must be the folder of the spec's run, and images must be None; a spec has "
+                "its own"
+            )
         spec = load_spec(model, overrides) if isinstance(model, str) else model
         options = AttackOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
         return AttackResult(attack_run(certified, spec, request, options))

@@ -286,10 +286,15 @@ def read_attack(store: Store, attack_id: str) -> Attack:
     return found
 
 
+def attack_ids(store: Store) -> list[str]:
+    """The ids of the attacks on a run."""
+    keys = store.keys(FOLDER)
+    return sorted(key.split("/")[1] for key in keys if key.endswith("/attack.json") and key.count("/") == 2)
+
+
 def read_attacks(store: Store) -> dict[str, Attack]:
-    """The attacks on a run by id, in the order of their ids."""
-    ids = {key.split("/")[1] for key in store.keys(FOLDER) if key.endswith("/attack.json") and key.count("/") == 2}
-    return {attack_id: read_attack(store, attack_id) for attack_id in sorted(ids)}
+    """The attacks on a run by id. Raises: RunError as `read_attack`."""
+    return {attack_id: read_attack(store, attack_id) for attack_id in attack_ids(store)}
 
 
 def attacked(store: Store, attack: Attack) -> list[int]:

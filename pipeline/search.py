@@ -293,13 +293,18 @@ ATTACKS: dict[str, Search] = {
 }
 
 
+def proof_noise(attack: Attack, noise: Noise) -> Noise:
+    """The noise of all votes at images that an attack tried; `noise` is that of the run."""
+    return Noise(attack.seed, noise.sigma, noise.grid, f"attack-proof-{attack.id}")
+
+
 class _Voter:
     """Casts votes at images, with draws that no search and no other image uses."""
 
     def __init__(self, problem: Problem, sample: Sample, noise: Noise, options: CastOptions) -> None:
         attack = problem.attack
         self._problem, self._sample, self._options = problem, sample, options
-        self._noise = Noise(attack.seed, noise.sigma, noise.grid, f"attack-proof-{attack.id}")
+        self._noise = proof_noise(attack, noise)
         self._lengths: dict[Stage, int] = {"selection": attack.n0, "estimation": attack.n}
 
     def votes(self, image_CHW: NDArray[np.float32], stage: Stage, place: int) -> NDArray[np.int64]:
@@ -358,7 +363,8 @@ def attack_sample(
 
     if margin(rungs[0]) < _SURE:
         nearest = _descend(problem, attempt, margin)
-        for factor in BEYOND if nearest is not None else ():
+        for factor in BEYOND if nearest else ():
+            assert nearest is not None
             add(nearest[1] * factor, problem.at_distance(nearest[0] - problem.x_CHW, nearest[1] * factor))
     for place, number in enumerate(judging_order(rungs, sample.label, attack)):
         judging_K = voter.votes(rungs[number].image_CHW, "estimation", place)
