@@ -231,8 +231,7 @@ def attack(
     if isinstance(model, str | RunSpec):
         if not isinstance(certified, str) or images is not None:
             raise UserError(
-                f"certified = {certified!r:.60} must be the folder of the spec's run, and images must be None; a spec has "
-                "its own"
+                f"certified = {certified!r:.60} must be the folder of the spec's run, without images; a spec has them"
             )
         spec = load_spec(model, overrides) if isinstance(model, str) else model
         options = AttackOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)

@@ -517,10 +517,19 @@ def report(
     show_default=True,
     help="Fraction of the GPU's peak that the networks reach.",
 )
+@click.option(
+    "--attack", "of_attack", is_flag=True, help="Estimate `diffsmooth attack` with its default settings instead; a "
+    "gradient counts as three draws.",
+)  # fmt: skip
 @_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
-    specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
+    specs: tuple[str, ...],
+    gpus: tuple[str, ...],
+    utilization: float,
+    of_attack: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
 
@@ -533,7 +542,8 @@ def plan(
 
     prices = planning.parse_gpus(gpus)
     loaded = [load_spec(find_spec(name), overrides) for name in specs]
-    plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
+    passes = planning.attack_passes() if of_attack else None
+    plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes) for spec in loaded]
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:

@@ -58,16 +58,19 @@ def search_of(attack: Attack) -> Search:
 
 
 class SmoothedModel(nn.Module):
-    """x_BCHW in [0, 1] -> log of the mean scores over fresh EOT draws, BK float32; one call uses the same draws for all
-    images."""
+    """x_BCHW in [0, 1] -> log of the mean scores over EOT draws, BK float32.
 
-    def __init__(self, problem: Problem) -> None:
+    One call uses the same draws for all images; with `fixed`, all calls do, so that the model is deterministic.
+    """
+
+    def __init__(self, problem: Problem, *, fixed: bool = False) -> None:
         super().__init__()
         self._problem = problem
+        self._fixed_NCHW = problem.draws(problem.attack.draws) if fixed else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         problem, f = self._problem, self._problem.f
-        noise_NCHW = problem.draws(problem.attack.draws)
+        noise_NCHW = problem.draws(problem.attack.draws) if self._fixed_NCHW is None else self._fixed_NCHW
         rows_RCHW = (x_BCHW[:, None] + noise_NCHW).flatten(0, 1)
         if x_BCHW.requires_grad:
             scores_RK = f.differentiable_log_scores(f.differentiable_denoise(rows_RCHW))
@@ -138,11 +141,15 @@ def _foolbox_attack(name: str) -> type[Any]:
 
 
 def _foolbox_search(name: str) -> Search:
-    """Run an attack of foolbox with our number of steps, long enough to cross the ball, and else its own defaults."""
+    """Run an attack of foolbox with our number of steps, long enough to cross the ball, and else its own defaults.
+
+    One that minimises the distance relies on a deterministic model, and is run once per sample: it gives a direction.
+    """
     kind = _foolbox_attack(name)
     base = importlib.import_module("foolbox.attacks.base")
     foolbox = importlib.import_module("foolbox")
     accepted = inspect.signature(kind).parameters
+    minimizes = issubclass(kind, base.MinimizationAttack)
     found: dict[int, tuple[Problem, Tensor]] = {}  # the image of minimal distance of the last problem
 
     def run(problem: Problem, **options: Any) -> Tensor:
@@ -155,7 +162,9 @@ def _foolbox_search(name: str) -> Search:
         x_1CHW, label_1 = problem.x_CHW[None], torch.tensor([problem.label], device=problem.f.device)
         with _own_randomness(problem), _failures(name):
             made = kind(**settings)
-            model = foolbox.PyTorchModel(SmoothedModel(problem).eval(), bounds=(0, 1), device=problem.f.device)
+            model = foolbox.PyTorchModel(
+                SmoothedModel(problem, fixed=minimizes).eval(), bounds=(0, 1), device=problem.f.device
+            )
             if "starting_points" in inspect.signature(kind.run).parameters:
                 start_CHW = steps_by_votes(problem, problem.x_CHW, attack.eps[0])
                 if int(model(start_CHW[None]).argmax()) == problem.label:
@@ -165,10 +174,11 @@ def _foolbox_search(name: str) -> Search:
         return raw[0]
 
     def search(problem: Problem, start_CHW: Tensor, eps: float) -> Tensor:
-        if issubclass(kind, base.MinimizationAttack):
+        if minimizes:
             if found.get(0, (None,))[0] is not problem:
                 found[0] = (problem, run(problem, epsilons=None))
-            return _projected(problem, found[0][1], eps, name)
+            nearest_CHW = _projected(problem, found[0][1], math.inf, name)
+            return problem.at_distance(nearest_CHW - problem.x_CHW, eps)
         return _projected(problem, run(problem, epsilons=eps), eps, name)
 
     return search

@@ -155,9 +155,9 @@ def _about_attacks(gap: Gap) -> list[str]:
     said = [
         f"Attacks: {len(attacked):,} samples were attacked, and for {len(proven):,} of them an image was found at "
         "which g is proven to be wrong, by fresh votes. Its distance is an upper bound of the sample's true radius; "
-        f"together with the certificate it fails with probability at most {gap.alpha:g} per sample. A sample without such an "
-        "image is not proven to be robust: a better attack may find one. The area between the solid and the dashed "
-        "curve is what neither certificate nor attack has decided."
+        f"together with the certificate it fails with probability at most {gap.alpha:g} per sample. A sample without "
+        "such an image is not proven to be robust: a better attack may find one. The area between the solid and the "
+        "dashed curve is what neither certificate nor attack has decided."
     ]
     warning = gap.warning()
     return [*said, warning] if warning else said

@@ -1,5 +1,7 @@
 """Attacks: gradients, exact radii, proofs, storage, resume, and mistakes."""
 
+import importlib.metadata
+import io
 import json
 import math
 import os
@@ -37,6 +39,7 @@ from pipeline.attacks import (
 )
 from pipeline.data import open_dataset
 from pipeline.errors import RunError, UserError
+from pipeline.foreign import attack_code
 from pipeline.gap import Attacks, gap_of, robustness
 from pipeline.images import Sample
 from pipeline.noise import Noise
@@ -543,3 +546,149 @@ def test_an_attack_in_process_uses_the_run_of_its_certificates(tmp_path):
     pd.testing.assert_frame_equal(found.table, again.table)
     with pytest.raises(UserError, match="holds another run"):
         ds.attack(HalfSpace(), GREY, LABELS, sigma=0.5, certified=home, **QUICK)
+
+
+# reading
+
+
+@pytest.fixture
+def shown(made):
+    """A run of 8 samples of which the first 4 were attacked."""
+    spec, store = made
+    attack, _ = attack_alone(spec, store, range(4))
+    return spec, store, attack
+
+
+def test_curve_table_and_picture_show_both_bounds(shown, tmp_path):
+    _, store, _ = shown
+    runner = CliRunner()
+    for form in ("text", "markdown", "latex", "html"):
+        result = runner.invoke(main, ["curve", store.uri, "--grid", "0:2:0.4", "--format", form])
+        assert result.exit_code == 0, result.output
+        assert "not proven wrong by an attack" in result.output
+    result = runner.invoke(main, ["curve", store.uri, "--grid", "0:2:0.4", "--format", "csv"])
+    rows = pd.read_csv(io.StringIO(result.stdout))
+    assert rows["resisted"].tolist()[:2] == [1.0, 1.0]
+    assert rows["resisted"].tolist()[-1] == 0.5  # four of the eight were not attacked
+    assert (rows["certified_accuracy"] <= rows["resisted"]).all()
+    assert runner.invoke(main, ["curve", store.uri, "--plot", str(tmp_path / "a.png")]).exit_code == 0
+    # an l2 upper bound is no upper bound in the l-infinity norm of the converted size
+    result = runner.invoke(main, ["curve", store.uri, "--unit", "linf", "--pixels", "1,4,4"])
+    assert "not proven wrong" not in result.output
+
+
+def test_report_and_compare_show_the_gap(shown, tmp_path):
+    spec, store, attack = shown
+    output = tmp_path / "report.html"
+    ds.open_run(store.uri).report(str(output), spec=spec)
+    text = output.read_text()
+    for part in ("attack: nearest", "difference, grey is 0", "upper radius", "4 samples were attacked", attack.id):
+        assert part in text
+    other = make_run(load_spec({**spec.model_dump(exclude_none=True), "name": "other"}), tmp_path / "other")
+    result = CliRunner().invoke(main, ["compare", store.uri, other.uri])
+    assert "upper bounds for 4 of 8 samples" in result.output, result.output
+
+
+def test_a_contradiction_is_loud_and_ends_with_status_1(made, tmp_path, caplog):
+    """A certificate that cannot be true: the votes of the run are those of a better classifier."""
+    spec, store = made
+    attack, samples = attack_alone(spec, store, range(2))
+    from cluster.attacker import encode_sample
+
+    one = samples[0]
+    near = [rung._replace(distance=rung.distance / 10) for rung in one.rungs]
+    (Path(store.uri) / attack.sample_key(0)).write_bytes(encode_sample(0, one.label, near, one.metadata))
+    result = CliRunner().invoke(main, ["curve", store.uri])
+    assert "CONTRADICTION" in caplog.text
+    assert "the probability that this is chance is at most 0.004" in caplog.text
+    (tmp_path / "spec.toml").write_text(to_toml(spec))
+    settings = ["--eps", "2", "--eps", "1", "--eps", "0.5", "--steps", "2", "--draws", "8", "--n0", "200", "--n", "400"]
+    command = ["attack", store.uri, "--spec", str(tmp_path / "spec.toml"), "--samples", "0:2", *settings]
+    result = CliRunner().invoke(main, command)  # nothing is left to do
+    assert result.exit_code == 1, result.output
+    audited = CliRunner().invoke(main, ["audit", store.uri, "--spec", str(tmp_path / "spec.toml"), "--blocks", "50"])
+    assert "says distance" in audited.output
+
+
+def test_audit_votes_again_at_stored_images(shown, tmp_path):
+    spec, store, attack = shown
+    (tmp_path / "spec.toml").write_text(to_toml(spec))
+    command = ["audit", store.uri, "--spec", str(tmp_path / "spec.toml"), "--blocks", "50"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "4 adversarial images were voted on again, 4 of them with the same votes" in result.output
+    from cluster.attacker import encode_sample
+    from pipeline.run import read_run
+
+    one = read_samples(store, read_run(store), attack, [2])[0]
+    forged = [
+        rung if rung.judging_K is None else rung._replace(judging_K=rung.judging_K[::-1].copy()) for rung in one.rungs
+    ]
+    other = [rung._replace(image_CHW=one.rungs[0].image_CHW, distance=rung.distance) for rung in one.rungs]
+    for rungs, message in ((forged, "2.parquet holds other estimation votes"), (other, "but its image is 0 away")):
+        encoded = encode_sample(2, one.label, rungs, one.metadata)
+        (Path(store.uri) / attack.sample_key(2)).write_bytes(encoded)
+        result = CliRunner().invoke(main, command)
+        if rungs is forged and read_samples(store, read_run(store), attack, [2])[0].nearest(attack.alpha) is None:
+            continue  # reversed, the votes prove nothing, and nothing is claimed
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+# attacks of others
+
+
+def along_grey(model, x_CHW, label, eps):
+    """An own attack: all pixels up or down, whichever the model likes less."""
+    sign = 1.0 if label == 0 else -1.0
+    assert model(x_CHW[None]).shape == (1, 2)
+    return (x_CHW + sign * eps / x_CHW.numel() ** 0.5).clamp(0, 1)
+
+
+def returns_text(model, x_CHW, label, eps):
+    return "image"
+
+
+def raises(model, x_CHW, label, eps):
+    raise KeyError("oops")
+
+
+@pytest.mark.parametrize("name", ["foolbox.attacks.L2PGD", "foolbox.attacks.L2DeepFoolAttack"])
+def test_attacks_of_foolbox_are_proven_like_ours(made, name):
+    spec, store = made
+    code = {"foolbox": importlib.metadata.version("foolbox")}
+    before = torch.random.get_rng_state()
+    attack, samples = attack_alone(spec, store, range(2), attack=name, code=code, steps=4)
+    assert torch.equal(before, torch.random.get_rng_state())  # its global randomness is a stream of its own
+    exact = 4 * (0.5 - 100 / 255)
+    assert all(exact < one.upper(attack.alpha) <= 2.0 for one in samples)
+
+
+def test_hop_skip_jump_attacks_a_function_without_gradients(raw_spec, tmp_path):
+    raw_spec["classifier"] = {"arch": "tests.models:rounded_half_space"}
+    spec = load_spec(raw_spec)
+    store = make_run(spec, tmp_path / "run", samples=1)
+    name = "foolbox.attacks.HopSkipJumpAttack"
+    code = {"foolbox": importlib.metadata.version("foolbox")}
+    attack, (one,) = attack_alone(spec, store, range(1), attack=name, code=code, steps=3, draws=32)
+    assert math.isfinite(one.upper(attack.alpha))
+
+
+def test_an_own_attack(made):
+    spec, store = made
+    name = "tests.test_attack:along_grey"
+    attack, samples = attack_alone(spec, store, range(2), attack=name, code=attack_code(name))
+    assert attack.id.startswith("along_grey-")
+    assert all(one.upper(attack.alpha) < 0.6 for one in samples)
+    for name, message in (
+        ("tests.test_attack:returns_text", "returned str; it must return an image"),
+        ("tests.test_attack:raises", "raised KeyError: 'oops'; correct it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attack_alone(spec, store, range(1), attack=name, code=attack_code(name))
+
+
+def test_an_attack_with_other_code_is_refused(made):
+    spec, store = made
+    with pytest.raises(UserError, match="has other code here"):
+        attack_alone(spec, store, range(1), attack="tests.test_attack:along_grey", code={"source": "0"})
