@@ -133,7 +133,9 @@ def _foolbox_attack(name: str) -> type[Any]:
     try:
         attacks = importlib.import_module("foolbox.attacks")
     except ImportError:
-        raise UserError(f"--attack {name} needs the package foolbox; install it with pip install diffsmooth[attacks]") from None
+        raise UserError(
+            f"--attack {name} needs the package foolbox; install it with pip install diffsmooth[attacks]"
+        ) from None
     found = getattr(attacks, name.removeprefix(_FOOLBOX), None)
     if not inspect.isclass(found) or not issubclass(found, attacks.base.Attack):
         raise UserError(f"--attack {name}: foolbox has no such attack; choose a class of foolbox.attacks")
