@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
+from cluster.attacker import load_worker
 from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
@@ -45,7 +46,7 @@ class _RemoteWorker:
     def load(self, setup: Setup) -> str:
         """Returns the id of the node that the actor is on."""
         self._worker = None  # free the models of an earlier run first
-        self._worker = Worker.load(setup)
+        self._worker = load_worker(setup)
         return ray.get_runtime_context().get_node_id()
 
     def check(self) -> CleanAccuracy:

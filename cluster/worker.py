@@ -9,11 +9,12 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
+from pipeline.attacks import Attack
 from pipeline.block import Block
 from pipeline.data import Dataset, open_dataset, sample_indices
 from pipeline.errors import UserError
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
     votes_id: str
     batch_size: int | None = None  # None: chosen for the device
     threads: int = 1  # for the networks on a CPU, and for the noise everywhere
+    attack: Attack | None = None  # samples are attacked instead of casting the votes of blocks
 
 
 class Receipt(NamedTuple):
@@ -80,7 +82,7 @@ class Worker:
         self._facts = device_facts(self._device)
 
     @classmethod
-    def load(cls, setup: Setup) -> "Worker":
+    def load(cls, setup: Setup) -> Self:
         """A worker with the f, the data and the storage that the spec names.
 
         Raises: UserError if something cannot be loaded, or is not what the run was made with.

@@ -3,6 +3,7 @@
     import diffsmooth as ds
 
     result = ds.certify(model, images, labels, sigma=0.25)  # in this process
+    bounds = ds.attack(model, images, labels, sigma=0.25, certified=result)
     result = ds.certify("mnist", out="runs/mnist")          # a spec, on Ray
     run = ds.open_run("runs/mnist")
 
@@ -13,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.api import OpenRun, Result, analyze, cascade, certify, compare, load_spec, open_run
+    from jobs.api import AttackResult, OpenRun, Result, analyze, attack, cascade, certify, compare, load_spec, open_run
     from pipeline.certify import certified_radius, lower_confidence_bound
     from pipeline.compare import Comparison
     from pipeline.curve import Curve
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from pipeline.spec import RunSpec
 
 _HOMES = {
+    "AttackResult": "jobs.api",
     "OpenRun": "jobs.api",
     "Result": "jobs.api",
     "analyze": "jobs.api",
+    "attack": "jobs.api",
     "cascade": "jobs.api",
     "certify": "jobs.api",
     "compare": "jobs.api",
@@ -40,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttackResult",
     "Comparison",
     "Curve",
     "OpenRun",
@@ -49,6 +53,7 @@ __all__ = [
     "Stopped",
     "UserError",
     "analyze",
+    "attack",
     "cascade",
     "certified_radius",
     "certify",

@@ -4,21 +4,27 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.analyze import Request
 from jobs.analyze import analyze as analyze_run
+from jobs.attack import Attacked, attack_run
+from jobs.attack import Options as AttackOptions
+from jobs.attack import Request as AttackRequest
 from jobs.cascade import Cascade, write_cascade
 from jobs.cascade import cascade as cascade_of
 from jobs.certify import Options, certify_all
 from jobs.compare import compare_sources
-from jobs.in_process import Model, Settings, certify_in_process
+from jobs.in_process import Model, Settings, attack_in_process, certify_in_process
 from jobs.report import report
 from jobs.specs import find_spec, home_of, load_shipped
 from pipeline.compare import Comparison
 from pipeline.curve import Curve
 from pipeline.errors import RunError, UserError
+from pipeline.gap import Gap, Robustness
 from pipeline.models.denoisers import Denoiser
 from pipeline.orders import Certificate
 from pipeline.results import OrderResult, RunStatus, StoredRun
@@ -33,6 +39,11 @@ class Result:
     def __init__(self, stored: StoredRun, order: str | None = None) -> None:
         self._stored = stored
         self._name = order or list(stored.orders)[-1]
+
+    @property
+    def stored(self) -> StoredRun:
+        """The run, in memory or in a folder."""
+        return self._stored
 
     @cached_property
     def votes(self) -> pd.DataFrame:
@@ -127,6 +138,116 @@ def certify(
     if out is not None:
         stored.finish(list(stored.orders)[-1])
     return Result(stored)
+
+
+class AttackResult:
+    """The upper bounds that an attack has proven, and what follows from them."""
+
+    def __init__(self, found: Attacked) -> None:
+        self._found = found
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per judged image; columns as in `pipeline.attacks.TABLE_COLUMNS`."""
+        return self._found.table
+
+    @property
+    def uppers(self) -> pd.Series:
+        """The proven upper bound of each sample's radius, infinite if there is none."""
+        samples = self._found.samples
+        alpha = self._found.attack.alpha
+        return pd.Series({one.sample: one.upper(alpha) for one in samples}, name="upper", dtype=float)
+
+    @property
+    def gap(self) -> Gap | None:
+        """Lower and upper radius of each sample, and contradictions; None if there are no certificates."""
+        return self._found.gap
+
+    @property
+    def robustness(self) -> list[Robustness]:
+        """Robust accuracy (empirical), average and worst-of-N robustness at each eps."""
+        return self._found.robustness
+
+    @property
+    def complete(self) -> bool:
+        """Whether all samples are attacked."""
+        return self._found.complete
+
+    def image(self, sample: int) -> NDArray[np.float32] | None:
+        """The nearest image C x H x W at which g is proven wrong; None if there is none."""
+        one = next(one for one in self._found.samples if one.sample == sample)
+        nearest = one.nearest(self._found.attack.alpha)
+        return None if nearest is None else nearest.image_CHW
+
+    def __repr__(self) -> str:
+        uppers = self.uppers
+        proven = uppers[np.isfinite(uppers)]
+        median = f", median upper radius {uppers.median():.3f}" if len(proven) > len(uppers) / 2 else ""
+        return f"<AttackResult: {self._found.attack.id}, {len(proven)} of {len(uppers)} samples proven wrong{median}>"
+
+
+def attack(
+    model: Callable[[Tensor], Tensor] | str | RunSpec,
+    images: Any = None,
+    labels: Any = None,
+    *,
+    sigma: float | None = None,
+    certified: Result | str | None = None,
+    attack: str = "pgd",
+    eps: Sequence[float] = (),
+    samples: str | None = None,
+    refine: int | None = None,
+    steps: int | None = None,
+    draws: int | None = None,
+    restarts: int | None = None,
+    n0: int | None = None,
+    n: int | None = None,
+    alpha: float | None = None,
+    attack_seed: int = 0,
+    denoiser: Denoiser | None = None,
+    m: int = 1,
+    local_sigma: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: bool = False,
+    identity: str | None = None,
+    address: str | None = None,
+    actors: int | None = None,
+    overrides: Sequence[str] = (),
+) -> AttackResult:
+    """Bound the radius of each image from above: attack a model in this process, or the run of a spec on Ray.
+
+    `model`, `images`, `labels`, `sigma`, `denoiser`, `m`, `local_sigma`, `seed` and `identity` are those of `certify`.
+    `certified` is its result for the same model and images, or the folder of its run; then `.gap` holds lower and upper
+    radii. A spec needs `certified`, the folder of its run. The other arguments are the options of `diffsmooth attack`.
+
+    Raises: UserError, RunError; Stopped if a signal stops an attack on Ray.
+    """
+    request = AttackRequest(
+        attack=attack, eps=eps, samples=samples, refine=refine, steps=steps, draws=draws, restarts=restarts, n0=n0, n=n,
+        alpha=alpha, seed=attack_seed,
+    )  # fmt: skip
+    if isinstance(model, str | RunSpec):
+        if not isinstance(certified, str) or images is not None:
+            raise UserError(
+                f"certified = {certified!r:.60} must be the folder of the spec's run, without images; a spec has them"
+            )
+        spec = load_spec(model, overrides) if isinstance(model, str) else model
+        options = AttackOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
+        return AttackResult(attack_run(certified, spec, request, options))
+    if images is None or sigma is None:
+        missing = "images" if images is None else "sigma"
+        raise UserError(f"{missing} is missing; call attack(model, images, labels, sigma=0.25)")
+    if not callable(model):
+        raise UserError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a callable, or a spec")
+    settings = Settings(sigma=sigma, seed=seed, batch_size=batch_size, device=device, progress=progress)
+    in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
+    if isinstance(certified, str):
+        stored: StoredRun | None = StoredRun.open(certified)
+    else:
+        stored = None if certified is None else certified.stored
+    return AttackResult(attack_in_process(in_memory, images, labels, settings, request, stored))
 
 
 def load_spec(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
@@ -230,11 +351,13 @@ def compare(*sources: str, order: str | None = None, grid: str | None = None) ->
 
 
 __all__ = [
+    "AttackResult",
     "OpenRun",
     "Result",
     "RunError",
     "UserError",
     "analyze",
+    "attack",
     "cascade",
     "certify",
     "compare",

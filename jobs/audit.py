@@ -11,22 +11,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
-from pipeline.block import Block
+from pipeline.attacks import Attack, AttackedSample, attack_ids, attacked, read_attack, read_samples
+from pipeline.block import Block, Stage
 from pipeline.data import Dataset, open_dataset
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.models.device import device_facts, device_of
+from pipeline.models.device import DeviceFacts, device_facts, device_of
 from pipeline.noise import Noise, check_known_answers
 from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
 from pipeline.planning import Pilot, Plan, make_plan
 from pipeline.results import StoredRun
 from pipeline.run import SECRET_SEED, Run
 from pipeline.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
+from pipeline.search import proof_noise, votes_at
 from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
 from pipeline.storage.store import open_store
@@ -90,6 +93,8 @@ class Redrawn:
     equal: int = 0  # vote for vote
     elsewhere: int = 0  # blocks that were first cast on another device or with other packages
     agreement_elsewhere: float | None = None  # the lowest share of equal votes among these
+    attacked: int = 0  # attacked samples at whose nearest image votes were cast again
+    attacked_equal: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,11 @@ class Findings:
                 lines.append(
                     f"{redrawn.elsewhere:,} of them were first cast on another device or with other packages; at least "
                     f"{100 * (redrawn.agreement_elsewhere or 0.0):.3f} % of their votes agree"
+                )
+            if redrawn.attacked:
+                lines.append(
+                    f"{redrawn.attacked:,} adversarial images were voted on again, {redrawn.attacked_equal:,} of them "
+                    "with the same votes"
                 )
         else:
             lines.append("no block was cast again; use --spec SPEC, which says where data and weights are")
@@ -172,11 +182,13 @@ def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, published: Publ
         collect(partial(_check_order, stored, name, votes, good))
     largest, off = _moments(run, blocks)
     findings += off
+    attacked_images = _read_attacks(stored, findings)
     redrawn = Redrawn()
     if spec is not None:
         chooser = random.SystemRandom() if effort.seed is None else random.Random(effort.seed)
         chosen = chooser.sample(blocks, min(effort.wanted, len(blocks)))
-        redrawn = _redraw(run, run.seeded(spec), chosen, findings)
+        images = chooser.sample(attacked_images, min(effort.wanted, len(attacked_images)))
+        redrawn = _redraw(run, run.seeded(spec), chosen, images, findings)
     return Findings(
         run=store.uri,
         votes_id=run.votes_id,
@@ -368,8 +380,69 @@ def _moments(run: Run, blocks: Sequence[StoredBlock]) -> tuple[float, list[str]]
     return max(abs(deviation) for deviation in deviations.values()), findings
 
 
-def _redraw(run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], findings: list[str]) -> Redrawn:
-    """Cast the chosen blocks again, the way their metadata say that they were cast."""
+class _Image(NamedTuple):
+    """An attacked sample with the image of its upper bound."""
+
+    attack: Attack
+    sample: AttackedSample
+    number: int  # of the image among those that were tried
+
+
+def _read_attacks(stored: StoredRun, findings: list[str]) -> list[_Image]:
+    """The proven images of all attacks; damaged files are findings."""
+    found = []
+    for attack_id in attack_ids(stored.store):
+        try:
+            attack = read_attack(stored.store, attack_id)
+        except RunError as error:
+            findings.append(str(error))
+            continue
+        if attack.votes_id != stored.run.votes_id:
+            findings.append(f"{stored.store.uri}/{attack.key} attacks another run ({attack.votes_id}); remove it")
+            continue
+        for index in attacked(stored.store, attack):
+            try:
+                (sample,) = read_samples(stored.store, stored.run, attack, [index])
+            except RunError as error:
+                findings.append(str(error))
+                continue
+            nearest = sample.nearest(attack.alpha)
+            if nearest is not None:
+                number = next(number for number, rung in enumerate(sample.rungs) if rung is nearest)
+                found.append(_Image(attack, sample, number))
+    return found
+
+
+def _vote_again(f: BaseClassifier, data: Dataset, one: _Image, noise: Noise, here: DeviceFacts) -> str | None:
+    """What is wrong with an adversarial image: its distance, or its votes. None if nothing is."""
+    same = (one.sample.metadata.device, one.sample.metadata.versions) == (here.device, here.versions)
+    least = 1 if same else _LEAST_AGREEMENT
+    attack, sample, rung = one.attack, one.sample, one.sample.rungs[one.number]
+    key = attack.sample_key(sample.sample)
+    clean = data[sample.sample] if sample.sample < len(data) else None
+    if clean is None or (clean.sha256, clean.label) != (sample.metadata.sample_sha256, sample.label):
+        return f"{key}: sample {sample.sample} of the data set has another image or label than in the attack"
+    distance = float(np.linalg.norm((rung.image_CHW.astype(np.float64) - clean.image_CHW).ravel()))
+    if not math.isclose(distance, rung.distance, rel_tol=1e-9, abs_tol=1e-12):
+        return f"{key} says distance {rung.distance:.6g}, but its image is {distance:.6g} away; delete it"
+    torch.set_num_threads(sample.metadata.threads)
+    options = CastOptions(sample.metadata.batch_size)
+    parts: list[tuple[Stage, int, int, NDArray[np.int64] | None]] = [
+        ("selection", one.number, attack.n0, rung.selection_K),
+        ("estimation", rung.judged, attack.n, rung.judging_K),
+    ]
+    for stage, place, length, claimed_K in parts:
+        block = Block(sample.sample, stage, place * length, (place + 1) * length)
+        counts_K = votes_at(f, rung.image_CHW, clean, block, proof_noise(attack, noise), options)
+        if claimed_K is not None and np.minimum(counts_K, claimed_K).sum() < least * length:
+            return f"{key} holds other {stage} votes than f casts at its image; find out where it came from, delete it"
+    return None
+
+
+def _redraw(
+    run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], images: Sequence[_Image], findings: list[str]
+) -> Redrawn:
+    """Cast the chosen blocks again, the way their metadata say that they were cast; and vote on images again."""
     weights, redrawn = weights_ids(spec), Redrawn()
     for name, sha256 in run.spec.weights.items():
         if weights.get(name) != sha256:
@@ -399,6 +472,11 @@ def _redraw(run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], findings: li
                 f"{key} holds other votes than f casts ({100 * agreement:.2f} % agree); find out where it came from, "
                 "delete it and run certify again"
             )
+    for image in images:
+        wrong = _vote_again(f, data, image, Noise.of(spec.smoothing), here)
+        redrawn.attacked += 1
+        redrawn.attacked_equal += wrong is None
+        findings += [wrong] if wrong else []
     redrawn.elsewhere = len(agreements)
     redrawn.agreement_elsewhere = min(agreements, default=None)
     return redrawn

@@ -9,7 +9,7 @@ from cluster.driver import Cluster, Outcome, Work
 from cluster.worker import Setup
 from jobs.console import note, print_order
 from jobs.plan import warn_of_cost
-from jobs.watch import Watch, stop_on_signals
+from jobs.watch import OrderTally, Watch, stop_on_signals
 from pipeline.block import Block
 from pipeline.certify import least_certifying_n
 from pipeline.data import dataset_id, open_dataset, sample_indices
@@ -123,7 +123,8 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options) -> Iterator
                 store = run.stored.store
                 setup = Setup(run.spec, store.location, run.stored.run.votes_id, options.batch_size)
                 work = Work(setup=setup, blocks=run.missing, sampler=run.sampler, last=index == last)
-                with Watch(run.spec.name, run.order, run.stored.run.sigma, store, options.quiet) as watch:
+                tally = OrderTally(run.order, run.stored.run.sigma)
+                with Watch(run.spec.name, tally, store, options.quiet) as watch:
                     outcome = cluster.cast(work, on_update=watch)
                 for task, error in outcome.set_aside:
                     logger.error("gave up after %d attempts: %s; %s", task.attempts, task.blocks[0], error)

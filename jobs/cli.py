@@ -1,5 +1,4 @@
-"""The command `diffsmooth` with plan, certify, predict, status, analyze, seal, audit, curve, compare, report, bench and
-submit.
+"""The command `diffsmooth` with its subcommands, from `certify` to `submit`.
 
 It parses options and prints; each command's work is in a module of its own, imported when the command runs, so that
 `--help` and the commands without networks start fast.
@@ -390,6 +389,85 @@ def audit(
 
 
 @main.command()
+@click.argument("run")
+@click.option(
+    "--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are. [default: a "
+    "shipped one]",
+)  # fmt: skip
+@_SET
+@click.option(
+    "--attack",
+    default="pgd",
+    show_default=True,
+    metavar="NAME",
+    help="pgd, apgd, diffhammer, votes (no gradients), random, foolbox.attacks.NAME, or package.module:function.",
+)
+@click.option(
+    "--eps", type=float, multiple=True, help="l2 distance to try, in [0, 1] pixels. Can be repeated. [default: 8 sigma "
+    "and its halves down to sigma / 2]",
+)  # fmt: skip
+@click.option("--samples", metavar="START:STOP:STEP", help="Samples to attack. [default: those of the first order]")
+@click.option("--refine", type=int, help="Bisections between the last eps that succeeds and the next. [default: 5]")
+@click.option("--steps", type=int, help="Gradient steps per eps. [default: 10]")
+@click.option("--draws", type=int, help="Noise draws per gradient. [default: 32]")
+@click.option("--restarts", type=int, help="Further random starts per eps. [default: 0]")
+@click.option("--n0", type=int, help="Selection draws at each image that is tried. [default: 500]")
+@click.option("--n", type=int, help="Judging draws at each image that is judged. [default: 1000]")
+@click.option("--alpha", type=float, help="Error probability of an upper bound. [default: that of the first order]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's own noise.")
+@click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Draws per batch. [default: 64 on a CPU, the largest on a GPU]"
+)
+@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
+@_YES
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print more, including everything from Ray and its actors.")
+@_JSON
+def attack(
+    run: str, spec_name: str | None, overrides: tuple[str, ...], cpu: bool, yes: bool, as_json: bool, **given: Any
+) -> None:
+    """Bound the radius of RUN's samples from above: search images that g gets wrong, and prove them by fresh votes.
+
+    Exit status 1 if samples are missing, or if an upper bound contradicts a certificate. Run it again to resume.
+
+    \b
+    diffsmooth attack runs/mnist --samples 0:10
+    diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
+    """
+    from jobs.attack import Options, Request, attack_run
+
+    if given["verbose"]:
+        logging.getLogger().setLevel(logging.INFO)
+    overrides += ("compute.device=cpu",) if cpu else ()
+    spec = _spec_of_run(run, spec_name, overrides)
+    how = {name: given.pop(name) for name in ("address", "actors", "batch_size", "quiet", "verbose")}
+    options = Options(**{**how, "quiet": how["quiet"] or as_json})
+    try:
+        found = attack_run(run, spec, Request(**given), options, confirm=_ask_unless(yes))
+    except Stopped as stopped:
+        click.echo("diffsmooth: stopped; run the same command to resume", err=True)
+        sys.exit(128 + stopped.signal)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    contradicted = found.gap is not None and bool(found.gap.contradictions)
+    sys.exit(0 if found.complete and not contradicted else 1)
+
+
+def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) -> RunSpec:
+    """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
+    from pipeline.results import StoredRun
+
+    name = spec_name or StoredRun.open(run).run.name
+    if spec_name is None and not (SPECS / f"{name}.toml").is_file():
+        raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
+    return load_spec(find_spec(name) if spec_name else SPECS / f"{name}.toml", overrides)
+
+
+@main.command()
 @click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_LOG...")
 @click.option("--order", "order_name", help="Name of the order in each run. [default: the first]")
 @click.option("--grid", metavar="START:STOP:STEP", help="Radii, as exact decimals up to STOP. [default: round radii]")
@@ -499,10 +577,19 @@ def report(
     show_default=True,
     help="Fraction of the GPU's peak that the networks reach.",
 )
+@click.option(
+    "--attack", "of_attack", is_flag=True, help="Estimate `diffsmooth attack` with its default settings instead; a "
+    "gradient counts as three draws.",
+)  # fmt: skip
 @_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
-    specs: tuple[str, ...], gpus: tuple[str, ...], utilization: float, overrides: tuple[str, ...], as_json: bool
+    specs: tuple[str, ...],
+    gpus: tuple[str, ...],
+    utilization: float,
+    of_attack: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
 
@@ -515,7 +602,8 @@ def plan(
 
     prices = planning.parse_gpus(gpus)
     loaded = [_load_spec(name, overrides) for name in specs]
-    plans = [planning.plan(spec, prices=prices, utilization=utilization) for spec in loaded]
+    passes = planning.attack_passes() if of_attack else None
+    plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes) for spec in loaded]
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:

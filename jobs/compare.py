@@ -55,7 +55,7 @@ def compare_sources(sources: Sequence[str], *, order_name: str | None = None, gr
     radii = _radii(curves, chosen)
     rows = shared_rows({name: side.rows for name, side in sides.items()})
     found = compare(rows, radii.tolist(), without_acr=any(curve.tested is not None for curve in curves))
-    return found.model_copy(update={"notes": [*_notes(sides, rows), *found.notes]})
+    return found.model_copy(update={"notes": [*_notes(sides, rows, radii), *found.notes]})
 
 
 def print_comparison(found: Comparison, *, as_json: bool, output: str | None) -> None:
@@ -119,7 +119,7 @@ def _radii(curves: Sequence[Curve], chosen: np.ndarray | None) -> np.ndarray:
     return np.array(tested) if chosen is None else chosen
 
 
-def _notes(sides: Mapping[str, _Side], rows: Mapping[str, pd.DataFrame]) -> list[str]:
+def _notes(sides: Mapping[str, _Side], rows: Mapping[str, pd.DataFrame], radii: np.ndarray) -> list[str]:
     """What must be said with the figures: samples left out, settings that differ, second looks."""
     shared = len(next(iter(rows.values())))
     notes = []
@@ -131,6 +131,7 @@ def _notes(sides: Mapping[str, _Side], rows: Mapping[str, pd.DataFrame]) -> list
         shown = ", ".join("unknown" if sigma is None else f"{sigma:g}" for sigma in sigmas)
         notes.append(f"the runs differ in sigma ({shown}), so a difference between them is not only one of f")
     notes += comparison_notes([side.result for side in sides.values() if side.result is not None])
+    notes += _about_attacks([side.curve for side in sides.values()], list(sides), radii)
     if logs := [name for name, side in sides.items() if side.result is None]:
         notes.append(
             f"{', '.join(logs)}: a log does not state n, n0, alpha or its images; only the labels were compared"
@@ -139,6 +140,21 @@ def _notes(sides: Mapping[str, _Side], rows: Mapping[str, pd.DataFrame]) -> list
         notes.append(f"post hoc: {', '.join(late)}; an earlier order covers these samples")
     if grown := [name for name, side in sides.items() if side.curve.grown]:
         notes.append(f"{', '.join(grown)}: {GROWN}")
+    return notes
+
+
+def _about_attacks(curves: Sequence[Curve], names: Sequence[str], radii: np.ndarray) -> list[str]:
+    """The gap between certified and resisted accuracy of each run that was attacked."""
+    notes = []
+    for name, curve in zip(names, curves, strict=True):
+        if curve.uppers is None:
+            continue
+        shown = "; ".join(
+            f"r = {radius:.10g}: {100 * certified:.1f} certified, {100 * resisted:.1f} not proven wrong"
+            for radius, certified, resisted in zip(radii, curve.at(radii), curve.resisted(radii), strict=True)
+        )
+        attacked = int(np.isfinite(curve.uppers).sum())
+        notes.append(f"attacks on {name} (upper bounds for {attacked:,} of {curve.num_samples:,} samples), %: {shown}")
     return notes
 
 

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.attacks import AttackedSample, Rung
 from pipeline.block import Stage
 from pipeline.data import open_dataset
+from pipeline.gap import Attacks, Gap
 from pipeline.noise import Noise
 from pipeline.report import Exhibit, Picture
 from pipeline.smoothing import BaseClassifier, build_base_classifier, noisy_images
@@ -49,6 +51,55 @@ def gallery(
             )
         )
     return exhibits
+
+
+def attack_exhibits(attacks: Attacks | None, gap: Gap | None, each: int) -> list[Exhibit]:
+    """Return exhibits of adversarial images, with the original, the difference and the votes.
+
+    They are up to `each` contradictions, the samples with the nearest and with the farthest adversarial image, and
+    those with the largest gap to their certificate.
+    """
+    if attacks is None or gap is None:
+        return []
+    best = attacks.best()
+    rows = gap.table[np.isfinite(gap.table["upper"]) & (gap.table["upper"] > 0)]
+    certified = rows[rows["lower"] >= 0]
+    width = (certified["upper"] - certified["lower"]).sort_values(ascending=False, kind="stable")
+    by_upper = rows.sort_values("upper", kind="stable")
+    kinds = (
+        ("attack: contradicts its certificate", gap.table[gap.table["contradiction"]].iloc[:each]),
+        ("attack: nearest", by_upper.iloc[:each]),
+        ("attack: farthest", by_upper.iloc[each:].iloc[-each:]),
+        ("attack: widest gap", certified.loc[width.index[:each]]),
+    )
+    return [
+        _attack_exhibit(kind, row, *best[int(row["sample"])][1:])
+        for kind, chosen in kinds
+        for _, row in chosen.iterrows()
+    ]
+
+
+def _attack_exhibit(kind: str, row: pd.Series, one: AttackedSample, rung: Rung) -> Exhibit:
+    counts_K = rung.selection_K if rung.judging_K is None else rung.judging_K
+    order = np.argsort(-counts_K, kind="stable")[:_CLASSES]
+    clean, found = (torch.from_numpy(image) for image in (one.rungs[0].image_CHW, rung.image_CHW))
+    delta = found - clean
+    scale = float(delta.abs().max()) or 1.0
+    lower = f"{np.floor(row['lower'] * 1000) / 1000:.3f}" if row["lower"] >= 0 else "none"
+    return Exhibit(
+        kind=kind,
+        sample=one.sample,
+        label=one.label,
+        verdict=f"lower radius {lower}, upper radius {np.ceil(rung.distance * 1000) / 1000:.3f}; votes at x', p-value "
+        f"{row['p_value']:.1g}",
+        votes=[(int(k), int(counts_K[k])) for k in order if counts_K[k]],
+        draws=int(counts_K.sum()),
+        pictures=[
+            _picture("original x", clean),
+            _picture(f"x', class {row['class']} for g", found),
+            _picture(f"difference, grey is 0, times {0.5 / scale:.2g}", 0.5 + delta * 0.5 / scale),
+        ],
+    )
 
 
 def choose(certificates: pd.DataFrame, each: int) -> Iterator[tuple[str, pd.Series]]:

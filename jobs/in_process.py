@@ -17,8 +17,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
+from cluster.attacker import Attacker, block_of
 from cluster.worker import Setup, Worker
+from jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
+from jobs.attack import settings as attack_settings
 from jobs.watch import progress_bar
+from pipeline.attacks import attacked, claim_attack
 from pipeline.block import Block
 from pipeline.errors import UserError, first_line
 from pipeline.images import UNLABELLED, Sample
@@ -132,8 +136,7 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         spec = _spec(model, settings, data)
         store = MemoryStore() if out is None else open_store(out)
         store.prepare()
-        weights = {"f": _identity(model) if out is not None and model.identity is None else model.identity or "memory"}
-        run = describe_run(spec, weights, f.num_classes)
+        run = describe_run(spec, _weights(model, stored=out is not None), f.num_classes)
         claim_run(store, run)
         stored = StoredRun(store)
         name = stored.place(order_of(spec, range(len(data))))
@@ -143,16 +146,52 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
     return stored
 
 
-def _cast(worker: Worker, blocks: Sequence[Block], *, show: bool) -> None:
-    """Cast and commit blocks, a few batches at a time."""
+def attack_in_process(
+    model: Model, images: Any, labels: Any, settings: Settings, request: Request, certified: StoredRun | None
+) -> Attacked:
+    """Attack the images in this process, in the run `certified` of the same model and images, or in a new one.
+
+    Raises: UserError for input that cannot be attacked, and for another model than that of `certified`.
+    """
+    with _evaluating(model):
+        device = torch.device(settings.device) if settings.device is not None else _device_of(model)
+        f = _base_classifier(model, settings, MemoryImages(images, None, MOST_CLASSES)[0].image_CHW, device)
+        data = MemoryImages(images, labels, f.num_classes)
+        spec = _spec(model, settings, data)
+        store = MemoryStore() if certified is None else certified.store
+        if certified is not None:
+            smoothing = spec.smoothing.model_copy(update={"block": certified.run.block})
+            spec = spec.model_copy(update={"smoothing": smoothing})
+        run = describe_run(spec, _weights(model, stored=not isinstance(store, MemoryStore)), f.num_classes)
+        claim_run(store, run)
+        stored = StoredRun(store)
+        wanted = chosen_samples(stored, request.samples or ":", data)
+        attack = attack_settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
+        claim_attack(store, attack)
+        done = set(attacked(store, attack))
+        setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads(), attack)
+        missing = [block_of(sample, attack) for sample in wanted if sample not in done]
+        _cast(Attacker(setup, f, data, store), missing, show=settings.progress, each=True)
+    return finish(stored, attack, wanted)
+
+
+def _weights(model: Model, *, stored: bool) -> dict[str, str]:
+    """What identifies f; in memory it needs no identity."""
+    return {"f": _identity(model) if stored and model.identity is None else model.identity or "memory"}
+
+
+def _cast(worker: Worker, blocks: Sequence[Block], *, show: bool, each: bool = False) -> None:
+    """Cast and commit blocks, a few batches at a time; with `each`, one at a time."""
     console = Console(stderr=True, quiet=not show)
     with progress_bar(console) as bar:
-        task = bar.add_task("certify", total=sum(block.draws for block in blocks), rate=0.0, note="")
+        task = bar.add_task(
+            "attack" if each else "certify", total=sum(block.draws for block in blocks), rate=0.0, note=""
+        )
         chunk: list[Block] = []
         for index, block in enumerate(blocks):
             chunk.append(block)
             draws = sum(one.draws for one in chunk)
-            if draws >= _BATCHES_PER_TASK * worker.batch_size or index == len(blocks) - 1:
+            if each or draws >= _BATCHES_PER_TASK * worker.batch_size or index == len(blocks) - 1:
                 receipt = worker.run(chunk, "in-process")
                 bar.update(task, advance=draws, rate=receipt.draws / max(receipt.seconds, 1e-9))
                 chunk = []

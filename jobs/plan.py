@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.attacks import Attack
 from pipeline.block import STAGES
 from pipeline.certify import certified_radius
 from pipeline.data import Facts, known_facts, open_dataset, sample_indices
@@ -118,26 +119,38 @@ def _price(option: str, gpu: str, text: str) -> float:
     return price
 
 
-def plan(spec: RunSpec, *, prices: Mapping[str, float | None], utilization: float) -> CostEstimate:
+def attack_passes() -> int:
+    """Forward passes of f per sample that an attack with its default settings takes at most."""
+    return Attack(attack="pgd", eps=[1.0, 0.5, 0.25, 0.125, 0.0625], votes_id="0" * 32).passes
+
+
+def plan(
+    spec: RunSpec, *, prices: Mapping[str, float | None], utilization: float, passes: int | None = None
+) -> CostEstimate:
     """Estimate the cost of a spec. It needs no weights and, for well-known data sets, no data.
 
     `prices` are the GPUs to include, with dollars per hour if known; `utilization` is the fraction of a GPU's peak that
-    the networks reach. Raises: UserError for a spec that cannot be certified.
+    the networks reach. With `passes`, the estimate is that of an attack which takes so many forward passes per sample.
+
+    Raises: UserError for a spec that cannot be certified.
     """
     check_base_classifier(spec)
     smoothing, facts = spec.smoothing, _facts(spec)
     samples = len(sample_indices(spec.data.samples, facts.size))
     flops = flops_per_draw(spec, facts.shape_CHW, facts.num_classes)
-    draws = samples * (smoothing.n0 + smoothing.n)
+    each = smoothing.n0 + smoothing.n if passes is None else passes
+    draws = samples * each
     total = None if flops is None else draws * flops.total
     return CostEstimate(
-        name=spec.name,
+        name=spec.name if passes is None else f"attack on {spec.name}",
         samples=samples,
         image_shape=list(facts.shape_CHW),
-        draws_per_sample=smoothing.n0 + smoothing.n,
+        draws_per_sample=each,
         draws=draws,
-        at_most=spec.sampling.mode != "fixed" or spec.sampling.skip_wrong,
-        blocks=samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES),
+        at_most=passes is not None or spec.sampling.mode != "fixed" or spec.sampling.skip_wrong,
+        blocks=samples * sum(smoothing.draws(stage) // smoothing.block.of(stage) for stage in STAGES)
+        if passes is None
+        else samples,
         largest_radius=max(
             float(certified_radius(n, n, share, smoothing.sigma))
             for n, share in looks_at(smoothing.alpha, smoothing.n).items()

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jobs.console import report_incomplete
-from jobs.gallery import gallery
+from jobs.gallery import attack_exhibits, gallery
 from jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
@@ -57,7 +59,8 @@ def report(
             noise_grid=one.result.run.spec.smoothing.noise_grid,
             facts=_facts(one),
             spec=json.dumps(one.result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
-            exhibits=exhibits,
+            exhibits=[*exhibits, *attack_exhibits(one.attacks, one.gap, each)],
+            gap=one.gap,
             no_exhibits=reason,
             shape_CHW=images_of(one.result.run, images).shape_CHW,
         )
@@ -132,6 +135,20 @@ def _facts(one: StoredResult) -> dict[str, str]:
         "blocks stored": f"{len(blocks):,}",
         "device hours": _hours(blocks),
         "versions": _versions(blocks),
+        **_attack_facts(one),
+    }
+
+
+def _attack_facts(one: StoredResult) -> dict[str, str]:
+    """The settings of each attack, and what it took."""
+    if one.attacks is None:
+        return {}
+    return {
+        f"attack {attack_id}": f"{len(one.attacks.samples[attack_id]):,} samples, eps "
+        f"{', '.join(f'{eps:g}' for eps in attack.eps)}, {attack.steps} steps of {attack.draws} draws, n0 = "
+        f"{attack.n0:,}, n = {attack.n:,}, alpha = {attack.alpha:g}, seed {attack.seed}, "
+        f"{np.mean([sample.metadata.seconds for sample in one.attacks.samples[attack_id]]):.3g} s per sample"
+        for attack_id, attack in one.attacks.settings.items()
     }
 
 

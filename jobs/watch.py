@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,12 +44,21 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+class Tally(Protocol):
+    """What a watch says about the work so far."""
+
+    def add(self, new: Votes) -> None: ...
+
+    def describe(self) -> str: ...
+
+
 class Watch:
     """A context manager that takes the driver's updates: a bar on a terminal or in a notebook, else plain lines."""
 
-    def __init__(self, name: str, order: Order, sigma: float, store: Store, quiet: bool) -> None:
-        self._name, self._store, self._quiet = name, store, quiet
-        self._tally = _Tally(order, sigma)
+    def __init__(self, name: str, tally: Tally, store: Store, quiet: bool, *, key: str = results.PROGRESS_KEY) -> None:
+        """`key` is where the status is written."""
+        self._name, self._store, self._quiet, self._key = name, store, quiet, key
+        self._tally = tally
         self._accuracy_reported = False
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -93,7 +103,7 @@ class Watch:
             updated=time.time(),
             note=text,
         )
-        self._store.replace(results.PROGRESS_KEY, progress.model_dump_json(indent=2).encode())
+        self._store.replace(self._key, progress.model_dump_json(indent=2).encode())
         if not self._bar and not self._quiet:
             left = "" if eta is None else f", ETA {eta:.0f} s"
             note(f"{self._name}: {update.draws:,} of {update.draws_wanted:,} draws, {rate:,.0f}/s{left}; {text}")
@@ -119,7 +129,7 @@ class Watch:
         return self._tally.describe() or f"{update.actors} actors"
 
 
-class _Tally:
+class OrderTally:
     """Certifies samples while a run is in progress, as soon as this call has cast all their draws (fixed mode only)."""
 
     def __init__(self, order: Order, sigma: float) -> None:

@@ -66,6 +66,8 @@ class Curve:
     scales: tuple[float, ...] = ()  # the sigmas of a cascade, which is drawn beside the curves of every sigma
     grown: bool = False  # an earlier order of the run has other samples, so m was not fixed before the first look
     unit: str = "l2 radius"  # what the radii are; see pipeline/units.py
+    # the proven upper bound of each complete sample's radius, infinite if there is none; None: no attack on the run
+    uppers: NDArray[np.float64] | None = None
 
     @property
     def band(self) -> str:
@@ -100,6 +102,17 @@ class Curve:
     def at(self, radii: ArrayLike) -> NDArray[np.float64]:
         """Certified accuracy at each radius, between 0 and 1."""
         return self._counts(radii) / max(self.num_samples, 1)
+
+    def resisted(self, radii: ArrayLike) -> NDArray[np.float64]:
+        """The share of all samples that no attack has proven wrong within each radius; NaN without an attack.
+
+        It bounds the true accuracy under perturbations of that norm from above, as certified accuracy does from below.
+        """
+        if self.uppers is None or not self.num_samples:
+            return np.full(np.shape(radii), np.nan)
+        proven = np.sort(self.uppers)
+        reached = np.searchsorted(proven, np.asarray(radii, dtype=float), side="right")
+        return (self.num_samples - reached) / self.num_samples
 
     def draws_lower(self, radii: ArrayLike, rho: float = RHO) -> NDArray[np.float64]:
         """A lower bound of g's true accuracy on these images, at all radii at once, with probability 1 - rho.
@@ -314,6 +327,12 @@ def draw(axes: Any, curves: Sequence[Curve], *, envelope_over: Sequence[Curve] =
         if curve.tested is not None:
             axes.plot(curve.tested, curve.at(curve.tested), color=colour, linestyle="", marker="o", markersize=4)
         axes.plot(radii, table["certified_accuracy"], color=colour, linestyle=style, label=label)
+        if curve.uppers is not None:
+            resisted, label = curve.resisted(radii), f"{curve.name}: not proven wrong by an attack".replace("$", r"\$")
+            axes.plot(radii, resisted, color=colour, linestyle=style, linewidth=0.9, label=label)
+            axes.fill_between(
+                radii, table["certified_accuracy"], resisted, color=colour, alpha=0.25, linewidth=0, hatch="//"
+            )
         axes.fill_between(radii, table["lower"], table["upper"], color=colour, alpha=0.12, linewidth=0)
         if len(curves) == 1 and curve.alpha is not None:
             label = f"lower bound over the draws ({100 * (1 - RHO):g} %, all radii)"

@@ -75,6 +75,7 @@ class Noise:
     seed: int
     sigma: float
     grid: int | None = None
+    purpose: str = "smoothing"  # draws of two purposes are independent
 
     @classmethod
     def of(cls, smoothing: SmoothingIdentity) -> Self:
@@ -92,7 +93,7 @@ class Noise:
 
         `out_NCHW` is float32 and C-contiguous.
         """
-        stream = _NormalStream(self.seed, "smoothing")
+        stream = _NormalStream(self.seed, self.purpose)
         z = np.empty(out_NCHW[0].size)
         for out, draw in zip(out_NCHW.reshape(len(out_NCHW), -1), draws, strict=True):
             stream.fill(z, STREAMS[stage], sample, draw)

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.curve import BAND, COLOURS, GROWN, RHO, Curve, grid, shown_acr
+from pipeline.gap import Gap
 from pipeline.orders import Order
 from pipeline.tables import render
 
@@ -62,6 +63,7 @@ class RunReport:
     exhibits: Sequence[Exhibit] = ()
     no_exhibits: str = ""  # why there are none
     shape_CHW: tuple[int, ...] | None = None  # of the images; None: not known
+    gap: Gap | None = None  # None: the run was not attacked
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
@@ -159,6 +161,8 @@ def guarantee(run: RunReport) -> list[str]:
             "The proof is for real numbers, but f and the noise are computed in floating point. smoothing.noise_grid = "
             "255 closes that gap for 8-bit images."
         )
+    if run.gap is not None:
+        said += _about_attacks(run.gap)
     if curve.post_hoc:
         said.append(
             "POST HOC: an earlier order covers these samples with other settings. Each certificate holds on its own; "
@@ -167,6 +171,21 @@ def guarantee(run: RunReport) -> list[str]:
     if curve.incomplete:
         said.append(f"INCOMPLETE: {curve.incomplete:,} samples lack draws and are excluded from every figure.")
     return said
+
+
+def _about_attacks(gap: Gap) -> list[str]:
+    """What attacks have proven, and contradictions."""
+    attacked = gap.table[gap.table["attacked"]]
+    proven = attacked[np.isfinite(attacked["upper"])]
+    said = [
+        f"Attacks: {len(attacked):,} samples were attacked, and for {len(proven):,} of them an image was found at "
+        "which g is proven to be wrong, by fresh votes. Its distance is an upper bound of the sample's true radius; "
+        f"together with the certificate it fails with probability at most {gap.alpha:g} per sample. A sample without "
+        "such an image is not proven to be robust: a better attack may find one. The area between the solid and the "
+        "dashed curve is what neither certificate nor attack has decided."
+    ]
+    warning = gap.warning()
+    return [*said, warning] if warning else said
 
 
 def _about_population(curve: Curve) -> list[str]:
@@ -258,6 +277,15 @@ def _add_curve(figure: go.Figure, curve: Curve, index: int, *, alone: bool) -> N
             figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 0.6}, **hidden)
         for bound, dash in (("draws_lower", "dot"), ("population_lower", "dash")):
             figure.add_scatter(x=radii, y=table[bound], line={**line, "width": 1, "dash": dash}, **hidden)
+    if curve.uppers is not None:
+        figure.add_scatter(
+            x=radii,
+            y=curve.resisted(radii),
+            name=f"{_plain(curve.name)}: not proven wrong by an attack",
+            mode="lines",
+            line={"shape": "hv", "color": colour, "width": 1, "dash": "dash"},
+            hovertemplate=f"{_plain(curve.name)}, not proven wrong: %{{y:.1%}}<extra></extra>",
+        )
     mean = shown_acr(curve) or "at the marked radii only"
     marks = (", post hoc" if curve.post_hoc else "") + (", grown" if curve.grown else "")
     figure.add_scatter(

@@ -13,10 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.attacks import read_attacks, read_samples
 from pipeline.block import Block
 from pipeline.certify import certified_radius, certify
 from pipeline.curve import Curve, curve_of, grid, plot, table_radii
 from pipeline.errors import RunError, UserError
+from pipeline.gap import Attacks, Gap, gap_of
 from pipeline.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from pipeline.planning import Plan, read_plan, settle_plan
 from pipeline.records import MOST_BYTES, parse_record
@@ -227,6 +229,20 @@ class StoredRun:
         """The blocks, all committed ones by default. Raises: RunError, as `votes.read_blocks`."""
         return read_blocks(self.store, self.run, blocks)
 
+    def votes(self, blocks: Iterable[Block] | None = None) -> pd.DataFrame:
+        """The votes of the blocks, of all committed ones by default, as one table."""
+        return to_table(self.read_blocks(blocks))
+
+    def attacks(self) -> Attacks | None:
+        """The finished samples of all attacks on this run; None if there is none.
+
+        Raises: RunError for a damaged file.
+        """
+        settings = read_attacks(self.store)
+        samples = {attack_id: read_samples(self.store, self.run, one) for attack_id, one in settings.items()}
+        found = {attack_id: one for attack_id, one in settings.items() if samples[attack_id]}
+        return Attacks(settings=found, samples={key: samples[key] for key in found}) if found else None
+
     def sampler(self, order: Order, committed: set[Block], *, name: str = "", plans: bool = False) -> Sampler:
         """What an order still needs; with `plans`, the sampler may store the plan of the order `name`."""
         run, store = self.run, self.store
@@ -433,10 +449,14 @@ class StoredResult:
     blocks: list[StoredBlock]
     votes: pd.DataFrame  # of these blocks
     result: OrderResult
+    attacks: Attacks | None = None  # None if the run was not attacked
+    gap: Gap | None = None  # of the order and the attacks
 
 
 def read_result(run_uri: str, order_name: str | None = None) -> StoredResult:
-    """One of a run's orders, the first that has radii unless one is named; every block is read and checked.
+    """One of a run's orders, the first that has radii unless one is named, and the attacks on the run.
+
+    Every block and every attacked sample is read and checked. Contradictions between the two are logged as errors.
 
     Raises: UserError if there is no such order, or none of its samples is complete.
     """
@@ -447,4 +467,11 @@ def read_result(run_uri: str, order_name: str | None = None) -> StoredResult:
     result = stored.result(votes, name)
     if not result.curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
-    return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result)
+    attacks = stored.attacks()
+    if attacks is None or result.order.certificate == "cost":  # which claims less than the label
+        return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result)
+    gap = gap_of(result.certificates, attacks, result.order.total_alpha)
+    if warning := gap.warning():
+        logger.error("%s: %s", run_uri, warning)
+    result = replace(result, curve=replace(result.curve, uppers=gap.table["upper"].to_numpy(dtype=float)))
+    return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result, attacks=attacks, gap=gap)

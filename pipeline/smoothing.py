@@ -8,6 +8,7 @@ smoothing (Carlini et al. 2023); if there is no denoiser either, it is Cohen's s
 Shapes: B batch, C channels, H W image, K classes, M local copies, N draws, T blocks of a task, U images of a task.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,9 +86,27 @@ class BaseClassifier:
 
     def _mean_softmax(self, x_BCHW: Tensor) -> Tensor:
         B, M = len(x_BCHW), len(self.local_noise_MCHW)
-        copies_BMCHW = self._denoise(x_BCHW)[:, None] + self.local_noise_MCHW
-        logits = self.classifier(copies_BMCHW.flatten(0, 1)).float()
+        logits = self._logits_of_copies(self._denoise(x_BCHW)).float()
         return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
+
+    def _logits_of_copies(self, x0_BCHW: Tensor) -> Tensor:
+        copies_BMCHW = x0_BCHW[:, None] + self.local_noise_MCHW
+        return self.classifier(copies_BMCHW.flatten(0, 1))
+
+    def differentiable_denoise(self, x_BCHW: Tensor) -> Tensor:
+        """`denoise`, with gradients."""
+        with torch.enable_grad():
+            return self._denoise(x_BCHW)
+
+    def differentiable_log_scores(self, x0_BCHW: Tensor) -> Tensor:
+        """Return the logarithms of scores_BK of denoised images, float64, with gradients; never compiled.
+
+        They keep a gradient where f is so confident that the scores themselves are 0 or 1.
+        """
+        B, M = len(x0_BCHW), len(self.local_noise_MCHW)
+        with torch.enable_grad():
+            logits = self._logits_of_copies(x0_BCHW).double()
+            return logits.log_softmax(dim=1).reshape(B, M, -1).logsumexp(dim=1) - math.log(M)
 
 
 class Sources(NamedTuple):

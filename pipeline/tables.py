@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENVELOPE = "envelope (not a classifier)"  # the name of its row or block
 
+_RESISTED = "not proven wrong by an attack"  # the second row of a run that was attacked
 _Radii = NDArray[np.float64]
 _Cells = list[list[str]]  # run, ACR, its interval, abstained, then one accuracy per radius
 _HEADINGS = ("run", "ACR", "95 % interval", "abstain, %")
@@ -48,6 +49,12 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
         )
     if any(curve.grown for curve in curves):
         said.append(f"grown: {GROWN}")
+    if any(curve.uppers is not None for curve in curves):
+        said.append(
+            f"{_RESISTED}: the share of all samples without a proven adversarial image within the radius; the true "
+            "accuracy lies between the certified share and this one, and samples that were not attacked count as not "
+            "proven wrong"
+        )
     if any(curve.tested is not None for curve in curves):
         said.append(
             f"{NO_ACR} grid mode: certified at chosen radii only; between two of them the value is that of the larger "
@@ -81,6 +88,10 @@ def _text(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for cells in _cells(curves, radii):
         table.add_row(*map(Text, cells))
+    if resisted := _resisted_cells(curves, radii):
+        table.add_section()
+        for cells in resisted:
+            table.add_row(*map(Text, cells))
     if envelope:
         table.add_section()
         table.add_row(*_envelope_cells(envelope))
@@ -97,6 +108,7 @@ def _markdown(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None)
         return f"| {' | '.join(cells)} |"
 
     rows = _with_best(_cells(curves, radii), _escaped_markdown, "**{}**".format)
+    rows += [[_escaped_markdown(name), *cells] for name, *cells in _resisted_cells(curves, radii)]
     if envelope:
         rows.append(_envelope_cells(envelope))
     return _joined(
@@ -125,6 +137,7 @@ def _latex(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
             line([*map(_escaped_latex, _HEADINGS), *map(_radius, radii)]),
             r"\midrule",
             *map(line, _with_best(_cells(curves, radii), _escaped_latex, r"\textbf{{{}}}".format)),
+            *(line([_escaped_latex(name), *cells]) for name, *cells in _resisted_cells(curves, radii)),
             *([r"\midrule", line(_envelope_cells(envelope))] if envelope else []),
             r"\bottomrule",
             r"\end{tabular}",
@@ -143,6 +156,7 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
             f"<caption>{html.escape(_caption(curves).capitalize())}</caption>",
             line([*_HEADINGS, *map(_radius, radii)], "th"),
             *map(line, _with_best(_cells(curves, radii), html.escape, "<b>{}</b>".format)),
+            *(line([html.escape(name), *cells]) for name, *cells in _resisted_cells(curves, radii)),
             *([line(_envelope_cells(envelope))] if envelope else []),
             "</table>",
             *(f"<p>{html.escape(note)}</p>" for note in _notes(curves, radii, envelope)),
@@ -153,16 +167,18 @@ def _html(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> 
 def _csv(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) -> str:
     """Columns run, radius, certified_accuracy, post_hoc, incomplete (samples); an envelope adds its rows and best_run.
 
-    Radii in another unit than the l2 norm of [0, 1] pixels add the column unit. CSV has no place for the notes, so they
-    are logged.
+    Runs that were attacked add the column resisted. Radii in another unit than the l2 norm of [0, 1] pixels add the
+    column unit. CSV has no place for the notes, so they are logged.
     """
     for note in _notes(curves, radii, envelope):
         logger.warning("%s", note)
+    attacked = any(curve.uppers is not None for curve in curves)
     columns = {"radius": radii} | ({} if curves[0].unit == Curve.unit else {"unit": curves[0].unit})
     blocks = [
         pd.DataFrame(
             {"run": one.name, **columns, "certified_accuracy": one.at(radii), "post_hoc": one.post_hoc,
              "incomplete": one.incomplete}
+            | ({"resisted": one.resisted(radii)} if attacked else {})
         )
         for one in curves
     ]  # fmt: skip
@@ -191,6 +207,15 @@ def _cells(curves: Sequence[Curve], radii: _Radii) -> _Cells:
         shares = [f"{100 * curve.abstention_rate:.1f}", *_percent(curve.at(radii))]
         cells.append([curve.name + marks, *acr_figures(curve), *shares])
     return cells
+
+
+def _resisted_cells(curves: Sequence[Curve], radii: _Radii) -> _Cells:
+    """A row for each curve of a run that was attacked."""
+    return [
+        [f"{curve.name}: {_RESISTED}", "", "", "", *_percent(curve.resisted(radii))]
+        for curve in curves
+        if curve.uppers is not None
+    ]
 
 
 def _envelope_cells(envelope: Envelope) -> list[str]:

@@ -61,4 +61,6 @@ def converted(curve: Curve, unit: str, images: Images) -> Curve:
         max_radius=curve.max_radius * scale,
         tested=None if curve.tested is None else curve.tested * scale,
         unit=UNITS[unit],
+        # the other conversions hold for lower bounds only
+        uppers=curve.uppers * scale if curve.uppers is not None and unit == "l2-255" else None,
     )

@@ -151,3 +151,21 @@ def with_memory(spec: RunSpec, device: torch.device) -> Model:
     """Every call gives other logits, as with dropout that was left in training mode."""
     calls = itertools.count()
     return lambda x_BCHW: torch.tensor([0.0, float(next(calls) % 2)]).expand(len(x_BCHW), 2)
+
+
+def nan_gradient(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` whose values are finite but whose gradient is NaN: the derivative of a root at 0, times 0."""
+    inner = half_space(spec, device)
+    return lambda x_BCHW: inner(x_BCHW) + 0 * (x_BCHW * 0).sqrt().sum(dim=(1, 2, 3))[:, None]
+
+
+def rounded_half_space(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` of rounded pixels, whose gradient is 0."""
+    inner = half_space(spec, device)
+    return lambda x_BCHW: inner((64 * x_BCHW).round() / 64)
+
+
+def detached_half_space(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` that hides its gradient."""
+    inner = half_space(spec, device)
+    return lambda x_BCHW: inner(x_BCHW.detach())

@@ -34,6 +34,9 @@ ARROWS = {
     "pipeline.data": "images sources spec storage.fetch storage.remote",
     "pipeline.smoothing": "data images models.classifiers models.denoisers noise spec",
     "pipeline.run": "records spec storage.store",
+    "pipeline.attacks": "records run storage.store",
+    "pipeline.search": "attacks images noise smoothing",
+    "pipeline.foreign": "attacks models.own search",
     "pipeline.votes": "records run spec storage.remote storage.store",
     "pipeline.sequential": "",
     "pipeline.orders": "records run sequential spec storage.store",
@@ -43,21 +46,24 @@ ARROWS = {
     "pipeline.sampling": "certify orders planning spec votes",
     "pipeline.seal": "records run storage.remote storage.store votes",
     "pipeline.curve": "",
+    "pipeline.gap": "attacks curve",
     "pipeline.logs": "certify records",
     "pipeline.tables": "curve",
     "pipeline.units": "curve",
     "pipeline.compare": "certify curve",
-    "pipeline.results": "certify curve orders planning records run sampling seal storage.store votes",
-    "pipeline.report": "curve orders tables",
+    "pipeline.results": "attacks certify curve gap orders planning records run sampling seal storage.store votes",
+    "pipeline.report": "curve gap orders tables",
     "cluster.scheduler": "",
-    "cluster.worker": "data images models.device noise run smoothing spec storage.store votes",
+    "cluster.worker": "attacks data images models.device noise run smoothing spec storage.store votes",
+    "cluster.attacker": "cluster.worker attacks foreign images run search smoothing votes",
     "cluster.ray_private": "",
-    "cluster.driver": "cluster.ray_private cluster.scheduler cluster.worker sampling votes",
+    "cluster.driver": "cluster.attacker cluster.ray_private cluster.scheduler cluster.worker sampling votes",
 }
-TORCH = {"pipeline.smoothing", "pipeline.models"}  # in pipeline/
+TORCH = {"pipeline.smoothing", "pipeline.search", "pipeline.foreign", "pipeline.models"}  # in pipeline/
 RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
 COMMANDS = {
-    f"jobs.{name}" for name in ("analyze", "audit", "certify", "compare", "curve", "plan", "report", "seal", "submit")
+    f"jobs.{name}"
+    for name in ("analyze", "attack", "audit", "certify", "compare", "curve", "plan", "report", "seal", "submit")
 }
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 # the spot watcher runs where only the standard library is installed

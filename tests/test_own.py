@@ -146,9 +146,7 @@ def test_functions_without_a_source_file_have_no_identity(module, monkeypatch, a
     exec(compile("def in_notebook(spec, device): pass", "<ipython-input-1>", "exec"), notebook.__dict__)
     monkeypatch.setitem(sys.modules, "own_notebook", notebook)
     assert own_function(arch)
-    with pytest.raises(
-        UserError, match=r"has no source file to identify its votes by; define the function in a \.py file"
-    ):
+    with pytest.raises(UserError, match=r"has no source file to identify it by; define the function in a \.py file"):
         function_id(arch)
 
 

@@ -34,51 +34,51 @@ def is_own(arch: str) -> bool:
     return ":" in arch and arch.partition(":")[0] not in LIBRARIES
 
 
-def own_function(arch: str) -> Callable[..., Any]:
-    """Import the function that `package.module:function` names.
+def own_function(arch: str, key: str = "arch", called_with: str = "(spec, device)") -> Callable[..., Any]:
+    """Import the function that `package.module:function`, the value of `key`, names.
 
     Raises: UserError if it cannot be imported or is not a function defined in Python.
     """
     module_name, _, name = arch.partition(":")
     package = module_name.partition(".")[0]
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
-        raise UserError(f"arch = {arch!r} does not consist of Python names; use the form package.module:function")
+        raise UserError(f"{key} = {arch!r} does not consist of Python names; use the form package.module:function")
     if package == "__main__":
         raise UserError(
-            f"arch = {arch!r}: other processes cannot import functions of a notebook or script; move it to a .py file "
+            f"{key} = {arch!r}: other processes cannot import functions of a notebook or script; move it to a .py file "
             "and use the form package.module:function"
         )
     if package in sys.stdlib_module_names:
-        raise UserError(f"arch = {arch!r} belongs to Python's standard library; use a function of your own")
+        raise UserError(f"{key} = {arch!r} belongs to Python's standard library; use a function of your own")
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"arch = {arch!r}: {first_line(error)}; name a function that Python can import") from error
+        raise UserError(f"{key} = {arch!r}: {first_line(error)}; name a function that Python can import") from error
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise OwnFunctionError(
-            f"arch = {arch!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; correct the "
-            "module"
+            f"{key} = {arch!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; correct "
+            "the module"
         ) from error
     if not (inspect.isfunction(function) or inspect.ismethod(function) or inspect.isclass(function)):
         raise UserError(
-            f"arch = {arch!r} is a {type(function).__name__}, not a Python function; name a function that is called "
-            "with (spec, device)"
+            f"{key} = {arch!r} is a {type(function).__name__}, not a Python function; name a function that is called "
+            f"with {called_with}"
         )
     return function
 
 
-def function_id(arch: str) -> str:
+def function_id(arch: str, key: str = "arch") -> str:
     """Return the sha256 of the source file that defines an own function.
 
     Raises: UserError if there is no such file, since nothing else could identify the function's votes.
     """
     try:
-        source = inspect.getsourcefile(own_function(arch))
+        source = inspect.getsourcefile(own_function(arch, key))
         if source is not None and Path(source).is_file():
             return file_sha256(Path(source))
     except (TypeError, OSError) as error:
-        raise _without_source(arch) from error
-    raise _without_source(arch)
+        raise _without_source(arch, key) from error
+    raise _without_source(arch, key)
 
 
 def imports_id(arch: str) -> str | None:
@@ -129,8 +129,8 @@ def imported_names(source: Path, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names if alias.name != "*")
 
 
-def _without_source(arch: str) -> UserError:
-    return UserError(f"arch = {arch!r} has no source file to identify its votes by; define the function in a .py file")
+def _without_source(arch: str, key: str) -> UserError:
+    return UserError(f"{key} = {arch!r} has no source file to identify it by; define the function in a .py file")
 
 
 def call_own_function(arch: str, spec: RunSpec, device: Any) -> Callable[..., Any]:

@@ -1,0 +1,121 @@
+"""Attacker: a worker that attacks samples instead of casting the votes of blocks. It does not know Ray.
+
+Its blocks stand for whole samples; their draws are the forward passes of f that an attack takes at most.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from cluster.worker import Receipt, Setup, Worker
+from pipeline.attacks import (
+    Attack,
+    AttackedSample,
+    AttackMetadata,
+    Rung,
+    encode_sample,
+    read_samples,
+    rival,
+)
+from pipeline.block import Block
+from pipeline.errors import UserError
+from pipeline.foreign import search_of
+from pipeline.images import UNLABELLED, Sample
+from pipeline.run import read_run
+from pipeline.search import attack_sample
+from pipeline.smoothing import CastOptions
+from pipeline.votes import Votes
+
+
+def load_worker(setup: Setup) -> Worker:
+    """The worker that a run needs. Raises: UserError as `Worker.load`."""
+    return Worker.load(setup) if setup.attack is None else Attacker.load(setup)
+
+
+def block_of(sample: int, attack: Attack) -> Block:
+    """What stands for an attacked sample in the scheduler."""
+    return Block(sample, "estimation", 0, attack.passes)
+
+
+class Attacker(Worker):
+    """Attacks samples and commits the results on one device."""
+
+    def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
+        """Attack and commit the samples that are not committed yet."""
+        start, failures, attack = time.perf_counter(), self._store.failures, self._attack
+        keys = {attack.sample_key(block.sample): block for block in blocks}
+        existing = self._store.existing(keys)
+        done, duplicates, draws = [keys[key] for key in existing], [], 0
+        votes = []
+        for key, block in keys.items():
+            if key in existing:
+                continue
+            draws += block.draws
+            one = self._attack_sample(block.sample, attempt)
+            encoded = encode_sample(one.sample, one.label, one.rungs, one.metadata)
+            if self._store.put_if_absent(key, encoded):
+                votes.append(_votes(one, attack))
+            else:
+                duplicates.append(block)
+        stored = len(votes) * attack.passes
+        if others := done + duplicates:
+            found = read_samples(self._store, read_run(self._store), attack, [block.sample for block in others])
+            votes += [_votes(one, attack) for one in found]
+        return Receipt(
+            votes=votes,
+            stored=stored,
+            duplicates=duplicates,
+            seconds=time.perf_counter() - start,
+            draws=draws,
+            device=self._facts.device,
+            store_failures=self._store.failures - failures,
+        )
+
+    @property
+    def _attack(self) -> Attack:
+        assert self._setup.attack is not None
+        return self._setup.attack
+
+    def _attack_sample(self, index: int, attempt: str) -> AttackedSample:
+        start, sample = time.perf_counter(), self._sample(index)
+        if sample.label == UNLABELLED:
+            raise UserError(f"sample {index} has no label; attack labelled samples, chosen with --samples")
+        rungs = self._search(index, sample)
+        metadata = AttackMetadata(
+            attack=self._attack.id,
+            votes_id=self._setup.votes_id,
+            sample_sha256=sample.sha256,
+            shape=sample.image_CHW.shape,
+            attempt=attempt,
+            device=self._facts.device,
+            versions=self._facts.versions,
+            batch_size=self._options.batch_size,
+            threads=self._setup.threads,
+            seconds=time.perf_counter() - start,
+            compiled=self._setup.spec.compute.compile,
+        )
+        return AttackedSample(sample=index, label=sample.label, rungs=rungs, metadata=metadata)
+
+    @property
+    def _options(self) -> CastOptions:
+        """Batches no larger than the votes at one image, so that little is padded."""
+        return CastOptions(min(self.batch_size, max(self._attack.n0, self._attack.n)), self._setup.threads)
+
+    def _search(self, index: int, sample: Sample) -> list[Rung]:
+        """Attack a sample; if memory runs out, again with smaller batches."""
+        search = search_of(self._attack)
+        while True:
+            try:
+                return attack_sample(self._f, sample, index, self._attack, self._noise, self._options, search)
+            except torch.OutOfMemoryError:
+                pass  # its traceback holds tensors, so memory is freed only after this clause
+            self._halve_batch()
+
+
+def _votes(one: AttackedSample, attack: Attack) -> Votes:
+    """The votes at the nearest image that is proven, or else those at the clean image."""
+    nearest = one.nearest(attack.alpha)
+    counts_K = one.rungs[0].selection_K if nearest is None or nearest.judging_K is None else nearest.judging_K
+    target = one.label if nearest is None else rival(nearest.selection_K, one.label)
+    return Votes(block_of(one.sample, attack), one.label, {target: int(counts_K[target])})
