@@ -113,6 +113,15 @@ def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma:
     return out_MCHW
 
 
+def fixed_noise(purpose: str, seed: int, shape: tuple[int, ...]) -> Floats:
+    """Return standard normal noise that is part of a network, N x C x H x W, float32, under a key of its own."""
+    stream, out_NCHW = _NormalStream(seed, purpose), np.empty(shape, dtype=np.float32)
+    z = np.empty(out_NCHW[0].size)
+    for index, out in enumerate(out_NCHW.reshape(shape[0], -1)):
+        out[:] = stream.fill(z, 0, 0, index)
+    return out_NCHW
+
+
 def check_known_answers() -> None:
     """Check that the installed NumPy generates the noise stream that all runs use.
 

@@ -164,8 +164,8 @@ class OwnNetwork:
 
     def __post_init__(self) -> None:
         own_function(self.section.arch)
-        for key in ("normalize", "interpolation"):
-            if getattr(self.section, key, None) is not None:
+        for key in ("normalize", "interpolation", "options", "ignore"):
+            if getattr(self.section, key, None):
                 raise UserError(
                     f"{self.name}.{key} is not applied to own functions, such as {self.section.arch!r}; do it in the "
                     "function, and remove the key"
