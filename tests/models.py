@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.noise import Draws
 from pipeline.orders import order_of, place_order
 from pipeline.results import StoredRun
 from pipeline.run import claim_run, describe_run
@@ -151,3 +152,16 @@ def with_memory(spec: RunSpec, device: torch.device) -> Model:
     """Every call gives other logits, as with dropout that was left in training mode."""
     calls = itertools.count()
     return lambda x_BCHW: torch.tensor([0.0, float(next(calls) % 2)]).expand(len(x_BCHW), 2)
+
+
+INNER_STD = 0.75  # of the inner noise of `random_half_space`, per pixel
+
+
+def random_half_space(spec: RunSpec, device: torch.device) -> Callable[..., Tensor]:
+    """The half-space with inner noise, which depends on the identity of each draw alone."""
+    model = half_space(spec, device)
+
+    def logits(x_BCHW: Tensor, draws: Draws) -> Tensor:
+        return model(x_BCHW + INNER_STD * torch.from_numpy(draws.noise(tuple(x_BCHW.shape[1:]))))
+
+    return logits

@@ -1,9 +1,11 @@
 """The shipped specs, and how the argument SPEC of a command is found and loaded."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.models.own import is_own
 from pipeline.spec import RunSpec, load_spec
 
 SPECS = Path(__file__).parent
@@ -22,13 +24,22 @@ def find_spec(name: str) -> Path:
 
 def load_specs(names: Sequence[str], overrides: Sequence[str]) -> list[RunSpec]:
     """The specs of one command. Raises: UserError, also if two have the same name and would share a run."""
-    loaded = [load_spec(find_spec(name), overrides) for name in names]
+    loaded = [load_with_own_modules(find_spec(name), overrides) for name in names]
     seen: set[str] = set()
     for spec in loaded:
         if spec.name in seen:
             raise UserError(f"two specs have the name {spec.name!r} and would share a run; rename one of them")
         seen.add(spec.name)
     return loaded
+
+
+def load_with_own_modules(path: Path, overrides: Sequence[str]) -> RunSpec:
+    """A spec; if it names own functions, Python also finds modules in the spec's folder, after all packages."""
+    spec = load_spec(path, overrides)
+    folder = str(path.absolute().parent)
+    if any(is_own(arch) for arch in (spec.denoiser.arch, spec.classifier.arch)) and folder not in sys.path:
+        sys.path.append(folder)
+    return spec
 
 
 def load_shipped(name: str) -> RunSpec | None:
