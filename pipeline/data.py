@@ -310,6 +310,8 @@ def _csv(data: Data) -> Dataset:
         ) from error
     pixels, count = values[:, 1:], values.shape[1] - 1
     channels = next((one for one in (1, 3) if count and math.isqrt(count // one) ** 2 * one == count), None)
+    if not len(values):
+        raise UserError(f"data.path = {data.path!r}: contains no row of a label and pixels; add the images")
     if channels is None:
         raise UserError(
             f"data.path = {data.path!r}: a row has {count} pixels after its label; it must be a square (grey images) "

@@ -727,7 +727,7 @@ def test_unsuitable_arrays_and_tables_give_one_line(tmp_path):
         ("a.csv", "0,1,2,3,256\n", "they must be 0 to 255"),
         ("a.csv", "0,1,2,x,4\n", "write whole numbers"),
         ("a.csv", "", "write whole numbers"),
-        ("a.csv", "label,a\n", "labels"),
+        ("a.csv", "label,a\n", "contains no row"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)

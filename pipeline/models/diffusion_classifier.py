@@ -159,7 +159,8 @@ class DiffusionClassifier(nn.Module):
         pairs, steps = len(image_P), len(chunk_S)
         image_R, label_R = image_P.repeat_interleave(steps), label_P.repeat_interleave(steps)
         step_R = chunk_S.repeat(pairs)
-        rows = zip(*(index_R.split(self.options.rows) for index_R in (image_R, label_R, step_R)), strict=True)
+        size = len(step_R) if z_BCHW.is_meta else self.options.rows
+        rows = zip(*(index_R.split(size) for index_R in (image_R, label_R, step_R)), strict=True)
         losses = [self._row_losses(z_BCHW[image], label, step, noise_SCHW[step]) for image, label, step in rows]
         summed_P = torch.cat(losses).view(pairs, steps).sum(dim=1)
         if z_BCHW.is_meta:
