@@ -12,7 +12,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from jobs.specs import SPECS, find_spec
+from jobs.specs import SPECS, find_spec, load_named
 from pipeline.cascade import CASCADE
 from pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from pipeline.orders import CERTIFICATES, Certificate
@@ -85,25 +85,6 @@ def main() -> None:
         handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in ("pipeline.storage.fetch", "pipeline.data"):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
-
-
-def _find_own_functions() -> None:
-    """Look for own functions package.module:function in the working folder, after all packages.
-
-    Only commands that were given a spec do so: no other command imports anything from there.
-    """
-    try:
-        folder = str(Path.cwd())
-    except OSError:  # it was deleted
-        return
-    if folder not in sys.path:
-        sys.path.append(folder)
-
-
-def _load_spec(name: str, overrides: Sequence[str]) -> RunSpec:
-    """The spec that the command line names; its own functions can be found."""
-    _find_own_functions()
-    return load_spec(find_spec(name), overrides)
 
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -214,7 +195,6 @@ def _cast(
         logging.getLogger().setLevel(logging.INFO)
     overrides += ("compute.device=cpu",) if cpu else ()
     overrides += ("smoothing.seed=random",) if fresh_seed else ()
-    _find_own_functions()
     loaded = load_specs(specs, overrides)
     wanted = [(spec, home_of(spec, out, several=len(loaded) > 1)) for spec in loaded]
     how = Options(certificate=certificate, costly=costly, quiet=as_json or quiet, verbose=verbose, **options)
@@ -381,7 +361,7 @@ def audit(
     from jobs import audit as command
 
     how = command.Effort(**effort)
-    spec = _load_spec(spec_name, overrides) if spec_name else None
+    spec = load_named(spec_name, overrides) if spec_name else None
     published = command.Published(commitment=commitment, root=root, signers=signers)
     found = command.audit(run, spec=spec, effort=how, published=published)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else printable(str(found)), nl=as_json)
@@ -555,7 +535,7 @@ def report(
     from jobs import report as command
     from jobs.specs import load_shipped
 
-    loaded = [_load_spec(name, overrides) for name in specs]
+    loaded = [load_named(name, overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
     click.echo(printable(f"{output}: report"))
     sys.exit(0 if complete else 1)
@@ -601,7 +581,7 @@ def plan(
     from jobs import plan as planning
 
     prices = planning.parse_gpus(gpus)
-    loaded = [_load_spec(name, overrides) for name in specs]
+    loaded = [load_named(name, overrides) for name in specs]
     passes = planning.attack_passes() if of_attack else None
     plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes) for spec in loaded]
     if as_json:
@@ -675,7 +655,7 @@ def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ..
     from jobs.bench.speed import Effort, bench_speed, print_speed
 
     figures = bench_speed(
-        _load_spec(spec, (*overrides, "compute.device=cpu") if cpu else overrides),
+        load_named(spec, (*overrides, "compute.device=cpu") if cpu else overrides),
         batch_sizes=options["sizes"],
         precisions=options["precisions"],
         threads=options["threads"],
@@ -744,7 +724,6 @@ def submit(
     options = [] if actors is None else [f"--actors={actors}"]
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
-    _find_own_functions()
     files = [(name, find_spec(name)) for name in specs]
     named = [submission.SpecFile(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
     request = submission.Submission(specs=named, out=out, shared=shared, overrides=overrides, options=options, env=env)

@@ -29,10 +29,11 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.plan import warn_of_cost
+from jobs.specs import load_named
 from pipeline.errors import RunError, UserError, one_line, redacted
 from pipeline.locations import is_relative, is_remote, shown
 from pipeline.models.own import imported_names, is_own
-from pipeline.spec import LOCATIONS, RunSpec, load_spec
+from pipeline.spec import LOCATIONS, RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def submit(
 
     Raises: UserError, RunError.
     """
-    specs = [load_spec(one.file, submission.overrides) for one in submission.specs]
+    specs = [load_named(str(one.file), submission.overrides) for one in submission.specs]
     _refuse_secrets(submission)
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):

@@ -2,19 +2,23 @@
 
 import hashlib
 import logging
+import math
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from pipeline.errors import RunError, UserError
-from pipeline.images import EncodedImages, Sample
+from pipeline.errors import RunError, UserError, first_line
+from pipeline.images import UNLABELLED, EncodedImages, Sample
 from pipeline.locations import is_remote, require_set
 from pipeline.sources import IMAGE_ENDINGS, ImageFiles, ParquetRows
 from pipeline.spec import Data
@@ -46,9 +50,11 @@ class Dataset(Protocol):
 
 
 class RawImages:
-    """Images in memory as pixels_NHWC, uint8."""
+    """Images in memory as pixels_NHWC: uint8, or float32 in [0, 1]."""
 
-    def __init__(self, pixels_NHWC: NDArray[np.uint8], labels: Sequence[int], num_classes: int) -> None:
+    def __init__(
+        self, pixels_NHWC: NDArray[np.uint8] | NDArray[np.float32], labels: Sequence[int], num_classes: int
+    ) -> None:
         self.num_classes = num_classes
         self._pixels_NHWC, self._labels = pixels_NHWC, labels
 
@@ -59,7 +65,9 @@ class RawImages:
         if not 0 <= index < len(self):
             raise IndexError(index)
         pixels_HWC, label = np.ascontiguousarray(self._pixels_NHWC[index]), int(self._labels[index])
-        image_CHW = pixels_HWC.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        image_CHW = pixels_HWC.transpose(2, 0, 1).astype(np.float32)
+        if pixels_HWC.dtype == np.uint8:
+            image_CHW /= np.float32(255)
         return Sample(image_CHW, label, hashlib.sha256(pixels_HWC.tobytes() + str(label).encode()).hexdigest())
 
 
@@ -246,12 +254,118 @@ def _parquet_files(path: str, split: str) -> list[str]:
     return of_split or files
 
 
+def _npz(data: Data) -> Dataset:
+    """Open a file of numpy.savez with the images x and their labels y."""
+    path = _single_file(data)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"x", "y"} <= set(arrays.files):
+                found = ", ".join(arrays.files[:10]) or "nothing"
+                raise UserError(f"data.path = {data.path!r}: holds {found}; save the arrays x (images) and y (labels)")
+            pixels, labels = arrays["x"], arrays["y"]
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error, AttributeError) as error:
+        raise UserError(
+            f"data.path = {data.path!r}: cannot be read as a file of numpy.savez ({first_line(error)}); save the "
+            "arrays x (images) and y (labels) without Python objects"
+        ) from error
+    return _in_memory(data, _pixels(data, pixels), labels)
+
+
+def _pixels(data: Data, x: NDArray[Any]) -> NDArray[Any]:
+    """Return images N x H x W, N x H x W x C or N x C x H x W as N x H x W x C, uint8 or float32."""
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3):
+        x = x.transpose(0, 2, 3, 1)
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise UserError(
+            f"data.path = {data.path!r}: x has shape {x.shape}; it must be N x H x W, N x H x W x C or N x C x H x W "
+            "with 1 or 3 channels"
+        )
+    if x.dtype == np.uint8:
+        return x
+    if x.dtype.kind != "f" or not ((x >= 0) & (x <= 1)).all():
+        raise UserError(
+            f"data.path = {data.path!r}: x has type {x.dtype} and values from {x.min()} to {x.max()}; it must be "
+            "uint8, or float with values in [0, 1]"
+        )
+    return x.astype(np.float32)
+
+
+def _csv(data: Data) -> Dataset:
+    """Open a CSV file whose rows are a label and the pixels of a square image, from 0 to 255, with or without names.
+
+    The number of pixels is a square (grey), or three times a square (all red pixels first, then green, then blue).
+    """
+    path = _single_file(data)
+    try:
+        first = pd.read_csv(path, header=None, nrows=1, dtype=str)
+        named = not str(first.iat[0, 0]).strip().lstrip("+-").isdigit()
+        table = pd.read_csv(path, header=0 if named else None)
+        values = table.to_numpy(dtype=np.int64)
+    except (ValueError, OverflowError, UnicodeError) as error:  # pandas' errors are ValueErrors
+        raise UserError(
+            f"data.path = {data.path!r}: cannot be read as rows of a label and pixels ({first_line(error)}); write "
+            "whole numbers, separated by commas"
+        ) from error
+    pixels, count = values[:, 1:], values.shape[1] - 1
+    channels = next((one for one in (1, 3) if count and math.isqrt(count // one) ** 2 * one == count), None)
+    if not len(values):
+        raise UserError(f"data.path = {data.path!r}: contains no row of a label and pixels; add the images")
+    if channels is None:
+        raise UserError(
+            f"data.path = {data.path!r}: a row has {count} pixels after its label; it must be a square (grey images) "
+            "or three times a square (colour)"
+        )
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise UserError(
+            f"data.path = {data.path!r}: pixels have values from {pixels.min()} to {pixels.max()}; they must be 0 to "
+            "255"
+        )
+    side = math.isqrt(count // channels)
+    images_NCHW = pixels.astype(np.uint8).reshape(len(pixels), channels, side, side)
+    return _in_memory(data, images_NCHW.transpose(0, 2, 3, 1), values[:, 0])
+
+
+def _single_file(data: Data) -> Path:
+    if data.path is None:
+        raise UserError(f"data.path is missing, but data.name = {data.name!r} needs the path of a file; set it")
+    if data.resize is not None or data.crop is not None:
+        raise UserError(
+            f"data.resize and data.crop are not applied to data.name = {data.name!r}, whose images all have one size; "
+            "remove them"
+        )
+    path = fetch(data.path) if is_remote(data.path) else Path(data.path)
+    if not path.is_file():
+        raise UserError(f"data.path = {data.path!r}: there is no such file; correct the path")
+    return path
+
+
+def _in_memory(data: Data, pixels_NHWC: NDArray[Any], labels: NDArray[Any]) -> RawImages:
+    """Check that the labels suit the images."""
+    y = np.asarray(labels)
+    if y.shape != (len(pixels_NHWC),) or y.dtype.kind not in "iu" or not len(y):
+        raise UserError(
+            f"data.path = {data.path!r}: the labels have shape {y.shape} and type {y.dtype}; they must be one whole "
+            f"number for each of the {len(pixels_NHWC)} images"
+        )
+    num_classes = data.num_classes or max(int(y.max()) + 1, 2)
+    if y.min() < UNLABELLED or y.max() >= num_classes:
+        raise UserError(
+            f"data.path = {data.path!r}: labels reach from {y.min()} to {y.max()}; they must be 0 to "
+            f"{num_classes - 1}, or -1 for an unlabelled image"
+        )
+    return RawImages(pixels_NHWC, y.tolist(), num_classes)
+
+
 DATASETS: dict[str, Callable[[Data], Dataset]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "imagenet": _imagenet,
     "imagefolder": _imagefolder,
     "parquet": _parquet,
+    "npz": _npz,
+    "csv": _csv,
 }
 
 

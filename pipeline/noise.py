@@ -102,6 +102,45 @@ class Noise:
             np.multiply(z, 1.0 if self.grid else self.sigma, out=out, casting="same_kind")
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Which draw each row of a batch is. A network with inner randomness derives it from this identity alone.
+
+    Its votes are then the same for every batch size and worker, at every retry, and in an audit. The certificate holds
+    for the probability over the smoothing noise and the inner randomness together, which have different keys. `copy` is
+    the number of the local copy, and `samples` the index of the clean image.
+    """
+
+    seed: int
+    streams: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    copies: NDArray[np.int64]
+
+    @classmethod
+    def unknown(cls, rows: int) -> Self:
+        """Return the identity of rows that are no draws of a run, such as those of a measurement."""
+        zeros = np.zeros(rows, dtype=np.int64)
+        return cls(0, zeros, zeros, np.arange(rows), zeros)
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def repeated(self, m: int) -> Self:
+        """Return the identity of m local copies of each row, the copies of a row next to each other."""
+        streams, samples, draws = (np.repeat(one, m) for one in (self.streams, self.samples, self.draws))
+        return type(self)(self.seed, streams, samples, draws, np.tile(np.arange(m), len(self)))
+
+    def noise(self, shape: tuple[int, ...], purpose: str = "") -> Floats:
+        """Return standard normal noise for each row, B x shape, float32; another purpose gives independent noise."""
+        stream, out = _NormalStream(self.seed, f"own:{purpose}"), np.empty((len(self), *shape), dtype=np.float32)
+        z = np.empty(out[0].size if len(self) else 0)
+        identities = zip(self.streams + len(STREAMS) * self.copies, self.samples, self.draws, strict=True)
+        for row, (number, sample, draw) in zip(out.reshape(len(self), -1), identities, strict=True):
+            row[:] = stream.fill(z, int(number), int(sample), int(draw))
+        return out
+
+
 def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma: float) -> Floats:
     """Return the m fixed noise tensors of local smoothing, M x C x H x W, float32.
 
@@ -112,6 +151,15 @@ def local_noise(*, local_seed: int, m: int, shape: tuple[int, ...], local_sigma:
     for copy, out in enumerate(out_MCHW.reshape(m, -1)):
         np.multiply(stream.fill(z, 0, 0, copy), local_sigma, out=out, casting="same_kind")
     return out_MCHW
+
+
+def fixed_noise(purpose: str, seed: int, shape: tuple[int, ...]) -> Floats:
+    """Return standard normal noise that is part of a network, N x C x H x W, float32, under a key of its own."""
+    stream, out_NCHW = _NormalStream(seed, purpose), np.empty(shape, dtype=np.float32)
+    z = np.empty(out_NCHW[0].size)
+    for index, out in enumerate(out_NCHW.reshape(shape[0], -1)):
+        out[:] = stream.fill(z, 0, 0, index)
+    return out_NCHW
 
 
 def check_known_answers() -> None:

@@ -8,12 +8,13 @@ smoothing (Carlini et al. 2023); if there is no denoiser either, it is Cohen's s
 Shapes: B batch, C channels, H W image, K classes, M local copies, N draws, T blocks of a task, U images of a task.
 """
 
+import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from pipeline.errors import RunError, UserError, first_line
 from pipeline.images import Sample
 from pipeline.models.classifiers import ClassifierSource, resolve_classifier
 from pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
-from pipeline.noise import Noise, local_noise
+from pipeline.noise import STREAMS, Draws, Noise, local_noise
 from pipeline.spec import RunSpec
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,21 +56,24 @@ class BaseClassifier:
         self.num_classes = num_classes
         self.device = local_noise_MCHW.device
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._denoiser_takes_draws, self._classifier_takes_draws = _takes_draws(denoiser), _takes_draws(classifier)
+        self.takes_draws = self._denoiser_takes_draws or self._classifier_takes_draws
 
     @torch.inference_mode()
     def denoise(self, x_BCHW: Tensor) -> Tensor:
         """Return x0_BCHW in [0, 1], or the input itself if there is no denoiser."""
-        return self._denoise(x_BCHW)
+        return self._denoise(x_BCHW, None)
 
     @torch.inference_mode()
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """Return logits_BK, float32."""
-        return self.classifier(x_BCHW).float()
+        return self.logits(x_BCHW).float()
 
-    def __call__(self, x_BCHW: Tensor) -> Tensor:
+    def __call__(self, x_BCHW: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return the scores; `draws` says which draw each row is, for networks with inner randomness."""
         if self._compiled is None:
             with torch.inference_mode():
-                return self._mean_softmax(x_BCHW)
+                return self._mean_softmax(x_BCHW, draws)
         with torch.no_grad():  # in inference mode the compiler cannot create views of weights
             return self._compiled(x_BCHW)
 
@@ -77,26 +81,42 @@ class BaseClassifier:
         """Use torch.compile for f, with CUDA graphs on a GPU.
 
         Compilation takes minutes at the first call with each shape. `denoise` and `classify` are not compiled.
+        Raises: UserError for networks with inner randomness.
         """
+        if self.takes_draws:
+            raise UserError(
+                "compute.compile = true does not suit a function that takes draws, because its noise is made outside "
+                "of torch; set it to false"
+            )
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self._compiled = torch.compile(self._mean_softmax, dynamic=False, mode=mode)
 
-    def _denoise(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW if self.denoiser is None else self.denoiser(x_BCHW, self._sigma)
+    def _denoise(self, x_BCHW: Tensor, draws: Draws | None) -> Tensor:
+        if self.denoiser is None:
+            return x_BCHW
+        inner = {"draws": draws or Draws.unknown(len(x_BCHW))} if self._denoiser_takes_draws else {}
+        return self.denoiser(x_BCHW, self._sigma, **inner)
 
-    def _mean_softmax(self, x_BCHW: Tensor) -> Tensor:
+    def logits(self, x_BCHW: Tensor, draws: Draws | None = None, copies: int = 1) -> Tensor:
+        """Return what the classifier returns for the copies of images, `copies` of each next to each other."""
+        inner = {}
+        if self._classifier_takes_draws:
+            inner["draws"] = (draws or Draws.unknown(len(x_BCHW) // copies)).repeated(copies)
+        return self.classifier(x_BCHW, **inner)
+
+    def _mean_softmax(self, x_BCHW: Tensor, draws: Draws | None = None) -> Tensor:
         B, M = len(x_BCHW), len(self.local_noise_MCHW)
-        logits = self._logits_of_copies(self._denoise(x_BCHW)).float()
+        logits = self._logits_of_copies(self._denoise(x_BCHW, draws), draws).float()
         return logits.softmax(dim=1).reshape(B, M, -1).mean(dim=1)
 
-    def _logits_of_copies(self, x0_BCHW: Tensor) -> Tensor:
+    def _logits_of_copies(self, x0_BCHW: Tensor, draws: Draws | None = None) -> Tensor:
         copies_BMCHW = x0_BCHW[:, None] + self.local_noise_MCHW
-        return self.classifier(copies_BMCHW.flatten(0, 1))
+        return self.logits(copies_BMCHW.flatten(0, 1), draws, len(self.local_noise_MCHW))
 
     def differentiable_denoise(self, x_BCHW: Tensor) -> Tensor:
         """`denoise`, with gradients."""
         with torch.enable_grad():
-            return self._denoise(x_BCHW)
+            return self._denoise(x_BCHW, None)
 
     def differentiable_log_scores(self, x0_BCHW: Tensor) -> Tensor:
         """Return the logarithms of scores_BK of denoised images, float64, with gradients; never compiled.
@@ -107,6 +127,16 @@ class BaseClassifier:
         with torch.enable_grad():
             logits = self._logits_of_copies(x0_BCHW).double()
             return logits.log_softmax(dim=1).reshape(B, M, -1).logsumexp(dim=1) - math.log(M)
+
+
+def _takes_draws(network: Callable[..., Any] | None) -> bool:
+    """Return whether a network has a parameter `draws`."""
+    if network is None:
+        return False
+    try:
+        return "draws" in inspect.signature(getattr(network, "forward", network)).parameters
+    except (TypeError, ValueError):  # built-in functions have no signature
+        return False
 
 
 class Sources(NamedTuple):
@@ -194,6 +224,7 @@ class _Batch(NamedTuple):
     image_B: Tensor  # index of the image that each row adds its noise to
     block_B: Tensor  # index of the block that each row votes in; the number of blocks for padding rows
     finished: int  # number of blocks that are complete after this batch
+    draws: Draws  # which draw each row is
 
 
 class _Rows(NamedTuple):
@@ -229,7 +260,7 @@ def cast_votes(
         return _make_batch(parts, blocks, images, images_UCHW, noise, options.batch_size)
 
     for batch in _made_ahead(make, _split(blocks, options.batch_size), options.threads):
-        scores_BK = f(in_pixels(images_UCHW[batch.image_B] + batch.noise_BCHW, noise))
+        scores_BK = f(in_pixels(images_UCHW[batch.image_B] + batch.noise_BCHW, noise), batch.draws)
         finite &= scores_BK.isfinite().all()
         votes_B = scores_BK.argmax(dim=1)
         counts_TK.view(-1).scatter_add_(0, batch.block_B * f.num_classes + votes_B, torch.ones_like(votes_B))
@@ -308,14 +339,17 @@ def _make_batch(
     noise_BCHW = torch.zeros(batch_size, *images_UCHW.shape[1:], pin_memory=device.type == "cuda")
     image_B = torch.zeros(batch_size, dtype=torch.int64)
     block_B = torch.full((batch_size,), len(blocks), dtype=torch.int64)
+    identity = np.zeros((4, batch_size), dtype=np.int64)  # of each row: stream, sample, draw, copy
     for index, first_row, draws in parts:
         block, rows = blocks[index], slice(first_row, first_row + len(draws))
+        identity[:2, rows] = [[STREAMS[block.stage]], [block.sample]]
+        identity[2, rows] = draws
         noise.fill(noise_BCHW[rows].numpy(), block.stage, block.sample, draws)
         image_B[rows], block_B[rows] = images[block.sample], index
     last = parts[-1]
     finished = last.block + (last.draws.stop == blocks[last.block].draw_stop)
     noise_BCHW, image_B, block_B = (one.to(device, non_blocking=True) for one in (noise_BCHW, image_B, block_B))
-    return _Batch(noise_BCHW, image_B, block_B, finished)
+    return _Batch(noise_BCHW, image_B, block_B, finished, Draws(noise.seed, *identity))
 
 
 def _made_ahead(
@@ -348,7 +382,7 @@ def check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
             f"the denoiser returned shape {tuple(x0_BCHW.shape)} for images of shape {tuple(x_BCHW.shape)}; use a "
             "denoiser that keeps the shape"
         )
-    logits = _output("classifier", f.classifier, x0_BCHW)
+    logits = _output("classifier", f.logits, x0_BCHW)
     if logits.ndim != 2 or len(logits) != len(x_BCHW):
         raise UserError(
             f"the classifier returned shape {tuple(logits.shape)} for a batch of {len(x_BCHW)} images; it must return "

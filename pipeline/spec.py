@@ -110,6 +110,7 @@ class UNetSettings(Record):
     attention_factors: list[Annotated[int, Field(ge=1, le=512)]] = Field(default=[])
     num_heads: int = Field(default=1, ge=1)
     num_head_channels: int | None = Field(default=None, ge=1)  # channels per head; overrides num_heads
+    qkv_first: bool = False  # attention layers split q, k, v before the heads, as consistency models do
     num_groups: int = Field(default=32, ge=1)
     resblock_updown: bool = False
     learn_sigma: bool = False
@@ -163,7 +164,7 @@ class DenoiserIdentity(Record):
     def _check_unet(self) -> Self:
         if self.arch == "unet" and self.unet is None:
             raise ValueError("unet is missing; arch = 'unet' needs its hyper-parameters in [denoiser.unet]")
-        if self.arch != "unet" and self.unet is not None:
+        if self.arch not in ("unet", "consistency") and self.unet is not None:
             raise ValueError(f"unet is given, but arch = {self.arch!r}; remove [denoiser.unet] or use arch = 'unet'")
         if self.arch == "none" and self.steps > 1:
             raise ValueError("steps is given, but arch = 'none' does not denoise; remove it or name an architecture")
@@ -205,6 +206,8 @@ class ClassifierIdentity(Record):
     # None: as the architecture's own metadata say; the field's checkpoints have none, so the spec must say it
     normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None  # to the network's input size; None: see normalize
+    options: dict[str, str | bool | int | float] = Field(default={})  # of the architecture
+    ignore: list[str] = Field(default=[])  # patterns of keys that the checkpoint has too many, such as decoder.*
 
 
 class Classifier(ClassifierIdentity):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.noise import Draws
 from pipeline.orders import order_of, place_order
 from pipeline.results import StoredRun
 from pipeline.run import claim_run, describe_run
@@ -169,3 +170,16 @@ def detached_half_space(spec: RunSpec, device: torch.device) -> Model:
     """`half_space` that hides its gradient."""
     inner = half_space(spec, device)
     return lambda x_BCHW: inner(x_BCHW.detach())
+
+
+INNER_STD = 0.75  # of the inner noise of `random_half_space`, per pixel
+
+
+def random_half_space(spec: RunSpec, device: torch.device) -> Callable[..., Tensor]:
+    """The half-space with inner noise, which depends on the identity of each draw alone."""
+    model = half_space(spec, device)
+
+    def logits(x_BCHW: Tensor, draws: Draws) -> Tensor:
+        return model(x_BCHW + INNER_STD * torch.from_numpy(draws.noise(tuple(x_BCHW.shape[1:]))))
+
+    return logits

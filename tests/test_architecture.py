@@ -26,8 +26,17 @@ ARROWS = {
     "pipeline.models.weights": "models.files",
     "pipeline.models.unet": "spec",
     "pipeline.models.fused": "models.unet",
-    "pipeline.models.denoisers": "models.files models.fused models.own models.unet models.weights spec",
-    "pipeline.models.classifiers": "models.files models.own models.weights spec",
+    "pipeline.models.restoration": "models.files models.weights",
+    "pipeline.models.edm": "models.fused models.weights",
+    "pipeline.models.denoisers": (
+        "models.edm models.files models.fused models.own models.restoration models.unet models.weights spec"
+    ),
+    "pipeline.models.options": "records spec",
+    "pipeline.models.rrcm": "models.files models.options models.weights spec",
+    "pipeline.models.diffusion_classifier": "models.edm models.files models.options noise spec",
+    "pipeline.models.classifiers": (
+        "models.diffusion_classifier models.files models.own models.rrcm models.weights spec"
+    ),
     "pipeline.models.device": "spec",
     "pipeline.sources": "storage.remote",
     "pipeline.images": "sources",

@@ -748,3 +748,68 @@ def test_a_data_set_is_identified_by_its_size_and_samples(images):
     for changed in (rows[:-1], rows[::-1], [*rows[:-1], {**rows[-1], "label": 0}]):
         pq.write_table(pa.Table.from_pylist(changed), images)
         assert dataset_id(open_dataset(Data(name="parquet", path=str(images)))) != before
+
+
+def array_data(path, name="npz", **options):
+    return open_dataset(Data(name=name, path=str(path), **options))
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
+@pytest.mark.parametrize("kind", [np.uint8, np.float64])
+def test_images_and_labels_of_numpy(tmp_path, layout, kind):
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (4, 5, 6) if layout == "NHW" else (4, 5, 6, 3), dtype=np.uint8)
+    expected = (x[:, None] if layout == "NHW" else x.transpose(0, 3, 1, 2)) / 255
+    stored = x if kind == np.uint8 else x / 255
+    np.savez(tmp_path / "a.npz", x=stored.transpose(0, 3, 1, 2) if layout == "NCHW" else stored, y=[0, 2, 1, -1])
+    data = array_data(tmp_path / "a.npz")
+    assert (len(data), data.num_classes) == (4, 3)
+    assert [data[index].label for index in range(4)] == [0, 2, 1, -1]
+    assert np.allclose(np.stack([data[index].image_CHW for index in range(4)]), expected, atol=1e-7)
+    assert len({data[index].sha256 for index in range(4)}) == 4
+
+
+@pytest.mark.parametrize("header", ["", "label,a,b,c,d,e,f,g,h,i,j,k,l\n"])
+def test_rows_of_labels_and_pixels(tmp_path, header):
+    """Twelve pixels are a colour image of 2 x 2: red, then green, then blue."""
+    (tmp_path / "a.csv").write_text(f"{header}1,{','.join(map(str, range(12)))}\n0,{','.join(['255'] * 12)}\n")
+    data = array_data(tmp_path / "a.csv", "csv")
+    assert [data[index].label for index in range(2)] == [1, 0]
+    assert np.array_equal(data[0].image_CHW * 255, np.arange(12).reshape(3, 2, 2))
+    (tmp_path / "grey.csv").write_text("0,1,2,3,4\n")
+    assert array_data(tmp_path / "grey.csv", "csv")[0].image_CHW.shape == (1, 2, 2)
+
+
+def test_unsuitable_arrays_and_tables_give_one_line(tmp_path):
+    good = np.zeros((2, 4, 4), np.uint8)
+    for arrays, message in (
+        ({"images": good}, r"holds images; save the arrays x \(images\) and y \(labels\)"),
+        ({"x": good, "y": np.array([None, 1], dtype=object)}, "without Python objects"),
+        ({"x": good[0], "y": [0]}, r"x has shape \(4, 4\)"),
+        ({"x": good + 2.0, "y": [0, 1]}, "float with values in"),
+        ({"x": good.astype(np.int32), "y": [0, 1]}, "it must be uint8"),
+        ({"x": good, "y": [0]}, r"labels have shape \(1,\)"),
+        ({"x": good, "y": [0.5, 1]}, "type float64"),
+        ({"x": good, "y": [-2, 1]}, "labels reach from -2 to 1"),
+    ):
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(UserError, match=message):
+            array_data(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=good, y=[0, 1])
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
+    for name, text, message in (
+        ("half.npz", None, r"cannot be read as a file of numpy\.savez"),
+        ("none.npz", None, "there is no such file"),
+        ("a.csv", "0,1,2,3,4,5\n", "a row has 5 pixels after its label"),
+        ("a.csv", "0,1,2,3,256\n", "they must be 0 to 255"),
+        ("a.csv", "0,1,2,x,4\n", "write whole numbers"),
+        ("a.csv", "", "write whole numbers"),
+        ("a.csv", "label,a\n", "contains no row"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            array_data(tmp_path / name, name.rpartition(".")[2])
+    with pytest.raises(UserError, match=r"are not applied to data\.name = 'npz'"):
+        array_data(tmp_path / "a.npz", resize=8)

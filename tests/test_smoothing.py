@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, norm
 
 from pipeline.block import Block
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
-from pipeline.noise import Noise, local_noise
+from pipeline.noise import Draws, Noise, local_noise
 from pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
 from pipeline.spec import load_spec
+from tests.models import INNER_STD, THRESHOLD
 
 MNIST = "jobs/specs/mnist.toml"
 
@@ -182,3 +184,58 @@ def test_the_identity_of_an_own_function_covers_the_modules_that_it_imports(raw_
     assert before["classifier.imports"] != after["classifier.imports"]
     raw_spec["classifier"]["arch"] = "tests.models:half_space"  # imports only installed packages and this package
     assert set(weights_ids(load_spec(raw_spec))) == {"classifier.source"}
+
+
+def test_votes_of_a_random_f_do_not_depend_on_the_split_and_have_the_exact_probability(raw_spec):
+    """Inner noise of standard deviation s in each pixel acts like smoothing noise of sqrt(sigma^2 + s^2)."""
+    raw_spec["classifier"]["arch"] = "tests.models:random_half_space"
+    spec = load_spec(raw_spec)
+    f, data = build_base_classifier(spec, "cpu"), open_dataset(spec.data)
+    assert f.takes_draws
+    blocks = [Block(sample, "estimation", start, start + 500) for sample in (0, 1) for start in (0, 500)]
+    whole = counts(f, data, blocks)
+    again = {}
+    for block in blocks:
+        again |= counts(f, data, [block], batch_size=33, threads=2)
+    assert again == whole
+    assert counts(f, data, blocks, seed=1) != whole
+    for sample in (0, 1):
+        margin = (float(data[sample].image_CHW.mean()) - THRESHOLD) * 4  # of an image of 16 pixels
+        p = norm.cdf(margin / np.hypot(0.5, INNER_STD))
+        votes = sum(counts_K[1] for block, counts_K in whole.items() if block.sample == sample)
+        assert binomtest(int(votes), 1000, p).pvalue > 1e-3
+
+
+def test_inner_noise_depends_on_every_part_of_a_draws_identity():
+    parts = {"streams": 0, "samples": 4, "draws": 7, "copies": 0}
+
+    def noise(seed=3, purpose="", **changes):
+        rows = {key: np.array([value]) for key, value in (parts | changes).items()}
+        return Draws(seed, **rows).noise((3,), purpose)[0]
+
+    others = [noise(seed=4), noise(purpose="x"), *(noise(**{key: parts[key] + 1}) for key in parts)]
+    assert len({tuple(one) for one in [noise(), *others]}) == 7
+    smoothing = np.empty((1, 3), np.float32)
+    Noise(3, 1.0).fill(smoothing, "selection", 4, [7])
+    assert not np.allclose(smoothing[0], noise())
+    copies = Draws(3, *(np.array([value]) for value in parts.values())).repeated(2)
+    assert np.array_equal(copies.noise((3,))[0], noise())
+    assert np.array_equal(copies.noise((3,))[1], noise(copies=1))
+
+
+def test_a_random_f_is_not_compiled(raw_spec):
+    raw_spec["classifier"]["arch"] = "tests.models:random_half_space"
+    with pytest.raises(UserError, match=r"compute\.compile = true does not suit a function that takes draws"):
+        build_base_classifier(load_spec(raw_spec), "cpu").compile()
+
+
+def test_an_own_function_gets_the_fetched_file_of_a_remote_checkpoint(raw_spec, tmp_path, monkeypatch):
+    from pipeline.models import own
+
+    monkeypatch.setattr(own, "local_file", lambda location: (tmp_path / "net.pt", "ema"))
+    seen = []
+    monkeypatch.setattr(own, "call_own_function", lambda arch, spec, device: seen.append(spec.classifier.checkpoint))
+    section = {"arch": "tests.models:half_space", "checkpoint": "https://example.org/net.pt#ema"}
+    spec = load_spec({**raw_spec, "classifier": section})
+    own.OwnNetwork("classifier", spec.classifier, spec).call("cpu")
+    assert seen == [f"{tmp_path / 'net.pt'}#ema"]

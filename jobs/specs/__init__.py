@@ -1,9 +1,11 @@
 """The shipped specs, and how the argument SPEC of a command is found and loaded."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.models.own import is_own
 from pipeline.spec import RunSpec, load_spec
 
 SPECS = Path(__file__).parent
@@ -22,13 +24,28 @@ def find_spec(name: str) -> Path:
 
 def load_specs(names: Sequence[str], overrides: Sequence[str]) -> list[RunSpec]:
     """The specs of one command. Raises: UserError, also if two have the same name and would share a run."""
-    loaded = [load_spec(find_spec(name), overrides) for name in names]
+    loaded = [load_named(name, overrides) for name in names]
     seen: set[str] = set()
     for spec in loaded:
         if spec.name in seen:
             raise UserError(f"two specs have the name {spec.name!r} and would share a run; rename one of them")
         seen.add(spec.name)
     return loaded
+
+
+def load_named(name: str, overrides: Sequence[str]) -> RunSpec:
+    """The spec that a command line names.
+
+    If it names own functions, Python finds their modules in the working folder and in the spec's, after all packages.
+    Only commands that were given a spec look there.
+    """
+    path = find_spec(name)
+    spec = load_spec(path, overrides)
+    if any(is_own(arch) for arch in (spec.denoiser.arch, spec.classifier.arch)):
+        for folder in (Path.cwd(), path.absolute().parent):
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))
+    return spec
 
 
 def load_shipped(name: str) -> RunSpec | None:

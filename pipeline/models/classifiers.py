@@ -6,8 +6,11 @@ Shapes: B batch, C channels, H W image, K classes.
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, Protocol, Self
 
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError, first_line
 from pipeline.locations import require_set
+from pipeline.models.diffusion_classifier import resolve_diffusion
 from pipeline.models.files import (
     Config,
     as_folder,
@@ -30,6 +34,8 @@ from pipeline.models.files import (
     weights_id,
 )
 from pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
+from pipeline.models.rrcm import PRESETS as RRCM_PRESETS
+from pipeline.models.rrcm import resolve_rrcm
 from pipeline.models.weights import State, build
 from pipeline.spec import Classifier as Section
 from pipeline.spec import Normalize, RunSpec
@@ -63,6 +69,8 @@ class Architecture(NamedTuple):
     published: Callable[[], str | None] = lambda: None  # location of the published weights
     configs: tuple[tuple[str, str], ...] = ()  # what votes_id calls each configuration file, and its location
     load: Callable[[str, torch.device], nn.Module] | None = None  # weights, device -> network; None: `weights.build`
+    others: tuple[Callable[[int], nn.Module], ...] = ()  # variants, of which the keys of the file select one
+    convert: Callable[[State], State] = lambda state: state  # renames the keys of other layouts
 
 
 class MnistCNN(nn.Module):
@@ -86,15 +94,25 @@ class MnistCNN(nn.Module):
         return self.fc(x_BCHW.flatten(1))
 
 
+class _PaddedShortcut(nn.Module):
+    """Every second pixel, with zeros for the new channels, half of them before and half after the others."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        added = x_BCHW.shape[1] // 2
+        return F.pad(x_BCHW[:, :, ::2, ::2], (0, 0, 0, 0, added, added))
+
+
 class _BasicBlock(nn.Module):
-    def __init__(self, width: int, out_width: int, stride: int) -> None:
+    def __init__(self, width: int, out_width: int, stride: int, padded: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, out_width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_width)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_width)
         self.downsample: nn.Module = nn.Identity()
-        if (stride, width) != (1, out_width):
+        if (stride, width) != (1, out_width) and padded:
+            self.downsample = _PaddedShortcut()
+        elif (stride, width) != (1, out_width):
             convolution = nn.Conv2d(width, out_width, 1, stride, bias=False)
             self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_width))
 
@@ -106,17 +124,18 @@ class _BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of depth 6 n + 2 for 32 x 32 images (He et al. 2016, arXiv 1512.03385, section 4.2).
 
-    Shortcuts are projections if the width doubles. Key names are those of Cohen's files.
+    Where the width doubles, the shortcut is a projection (option B, as in Cohen's files, whose key names are used), or
+    `padded` with zeros (option A, which has no weights).
     """
 
-    def __init__(self, depth: int, num_classes: int) -> None:
+    def __init__(self, depth: int, num_classes: int, padded: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
 
         def layer(width: int, out_width: int, stride: int) -> nn.Sequential:
-            first = _BasicBlock(width, out_width, stride)
-            rest = (_BasicBlock(out_width, out_width, 1) for _ in range((depth - 2) // 6 - 1))
+            first = _BasicBlock(width, out_width, stride, padded)
+            rest = (_BasicBlock(out_width, out_width, 1, padded) for _ in range((depth - 2) // 6 - 1))
             return nn.Sequential(first, *rest)
 
         self.layer1, self.layer2, self.layer3 = layer(16, 16, 1), layer(16, 32, 2), layer(32, 64, 2)
@@ -134,11 +153,24 @@ def _resnet50(num_classes: int) -> nn.Module:
     return resnet50(num_classes=num_classes)
 
 
+def _cifar_resnet(depth: int) -> Architecture:
+    """Return the ResNet in all public layouts: either shortcut, and two names each for the shortcut and last layer."""
+
+    def convert(state: State) -> State:
+        renamed = {re.sub(r"\.shortcut\.(?=[01]\.)", ".downsample.", key): value for key, value in state.items()}
+        return {re.sub(r"^linear\.", "fc.", key): value for key, value in renamed.items()}
+
+    return Architecture(
+        lambda num_classes: CifarResNet(depth, num_classes),
+        others=(lambda num_classes: CifarResNet(depth, num_classes, padded=True),),
+        convert=convert,
+    )
+
+
 CLASSIFIERS: dict[str, Architecture] = {
     "mnist_cnn": Architecture(MnistCNN, Input(_IDENTITY)),
-    "cifar_resnet20": Architecture(lambda num_classes: CifarResNet(20, num_classes)),
-    "cifar_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
-    "imagenet32_resnet110": Architecture(lambda num_classes: CifarResNet(110, num_classes)),
+    **{f"cifar_resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
+    "imagenet32_resnet110": _cifar_resnet(110),
     "resnet50": Architecture(_resnet50),
 }
 
@@ -162,8 +194,8 @@ def _torchvision(name: str) -> Architecture:
     )
 
 
-def _timm(name: str) -> Architecture:
-    """Return a timm model with the input of its pretrained configuration."""
+def _timm(name: str, options: Mapping[str, str | bool | int | float]) -> Architecture:
+    """Return a timm model with the input of its pretrained configuration; `options` go to `timm.create_model`."""
     create, models = library("timm", "create_model"), library("timm", "models")
     metadata = models.get_pretrained_cfg(name) if models.is_model(name) else None
     if metadata is None:
@@ -172,18 +204,24 @@ def _timm(name: str) -> Architecture:
         )
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     on_hub = f"{hub}/{metadata.hf_hub_id}/resolve/main/model.safetensors"
+    size = options.get("img_size", metadata.input_size[-1])
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"classifier.options.img_size = {size!r} must be a number of pixels, such as 224")
+
+    def make(num_classes: int) -> nn.Module:
+        try:
+            return create(name, num_classes=num_classes, **options)
+        except Exception as error:  # models of timm raise anything for options that they do not know
+            raise UserError(
+                f"classifier.options = {dict(options)} does not suit timm:{name} ({type(error).__name__}: "
+                f"{first_line(error)}); use arguments of timm.create_model"
+            ) from error
+
     return Architecture(
-        lambda num_classes: create(name, num_classes=num_classes),
-        Input(
-            Normalize(mean=list(metadata.mean), std=list(metadata.std)),
-            metadata.input_size[-1],
-            metadata.interpolation,
-        ),
+        make,
+        Input(Normalize(mean=list(metadata.mean), std=list(metadata.std)), size, metadata.interpolation),
         lambda: on_hub if metadata.hf_hub_id else metadata.url or None,
     )
-
-
-_LIBRARIES: dict[str, Callable[[str], Architecture]] = {TORCHVISION: _torchvision, TIMM: _timm}
 
 
 class _Size(Config):
@@ -366,7 +404,14 @@ class _KnownClassifier:
         if self.architecture.load is not None and device.type != "meta":
             network = self.architecture.load(location, device)
         else:
-            network = build(lambda: self.architecture.make(num_classes), location, device, explain=explain)
+            network = build(
+                lambda: self.architecture.make(num_classes),
+                location,
+                device,
+                convert=self._convert,
+                others=[partial(make, num_classes) for make in self.architecture.others],
+                explain=explain,
+            )
         first = next((one for one in network.parameters() if one.ndim == 4), None)
         if first is not None and first.shape[1] != channels:
             raise UserError(
@@ -374,6 +419,15 @@ class _KnownClassifier:
                 "use a classifier for such images"
             )
         return Prepared(network, self.expected).to(device)
+
+    def _convert(self, state: State) -> State:
+        """Rename the keys of other layouts, and leave out those that the spec ignores."""
+        kept = {
+            key: value
+            for key, value in state.items()
+            if not any(fnmatch(key, pattern) for pattern in self.section.ignore)
+        }
+        return self.architecture.convert(kept)
 
     def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> Prepared:
         classifier = self.load(device, channels, num_classes)
@@ -403,17 +457,27 @@ def resolve_classifier(spec: RunSpec) -> ClassifierSource:
     arch = section.arch
     if is_own(arch):
         return _OwnClassifier("classifier", section, spec)
+    if arch == "diffusion":
+        return resolve_diffusion(spec)
+    if arch == "rrcm" or arch in RRCM_PRESETS:
+        return resolve_rrcm(spec)
     family, _, name = arch.partition(":")
+    if section.options and family != TIMM:
+        raise UserError(
+            f"classifier.options = {section.options} is given, but arch = {arch!r} has no options; remove it"
+        )
     if arch == "transformers":
         architecture = _transformers(section)
-    elif name and family in _LIBRARIES:
-        architecture = _LIBRARIES[family](name)
+    elif name and family == TIMM:
+        architecture = _timm(name, section.options)
+    elif name and family == TORCHVISION:
+        architecture = _torchvision(name)
     elif arch in CLASSIFIERS:
         architecture = CLASSIFIERS[arch]
     else:
         raise UserError(
-            f"classifier.arch = {arch!r} is unknown; choose one of {', '.join(CLASSIFIERS)}, transformers, "
-            "torchvision:NAME, timm:NAME, or name your own as package.module:function"
+            f"classifier.arch = {arch!r} is unknown; choose one of {', '.join((*CLASSIFIERS, *RRCM_PRESETS))}, rrcm, "
+            "diffusion, transformers, torchvision:NAME, timm:NAME, or name your own as package.module:function"
         )
     expected = _expected_input(section, architecture)
     if expected.interpolation not in ("bicubic", "bilinear"):

@@ -1,4 +1,4 @@
-"""DENOISERS: diffusion models that turn x_BCHW in [0, 1] plus noise into x0_BCHW in [0, 1].
+"""DENOISERS: networks that turn x_BCHW in [0, 1] plus noise into x0_BCHW in [0, 1].
 
 Diffusion models work on [-1, 1], so noise of standard deviation sigma on [0, 1] is noise of 2 sigma for them. That
 factor 2 occurs in this module only. With abar_t the cumulative product of 1 - beta (DDPM, arXiv 2006.11239):
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.locations import require_set
+from pipeline.models import edm
 from pipeline.models.files import Config, first_file, library, library_errors, load_json, parse_config, weights_id
 from pipeline.models.fused import FusedUNet
 from pipeline.models.own import OwnNetwork, is_own
+from pipeline.models.restoration import DNCNN, FFDNET, RestorationDenoiser, resolve_restoration
 from pipeline.models.unet import UNet, settings_in
 from pipeline.models.weights import State, build
 from pipeline.spec import RunSpec, UNetSettings
@@ -211,9 +213,13 @@ class OpenAIUNet:
             return f"the file holds a UNet with {', '.join(differences)}; correct these settings or use another file"
 
         location = "" if device.type == "meta" else _checkpoint(self.spec)
-        unet = build(lambda: UNet(settings, channels), location, device, explain=explain)
+        unet = build(lambda: UNet(settings, channels), location, device, convert=self.convert, explain=explain)
         assert isinstance(unet, UNet)
         return unet
+
+    def convert(self, state: State) -> State:
+        """Return the state dict with the keys of `UNet`."""
+        return state
 
     def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
         unet = FusedUNet(self.load(device, shape), self.timesteps, dtype, compiled=self.spec.compute.compile)
@@ -225,6 +231,89 @@ def _checkpoint(spec: RunSpec) -> str:
     if checkpoint is None:
         raise UserError(f"denoiser.checkpoint is missing, but arch = {arch!r} needs weights; set it")
     return require_set("denoiser.checkpoint", checkpoint)
+
+
+@dataclass(frozen=True)
+class EDMDenoiser:
+    """A network of EDM: one file of weights, whose hyper-parameters follow from a preset or from the file."""
+
+    spec: RunSpec
+    levels: list[float]
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "EDMDenoiser":
+        return cls(spec, edm.levels_of(spec.smoothing.sigma, spec.denoiser.steps))
+
+    def ids(self) -> dict[str, str]:
+        return {"denoiser": weights_id(_checkpoint(self.spec), self.spec.denoiser.sha256)}
+
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+        network = edm.load_edm(self.spec.denoiser.arch, self.spec.denoiser.checkpoint, device, shape[0])
+        multiple = 2 ** (len(network.settings.channel_mult) - 1)
+        if shape[1] % multiple or shape[2] % multiple:
+            raise UserError(
+                f"images of {shape[1]} x {shape[2]} pixels do not fit the network of EDM; use images whose sides are "
+                f"multiples of {multiple}, or set data.resize and data.crop"
+            )
+        network = network.to(dtype).to(memory_format=torch.channels_last)
+        return edm.SigmaDenoiser(edm.edm_predict(network, self.levels), self.levels)
+
+
+# The hyper-parameters of OpenAI's consistency models, whose files are laid out like guided-diffusion's.
+CONSISTENCY_PRESETS = {
+    "consistency-imagenet64": UNetSettings(
+        model_channels=192,
+        channel_mult=[1, 2, 3, 4],
+        num_res_blocks=3,
+        attention_factors=[2, 4, 8],
+        num_head_channels=64,
+        qkv_first=True,
+        resblock_updown=True,
+    ),
+    "consistency-lsun256": UNetSettings(
+        model_channels=256,
+        channel_mult=[1, 1, 2, 2, 4, 4],
+        num_res_blocks=2,
+        attention_factors=[8, 16, 32],
+        num_head_channels=64,
+        qkv_first=True,
+        resblock_updown=True,
+    ),
+}
+
+
+class ConsistencyUNet(OpenAIUNet):
+    """A consistency model in OpenAI's layout; the embedding of the class, if there is one, is not used."""
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "ConsistencyUNet":
+        settings = CONSISTENCY_PRESETS.get(spec.denoiser.arch, spec.denoiser.unet)
+        if settings is None:
+            raise UserError(
+                f"denoiser.arch = {spec.denoiser.arch!r} needs the hyper-parameters of its network; set "
+                f"[denoiser.unet], or choose one of {', '.join(CONSISTENCY_PRESETS)}"
+            )
+        edm.levels_of(spec.smoothing.sigma, spec.denoiser.steps)
+        return cls(spec, settings, np.ones(1), [])
+
+    def convert(self, state: State) -> State:
+        unlabelled = {key: value for key, value in state.items() if not key.startswith("label_emb.")}
+        return {
+            # attention layers are 1 x 1 convolutions of images there, and of sequences here
+            key: value.flatten(2) if key.endswith((".qkv.weight", ".proj_out.weight")) and value.ndim == 4 else value
+            for key, value in unlabelled.items()
+        }
+
+    def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
+        levels = edm.levels_of(self.spec.smoothing.sigma, self.spec.denoiser.steps)
+        times = [edm.consistency_scalings(level).noise for level in levels]
+        unet = FusedUNet(self.load(device, shape), times, dtype, compiled=self.spec.compute.compile)
+        return edm.SigmaDenoiser(edm.consistency_predict(unet, levels), levels)
+
+
+def _restoration(spec: RunSpec) -> RestorationDenoiser:
+    section = spec.denoiser
+    return resolve_restoration(section.arch, _checkpoint(spec), section.sha256, spec.smoothing.sigma)
 
 
 class _DiffusersConfig(Config):
@@ -320,6 +409,12 @@ DENOISERS: dict[str, Callable[[RunSpec], DenoiserSource]] = {
     "unet": OpenAIUNet.of,
     **dict.fromkeys(PRESETS, OpenAIUNet.of),
     "diffusers": DiffusersUNet,
+    "edm": EDMDenoiser.of,
+    **dict.fromkeys(edm.PRESETS, EDMDenoiser.of),
+    "consistency": ConsistencyUNet.of,
+    **dict.fromkeys(CONSISTENCY_PRESETS, ConsistencyUNet.of),
+    FFDNET: _restoration,
+    DNCNN: _restoration,
 }
 
 

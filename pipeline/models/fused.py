@@ -34,7 +34,7 @@ class FusedUNet(nn.Module):
     """
 
     @torch.no_grad()
-    def __init__(self, unet: UNet, timesteps: Sequence[int], dtype: torch.dtype, *, compiled: bool = False) -> None:
+    def __init__(self, unet: UNet, timesteps: Sequence[float], dtype: torch.dtype, *, compiled: bool = False) -> None:
         super().__init__()
         self.settings, self.image_channels, self.dtype = unet.settings, unet.image_channels, dtype
         device = next(unet.parameters()).device
@@ -61,7 +61,7 @@ class FusedUNet(nn.Module):
         self.out = unet.out
         self.to(dtype).to(memory_format=torch.contiguous_format if self.winograd else torch.channels_last)
 
-    def forward(self, x_BCHW: Tensor, t: int) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t: float) -> Tensor:
         """Return eps_BCHW, float32."""
         h_BCHW = F.pixel_unshuffle(x_BCHW, self.settings.patch).to(self.dtype)
         skips: list[Tensor] = []
@@ -80,7 +80,7 @@ class FusedUNet(nn.Module):
         return h_BCHW.contiguous(memory_format=layout)
 
 
-def _run(stack: nn.Module, h_BCHW: Tensor, t: int) -> Tensor:
+def _run(stack: nn.Module, h_BCHW: Tensor, t: float) -> Tensor:
     for layer in stack.children():
         h_BCHW = layer(h_BCHW, t) if isinstance(layer, _FusedResBlock) else layer(h_BCHW)
     return h_BCHW
@@ -99,7 +99,7 @@ def _replace(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> No
 class _FusedResBlock(nn.Module):
     """A residual block with its time embeddings folded in, `embeddings` being timestep -> emb_1E."""
 
-    def __init__(self, block: ResBlock, embeddings: dict[int, Tensor]) -> None:
+    def __init__(self, block: ResBlock, embeddings: dict[float, Tensor]) -> None:
         super().__init__()
         self.norm_in, _, conv_in = block.in_layers
         self.norm, _, _, self.conv = block.out_layers
@@ -108,7 +108,7 @@ class _FusedResBlock(nn.Module):
         self.conv_in = merge_doubling(conv_in) if self.doubles else conv_in
         self.affines = {t: _folded(block, emb_1E) for t, emb_1E in embeddings.items()}
 
-    def forward(self, x_BCHW: Tensor, t: int) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t: float) -> Tensor:
         h_BCHW = F.silu(self.norm_in(x_BCHW), inplace=True)
         h_BCHW = self.conv_in(h_BCHW if self.doubles else self.resample(h_BCHW))
         h_BCHW = F.silu(self.norm(h_BCHW, self.affines[t]), inplace=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.locations import require_set
-from pipeline.models.files import weights_id
+from pipeline.locations import is_remote, require_set
+from pipeline.models.files import local_file, weights_id
 from pipeline.spec import Classifier, Denoiser, RunSpec
 from pipeline.storage.fetch import file_sha256
 
@@ -164,8 +164,8 @@ class OwnNetwork:
 
     def __post_init__(self) -> None:
         own_function(self.section.arch)
-        for key in ("normalize", "interpolation"):
-            if getattr(self.section, key, None) is not None:
+        for key in ("normalize", "interpolation", "options", "ignore"):
+            if getattr(self.section, key, None):
                 raise UserError(
                     f"{self.name}.{key} is not applied to own functions, such as {self.section.arch!r}; do it in the "
                     "function, and remove the key"
@@ -188,4 +188,10 @@ class OwnNetwork:
         return ids
 
     def call(self, device: Any) -> Callable[..., Any]:
-        return call_own_function(self.section.arch, self.spec, device)
+        """Return what the function makes; a remote checkpoint reaches it as the path of the fetched file."""
+        spec, checkpoint = self.spec, self.section.checkpoint
+        if checkpoint is not None and is_remote(checkpoint):
+            path, network = local_file(checkpoint)
+            local = f"{path}#{network}" if network else str(path)
+            spec = spec.model_copy(update={self.name: self.section.model_copy(update={"checkpoint": local})})
+        return call_own_function(self.section.arch, spec, device)

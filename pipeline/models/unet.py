@@ -65,11 +65,14 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over positions; heads are split first, then q, k, v (OpenAI's "legacy" order)."""
+    """Self-attention over positions.
 
-    def __init__(self, width: int, heads: int, groups: int) -> None:
+    Heads are split first, then q, k, v (OpenAI's "legacy" order); with `qkv_first`, the other way round.
+    """
+
+    def __init__(self, width: int, heads: int, groups: int, qkv_first: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.qkv_first = heads, qkv_first
         self.norm: nn.Module = GroupNorm(groups, width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
         self.proj_out = nn.Conv1d(width, width, 1)
@@ -78,8 +81,12 @@ class Attention(nn.Module):
         B, C, H, W = x_BCHW.shape
         # positions before channels: the order of channels-last images in memory, so neither view copies them
         x_BTC = self.norm(x_BCHW).permute(0, 2, 3, 1).reshape(B, H * W, C)
-        qkv = F.linear(x_BTC, self.qkv.weight[:, :, 0], self.qkv.bias).view(B, H * W, self.heads, 3, C // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
+        qkv = F.linear(x_BTC, self.qkv.weight[:, :, 0], self.qkv.bias)
+        if self.qkv_first:
+            parts = qkv.view(B, H * W, 3, self.heads, C // self.heads).unbind(2)
+        else:
+            parts = qkv.view(B, H * W, self.heads, 3, C // self.heads).unbind(3)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         # the default scale 1/sqrt(width) equals OpenAI's 1/width^(1/4) on both q and k
         h_BTC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
         h_BTC = F.linear(h_BTC, self.proj_out.weight[:, :, 0], self.proj_out.bias)
@@ -133,7 +140,7 @@ class UNet(nn.Module):
             return ResBlock(width, out_width, time_width, groups, resample)
 
         def attention(width: int) -> Attention:
-            return Attention(width, settings.heads(width), groups)
+            return Attention(width, settings.heads(width), groups, settings.qkv_first)
 
         self.time_embed = nn.Sequential(nn.Linear(base, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         width = base * settings.channel_mult[0]

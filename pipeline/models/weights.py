@@ -7,7 +7,7 @@ of the file (`state_dict`, `net`, ...). `#NAME` after the location selects an en
 import argparse
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,16 @@ def build(
     device: torch.device,
     *,
     convert: Callable[[State], State] = lambda state: state,
+    others: Sequence[Callable[[], nn.Module]] = (),
     explain: Callable[[State], str] = lambda state: "",
 ) -> nn.Module:
     """Return the network that `make` makes, for inference on a device, with the weights at `location`.
 
     The initial weights are never computed. A file that can be memory-mapped is, so that processes share it. On the
     meta device the network has no weights. At `random:SEED` it has random initial weights, for measurements; no spec
-    can name that location. `convert` renames the keys of another layout. `explain` returns what would make a state dict
-    fit that does not, or "". Raises: UserError.
+    can name that location. `convert` renames the keys of another layout. `others` make variants of the network; the
+    keys of the file decide which one is used. `explain` returns what would make a state dict fit that does not, or "".
+    Raises: UserError.
     """
     if device.type == "meta":
         with device:
@@ -58,12 +60,13 @@ def build(
             return make().to(device).eval().requires_grad_(False)
     try:
         with _Uninitialised():
-            network = make()
+            networks = [make() for make in (make, *others)]
     except RuntimeError as error:
         raise UserError(
             f"checkpoint {location}: its network cannot be allocated ({first_line(error)}); use a smaller network"
         ) from error
-    state = convert(load_weights(location, network.state_dict().keys()))
+    state = convert(load_weights(location, networks[0].state_dict().keys()))
+    network = min(networks, key=lambda one: len(one.state_dict().keys() ^ state.keys()))
     load_into(network, state, location, explain)
     return network.to(device).eval().requires_grad_(False)
 
