@@ -207,7 +207,8 @@ class ClassifierIdentity(Record):
     normalize: Literal["cifar10", "imagenet", "half", "none", "center-imagenet"] | Normalize | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None  # to the network's input size; None: see normalize
     options: dict[str, str | bool | int | float] = Field(default={})  # of the architecture
-    ignore: list[str] = Field(default=[])  # patterns of keys that the checkpoint has too many, such as decoder.*
+    # patterns of keys that the checkpoint has too many, such as decoder.*
+    ignore: list[Annotated[str, Field(pattern=r"^[\w.*?\[\]-]+$")]] = Field(default=[])
 
 
 class Classifier(ClassifierIdentity):
