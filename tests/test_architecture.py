@@ -163,3 +163,8 @@ def test_the_table_half_works_without_torch_and_ray():
     names = [name for name in MODULES if name.startswith("pipeline.") and not name.startswith(tuple(TORCH))]
     code = f"import sys, {', '.join([*names, 'jobs.cli'])}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_tests_of_a_group_run_in_one_process(request, worker_id):
+    """pytest-xdist adds the group to a test's name; without it, every process would start a Ray of its own."""
+    assert worker_id == "master" or request.node.nodeid.endswith("@test_architecture")
