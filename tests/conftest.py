@@ -1,7 +1,6 @@
 """One Ray for all tests that do not kill it, bound to the loopback address; small runs without a trained network.
 
-pytest-xdist runs the tests in three processes on two cores, because many tests wait for processes that they started.
-All tests on the session's Ray run in one of them.
+pytest-xdist runs the tests in two processes. All tests on the session's Ray run in one of them.
 """
 
 import os
