@@ -20,7 +20,7 @@ from jobs.cli import main
 from jobs.specs import SPECS
 from pipeline.spec import load_spec
 from pipeline.tables import ENVELOPE
-from tests.models import make_run
+from tests.models import make_run, to_toml
 
 
 @pytest.fixture(autouse=True)
@@ -425,7 +425,7 @@ def test_markup_and_escape_sequences_in_names_are_shown_as_they_are(raw_spec, tm
     assert shown >= 8
 
 
-def test_only_commands_with_a_spec_look_into_the_working_folder(raw_spec, tmp_path, monkeypatch):
+def test_only_commands_with_a_spec_of_own_functions_look_for_modules(raw_spec, tmp_path, monkeypatch):
     """Whoever can write there could otherwise run code in every command."""
     make_run(load_spec(raw_spec), tmp_path / "run")
     (tmp_path / "work").mkdir()
@@ -435,4 +435,8 @@ def test_only_commands_with_a_spec_look_into_the_working_folder(raw_spec, tmp_pa
         assert run(command[0], tmp_path / "run", *command[1:]).exit_code == 0
         assert str(tmp_path / "work") not in sys.path
     assert run("plan", "mnist").exit_code == 0
-    assert sys.path[-1] == str(tmp_path / "work")  # after all packages
+    assert str(tmp_path / "work") not in sys.path  # it names no own function
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec" / "own.toml").write_text(to_toml(load_spec(raw_spec)))
+    assert run("plan", tmp_path / "spec" / "own.toml").exit_code == 0
+    assert sys.path[-2:] == [str(tmp_path / "work"), str(tmp_path / "spec")]  # after all packages

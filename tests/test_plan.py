@@ -56,8 +56,8 @@ def test_steps_of_the_denoiser_multiply_its_cost():
 
 
 def test_there_is_a_spec_for_each_published_number():
-    methods = ("cohen", "smoothadv", "dds", "diffsmooth", "local-0.26")
-    assert len(PUBLISHED) == 2 * 3 * len(methods)
+    methods = ("cohen", "smoothadv", "dds", "diffsmooth", "local-0.26", "rrcm", "dmae")
+    assert len(PUBLISHED) == 2 * 3 * len(methods) + 3  # and apndc on CIFAR-10
     for path in PUBLISHED:
         spec = load_spec(path)
         resolve_denoiser(spec)

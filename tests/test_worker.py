@@ -42,11 +42,11 @@ def out_of_memory_above(worker, draws, after=0):
     """Make f run out of memory for batches above `draws`, after it was called `after` times."""
     inner, calls = worker._f._mean_softmax, []
 
-    def scores(x_BCHW):
+    def scores(x_BCHW, identity):
         calls.append(len(x_BCHW))
         if len(x_BCHW) > draws and len(calls) > after:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return inner(x_BCHW)
+        return inner(x_BCHW, identity)
 
     worker._f._mean_softmax = scores
     return calls
@@ -98,10 +98,10 @@ def test_a_block_is_committed_while_the_next_is_computed(make, monkeypatch):
     calls, reached = out_of_memory_above(worker, 1000), threading.Event()
     inner_scores, put = worker._f._mean_softmax, FolderStore.put_if_absent
 
-    def scores(x_BCHW):
+    def scores(x_BCHW, identity):
         if len(calls) == 1:
             reached.set()
-        return inner_scores(x_BCHW)
+        return inner_scores(x_BCHW, identity)
 
     def slow(self, key, data):
         assert reached.wait(30)
