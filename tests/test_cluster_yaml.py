@@ -14,6 +14,7 @@ import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
+from pipeline.attacks import Attack
 from pipeline.spec import load_spec
 from pipeline.storage import store as storage
 from tests.models import make_run
@@ -168,6 +169,9 @@ def test_the_nodes_can_write_what_a_run_writes_and_replace_only_derived_files(ra
     spec = load_spec(raw_spec | {"smoothing": raw_spec["smoothing"] | {"n": 2000, "n0": 200}, "sampling": planned})
     make_run(spec, tmp_path / "run")
     assert any(key.endswith("plan.json") for key in created)
+    attack = Attack(attack="pgd", eps=[1.0], votes_id="0" * 32)
+    created += [f"runs/experiment/a/{key}" for key in (attack.key, attack.sample_key(3))]
+    replaced.append(f"runs/experiment/a/{attack.table_key}")
     for key in created:
         assert allows("s3:PutObject", key, conditional=True), key
         assert not allows("s3:PutObject", key), key
