@@ -12,7 +12,6 @@ from torch import Tensor
 from jobs.analyze import Request
 from jobs.analyze import analyze as analyze_run
 from jobs.attack import Attacked, attack_run
-from jobs.attack import Options as AttackOptions
 from jobs.attack import Request as AttackRequest
 from jobs.cascade import Cascade, write_cascade
 from jobs.cascade import cascade as cascade_of
@@ -21,6 +20,7 @@ from jobs.compare import compare_sources
 from jobs.in_process import Model, Settings, attack_in_process, certify_in_process
 from jobs.report import report
 from jobs.specs import find_spec, home_of, load_shipped
+from jobs.watch import ClusterOptions
 from pipeline.compare import Comparison
 from pipeline.curve import Curve
 from pipeline.errors import RunError, UserError
@@ -125,11 +125,7 @@ def certify(
         options = Options(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
         (certified,) = certify_all([(spec, home)], options)
         return Result(StoredRun.open(home), certified.result.name)
-    if images is None or sigma is None:
-        missing = "images" if images is None else "sigma"
-        raise UserError(f"{missing} is missing; call certify(model, images, labels, sigma=0.25)")
-    if not callable(model):
-        raise UserError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a callable, or a spec")
+    sigma = _checked_sigma("certify", model, images, sigma)
     settings = Settings(
         sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, device=device, progress=progress
     )
@@ -138,6 +134,16 @@ def certify(
     if out is not None:
         stored.finish(list(stored.orders)[-1])
     return Result(stored)
+
+
+def _checked_sigma(function: str, model: object, images: object, sigma: float | None) -> float:
+    """Return sigma if everything that a model in memory needs is given. Raises: UserError."""
+    if images is None or sigma is None:
+        missing = "images" if images is None else "sigma"
+        raise UserError(f"{missing} is missing; call {function}(model, images, labels, sigma=0.25)")
+    if not callable(model):
+        raise UserError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a callable, or a spec")
+    return sigma
 
 
 class AttackResult:
@@ -234,13 +240,9 @@ def attack(
                 f"certified = {certified!r:.60} must be the folder of the spec's run, without images; a spec has them"
             )
         spec = load_spec(model, overrides) if isinstance(model, str) else model
-        options = AttackOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
+        options = ClusterOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
         return AttackResult(attack_run(certified, spec, request, options))
-    if images is None or sigma is None:
-        missing = "images" if images is None else "sigma"
-        raise UserError(f"{missing} is missing; call attack(model, images, labels, sigma=0.25)")
-    if not callable(model):
-        raise UserError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a callable, or a spec")
+    sigma = _checked_sigma("attack", model, images, sigma)
     settings = Settings(sigma=sigma, seed=seed, batch_size=batch_size, device=device, progress=progress)
     in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
     if isinstance(certified, str):

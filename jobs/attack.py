@@ -16,7 +16,7 @@ from cluster.attacker import block_of
 from cluster.driver import Cluster, Outcome, Work
 from cluster.worker import Setup
 from jobs.plan import warn_of_cost
-from jobs.watch import Watch, stop_on_signals
+from jobs.watch import ClusterOptions, Watch, stop_on_signals
 from pipeline.attacks import (
     FOLDER,
     Attack,
@@ -60,17 +60,6 @@ class Request:
     n: int | None = None
     alpha: float | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to compute it."""
-
-    address: str | None = None
-    actors: int | None = None
-    batch_size: int | None = None
-    quiet: bool = False
-    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +109,7 @@ def attack_run(
     run_uri: str,
     spec: RunSpec,
     request: Request,
-    options: Options,
+    options: ClusterOptions,
     confirm: Callable[[str], None] = logger.warning,
 ) -> Attacked:
     """Attack samples of a run on the cluster; those that are finished are not attacked again.
@@ -206,7 +195,7 @@ def chosen_samples(stored: StoredRun, samples: str | None, data: Dataset) -> lis
     return wanted
 
 
-def _search(ready: _Ready, options: Options) -> Outcome:
+def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
     """Attack the missing samples on the cluster."""
     run, store, attack = ready.stored.run, ready.stored.store, ready.attack
     setup = Setup(ready.spec, store.location, run.votes_id, options.batch_size, attack=attack)

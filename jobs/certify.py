@@ -9,7 +9,7 @@ from cluster.driver import Cluster, Outcome, Work
 from cluster.worker import Setup
 from jobs.console import note, print_order
 from jobs.plan import warn_of_cost
-from jobs.watch import OrderTally, Watch, stop_on_signals
+from jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from pipeline.block import Block
 from pipeline.certify import least_certifying_n
 from pipeline.data import dataset_id, open_dataset, sample_indices
@@ -27,16 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ClusterOptions):
     """How to certify; the same for all specs of one call."""
 
     certificate: Certificate = "top"
     costly: str | None = None  # the file of `orders.read_costly`
-    address: str | None = None
-    actors: int | None = None
-    batch_size: int | None = None
-    quiet: bool = False
-    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

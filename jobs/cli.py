@@ -45,7 +45,7 @@ class _Main(click.Group):
 
 
 class _Formatter(logging.Formatter):
-    """One line without secrets, whoever wrote it."""
+    """One line without secrets, also for messages of other packages."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(redacted(super().format(record)))
@@ -418,14 +418,15 @@ def attack(
     diffsmooth attack runs/mnist --samples 0:10
     diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
     """
-    from jobs.attack import Options, Request, attack_run
+    from jobs.attack import Request, attack_run
+    from jobs.watch import ClusterOptions
 
     if given["verbose"]:
         logging.getLogger().setLevel(logging.INFO)
     overrides += ("compute.device=cpu",) if cpu else ()
     spec = _spec_of_run(run, spec_name, overrides)
     how = {name: given.pop(name) for name in ("address", "actors", "batch_size", "quiet", "verbose")}
-    options = Options(**{**how, "quiet": how["quiet"] or as_json})
+    options = ClusterOptions(**{**how, "quiet": how["quiet"] or as_json})
     try:
         found = attack_run(run, spec, Request(**given), options, confirm=_ask_unless(yes))
     except Stopped as stopped:
@@ -444,7 +445,7 @@ def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) ->
     name = spec_name or StoredRun.open(run).run.name
     if spec_name is None and not (SPECS / f"{name}.toml").is_file():
         raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
-    return load_spec(find_spec(name) if spec_name else SPECS / f"{name}.toml", overrides)
+    return load_named(name, overrides) if spec_name else load_spec(SPECS / f"{name}.toml", overrides)
 
 
 @main.command()

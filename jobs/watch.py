@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
@@ -42,6 +43,17 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """How a command computes on the cluster, and how much it prints."""
+
+    address: str | None = None
+    actors: int | None = None
+    batch_size: int | None = None
+    quiet: bool = False
+    verbose: bool = False
 
 
 class Tally(Protocol):
