@@ -176,20 +176,11 @@ class _OwnDenoiser(OwnNetwork):
 
 
 @dataclass(frozen=True)
-class OpenAIUNet:
+class UNetFile:
     """A UNet in OpenAI's layout: one file of weights, hyper-parameters from a preset or from [denoiser.unet]."""
 
     spec: RunSpec
     settings: UNetSettings
-    abar: NDArray[np.float64]
-    timesteps: list[int]
-
-    @classmethod
-    def of(cls, spec: RunSpec) -> "OpenAIUNet":
-        settings = PRESETS.get(spec.denoiser.arch, spec.denoiser.unet)
-        assert settings is not None, "the spec checks that arch = 'unet' has its settings"
-        abar = alphas_cumprod(settings.schedule, settings.steps)
-        return cls(spec, settings, abar, timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps))
 
     def ids(self) -> dict[str, str]:
         return {"denoiser": weights_id(_checkpoint(self.spec), self.spec.denoiser.sha256)}
@@ -220,6 +211,21 @@ class OpenAIUNet:
     def convert(self, state: State) -> State:
         """Return the state dict with the keys of `UNet`."""
         return state
+
+
+@dataclass(frozen=True)
+class OpenAIUNet(UNetFile):
+    """A diffusion model that predicts noise at the timesteps of a schedule."""
+
+    abar: NDArray[np.float64]
+    timesteps: list[int]
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "OpenAIUNet":
+        settings = PRESETS.get(spec.denoiser.arch, spec.denoiser.unet)
+        assert settings is not None, "the spec checks that arch = 'unet' has its settings"
+        abar = alphas_cumprod(settings.schedule, settings.steps)
+        return cls(spec, settings, abar, timesteps(abar, spec.smoothing.sigma, spec.denoiser.steps))
 
     def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
         unet = FusedUNet(self.load(device, shape), self.timesteps, dtype, compiled=self.spec.compute.compile)
@@ -270,20 +276,15 @@ CONSISTENCY_PRESETS = {
         qkv_first=True,
         resblock_updown=True,
     ),
-    "consistency-lsun256": UNetSettings(
-        model_channels=256,
-        channel_mult=[1, 1, 2, 2, 4, 4],
-        num_res_blocks=2,
-        attention_factors=[8, 16, 32],
-        num_head_channels=64,
-        qkv_first=True,
-        resblock_updown=True,
-    ),
+    "consistency-lsun256": PRESETS["openai-imagenet256"].model_copy(update={"learn_sigma": False, "qkv_first": True}),
 }
 
 
-class ConsistencyUNet(OpenAIUNet):
+@dataclass(frozen=True)
+class ConsistencyUNet(UNetFile):
     """A consistency model in OpenAI's layout; the embedding of the class, if there is one, is not used."""
+
+    levels: list[float]  # of noise, on [-1, 1]
 
     @classmethod
     def of(cls, spec: RunSpec) -> "ConsistencyUNet":
@@ -293,8 +294,7 @@ class ConsistencyUNet(OpenAIUNet):
                 f"denoiser.arch = {spec.denoiser.arch!r} needs the hyper-parameters of its network; set "
                 f"[denoiser.unet], or choose one of {', '.join(CONSISTENCY_PRESETS)}"
             )
-        edm.levels_of(spec.smoothing.sigma, spec.denoiser.steps)
-        return cls(spec, settings, np.ones(1), [])
+        return cls(spec, settings, edm.levels_of(spec.smoothing.sigma, spec.denoiser.steps))
 
     def convert(self, state: State) -> State:
         unlabelled = {key: value for key, value in state.items() if not key.startswith("label_emb.")}
@@ -305,10 +305,9 @@ class ConsistencyUNet(OpenAIUNet):
         }
 
     def build(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> Denoiser:
-        levels = edm.levels_of(self.spec.smoothing.sigma, self.spec.denoiser.steps)
-        times = [edm.consistency_scalings(level).noise for level in levels]
+        times = [edm.consistency_scalings(level).noise for level in self.levels]
         unet = FusedUNet(self.load(device, shape), times, dtype, compiled=self.spec.compute.compile)
-        return edm.SigmaDenoiser(edm.consistency_predict(unet, levels), levels)
+        return edm.SigmaDenoiser(edm.consistency_predict(unet, self.levels), self.levels)
 
 
 def _restoration(spec: RunSpec) -> RestorationDenoiser:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.locations import require_set
-from pipeline.models.edm import SIGMA_DATA, EDMUNet, load_edm
+from pipeline.models.edm import SIGMA_DATA, EDMUNet, edm_scalings, load_edm
 from pipeline.models.files import weights_id
 from pipeline.models.options import Options, parse_options
 from pipeline.noise import fixed_noise
@@ -183,10 +183,9 @@ class DiffusionClassifier(nn.Module):
 
     def _denoise(self, z_RCHW: Tensor, level_R111: Tensor, label_R: Tensor) -> Tensor:
         """D(z, s, y) of EDM, with a level of its own for each row."""
-        total = (level_R111**2 + SIGMA_DATA**2).sqrt()
-        condition = self.network.condition(level_R111.flatten().log() / 4, label_R)
-        out_RCHW = self.network(z_RCHW / total, condition)
-        return (SIGMA_DATA / total) ** 2 * z_RCHW + level_R111 * SIGMA_DATA / total * out_RCHW
+        scalings = edm_scalings(level_R111)
+        condition = self.network.condition(scalings.noise.flatten(), label_R)
+        return scalings.skip * z_RCHW + scalings.out * self.network(scalings.inner * z_RCHW, condition)
 
     def _noise(self, z_BCHW: Tensor) -> Tensor:
         if self._noise_SCHW is None or self._noise_SCHW.shape[1:] != z_BCHW.shape[1:]:

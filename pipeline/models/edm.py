@@ -20,8 +20,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from pipeline.locations import require_set
 from pipeline.models.fused import FastGroupNorm
-from pipeline.models.weights import State, build, load_weights
+from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
 
 SIGMA_DATA = 0.5
 SMALLEST, LARGEST = 0.002, 80.0  # noise on [-1, 1] that the published networks were trained for
@@ -66,22 +67,26 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Scalings(NamedTuple):
-    """c_skip, c_out, c_in and c_noise at one sigma."""
-
-    skip: float
-    out: float
-    inner: float
-    noise: float
+Level = TypeVar("Level", float, Tensor)  # one noise level, or one of each row
 
 
-def edm_scalings(sigma: float) -> Scalings:
+class Scalings(NamedTuple, Generic[Level]):
+    """c_skip, c_out, c_in and c_noise."""
+
+    skip: Level
+    out: Level
+    inner: Level
+    noise: Level
+
+
+def edm_scalings(sigma: Level) -> Scalings[Level]:
     """Return EDM's scalings for noise of standard deviation sigma on [-1, 1]."""
-    total = math.hypot(sigma, SIGMA_DATA)
-    return Scalings((SIGMA_DATA / total) ** 2, sigma * SIGMA_DATA / total, 1 / total, math.log(sigma) / 4)
+    total = (sigma**2 + SIGMA_DATA**2) ** 0.5
+    logarithm = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
+    return Scalings((SIGMA_DATA / total) ** 2, sigma * SIGMA_DATA / total, 1 / total, logarithm / 4)
 
 
-def consistency_scalings(sigma: float) -> Scalings:
+def consistency_scalings(sigma: float) -> Scalings[float]:
     """Return the scalings of consistency models, with which D(x, 0.002) = x."""
     above, total = sigma - SMALLEST, math.hypot(sigma, SIGMA_DATA)
     skip = SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2)
@@ -412,25 +417,34 @@ def load_edm(arch: str, checkpoint: str | None, device: torch.device, channels: 
     """
     settings = PRESETS.get(arch)
     location = "" if checkpoint is None else require_set("checkpoint", checkpoint)
-    if settings is None or (location and device.type != "meta"):
-        if not location:
-            raise UserError(f"the checkpoint of arch = {arch!r} is missing, but it needs weights; set it")
-        found = settings_in(renamed(load_weights(location, ["map_layer0.weight"])))
-        if found is None:
-            raise UserError(
-                f"checkpoint {location}: holds no network of EDM (enc.32x32_conv.weight, map_layer0.weight, ...); use "
-                "a state dict with NVIDIA's key names"
-            )
-        if settings is not None and replace(found, num_classes=0) != replace(settings, num_classes=0):
-            raise UserError(
-                f"checkpoint {location}: its network is {found}, not {arch}; use arch = 'edm', or {arch}'s file"
-            )
-        settings = found
-    if channels != settings.channels:
-        raise UserError(
-            f"the network of EDM processes {settings.channels} channels, but the images have {channels}; use a network "
-            "for such images"
-        )
-    network = build(lambda: EDMUNet(settings), location, device, convert=renamed)
+    if settings is not None and (device.type == "meta" or location.startswith(RANDOM)):
+        network = build(partial(EDMUNet, settings), location, device)
+    else:
+        network = _from_file(arch, settings, location, device)
     assert isinstance(network, EDMUNet)
+    if channels != network.settings.channels:
+        raise UserError(
+            f"the network of EDM processes {network.settings.channels} channels, but the images have {channels}; use a "
+            "network for such images"
+        )
     return network
+
+
+def _from_file(arch: str, expected: EDMSettings | None, location: str, device: torch.device) -> nn.Module:
+    """Return the network in a file, whose hyper-parameters follow from it. Raises: UserError, as `load_edm` does."""
+    if not location:
+        raise UserError(f"the checkpoint of arch = {arch!r} is missing, but it needs weights; set it")
+    state = renamed(load_weights(location, ["map_layer0.weight"]))
+    found = settings_in(state)
+    if found is None:
+        raise UserError(
+            f"checkpoint {location}: holds no network of EDM (enc.32x32_conv.weight, map_layer0.weight, ...); use a "
+            "state dict with NVIDIA's key names"
+        )
+    if expected is not None and replace(found, num_classes=0) != replace(expected, num_classes=0):
+        raise UserError(
+            f"checkpoint {location}: its network is {found}, not {arch}; use arch = 'edm', or {arch}'s file"
+        )
+    if device.type == "meta":
+        return build(partial(EDMUNet, found), location, device)
+    return build_from(partial(EDMUNet, found), state, location, device)

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.locations import require_set
 from pipeline.models.files import weights_id
 from pipeline.models.options import Options, parse_options
-from pipeline.models.weights import State, load_into, load_weights
+from pipeline.models.weights import State, build_from, load_weights
 from pipeline.spec import RunSpec
 
 _LEVELS, _RHO, _SMALLEST, _LARGEST = 81, 7, 0.002, 80.0
@@ -203,9 +204,9 @@ class RRCMClassifier:
                 f"checkpoint {location}: the rRCM has {settings.channels} channels and {settings.num_classes} classes, "
                 f"but the data set has {channels} and {num_classes}; use a classifier of this data set"
             )
-        network = RRCM(settings, self.level, self.options.layernorm)
-        load_into(network, state, location)
-        return network.to(device).eval().requires_grad_(False)
+        network = build_from(partial(RRCM, settings, self.level, self.options.layernorm), state, location, device)
+        assert isinstance(network, RRCM)
+        return network
 
     def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> RRCM:
         return self.load(device, channels, num_classes).to(dtype)

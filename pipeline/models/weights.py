@@ -71,6 +71,17 @@ def build(
     return network.to(device).eval().requires_grad_(False)
 
 
+def build_from(make: Callable[[], nn.Module], state: State, location: str, device: torch.device) -> nn.Module:
+    """Return the network that `make` makes with the tensors of a state dict that was read from `location`.
+
+    Raises: UserError, as `load_into` does.
+    """
+    with _Uninitialised():
+        network = make()
+    load_into(network, state, location)
+    return network.to(device).eval().requires_grad_(False)
+
+
 class _Uninitialised(TorchFunctionMode):
     """Skips every function that changes a parameter in place, so that parameters stay uninitialised."""
 
