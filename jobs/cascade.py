@@ -20,7 +20,7 @@ from pipeline.certify import certified_radius
 from pipeline.curve import Curve, curve_of, grid, plot, table_radii
 from pipeline.errors import RunError, UserError
 from pipeline.records import parse_record
-from pipeline.results import StoredRun
+from pipeline.results import StoredRun, sample_set_grew
 from pipeline.run import RUN_KEY, Run
 from pipeline.spec import check_alpha, check_multiple
 from pipeline.storage.store import Store, open_store
@@ -72,7 +72,7 @@ class _Member(NamedTuple):
     n: int
     samples: set[int]
     images: dict[int, str]  # sample -> hash of its image and label
-    grown: bool  # an order has other samples than the first
+    grown: bool  # an order has other samples than an earlier one
     votes: pd.DataFrame
 
 
@@ -137,7 +137,7 @@ def _read(uri: str, n0: int | None, n: int | None) -> _Member:
         n=n,
         samples={sample for order in orders for sample in order.samples},
         images={one.block.sample: one.metadata.sample_sha256 for one in blocks},
-        grown=len({frozenset(order.samples) for order in stored.orders.values()}) > 1,
+        grown=any(sample_set_grew(stored.orders, name) for name in stored.orders),
         votes=to_table(blocks),
     )
 

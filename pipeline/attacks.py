@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
@@ -69,9 +70,8 @@ class Attack(Record):
 
     attack: str = Field(min_length=1, max_length=200)
     eps: list[Annotated[float, Field(gt=0, le=10_000)]] = Field(min_length=1, max_length=100)  # descending
-    refine: int = Field(
-        default=5, ge=0, le=40
-    )  # bisections between the last eps that succeeds and the first that fails
+    # bisections between the last eps that succeeds and the first that fails
+    refine: int = Field(default=5, ge=0, le=40)
     steps: int = Field(default=10, ge=1, le=100_000)  # gradient steps per eps
     draws: int = Field(default=32, ge=1, le=100_000)  # EOT draws per gradient
     restarts: int = Field(default=0, ge=0, le=1000)  # further random starts per eps
@@ -81,13 +81,12 @@ class Attack(Record):
     seed: int = Field(default=0, ge=0)
     votes_id: str = Field(pattern="^[0-9a-f]{32}$")
     version: int = Field(default=ATTACK_VERSION, ge=1)
-    code: dict[str, str] = Field(
-        default={}
-    )  # of an attack that is not ours: the hash of its source, or its package's version
+    # of an attack that is not ours: the hash of its source, or its package's version
+    code: dict[str, str] = Field(default={})
 
     @model_validator(mode="after")
     def _check_eps(self) -> Self:
-        if any(after >= before for before, after in zip(self.eps, self.eps[1:], strict=False)):
+        if any(after >= before for before, after in pairwise(self.eps)):
             raise ValueError(f"eps = {self.eps} must decrease")
         return self
 

@@ -216,23 +216,27 @@ def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
+def _above(level: Sequence[bytes]) -> list[bytes]:
+    """The next level of the tree: a last hash without a partner moves up unchanged."""
+    return [_node(*level[at : at + 2]) if at + 1 < len(level) else level[at] for at in range(0, len(level), 2)]
+
+
 def _tree(leaves: Sequence[bytes]) -> bytes:
-    """The root of the tree over the leaves. Level by level, a last one without a partner moves up unchanged."""
-    level = list(leaves)
+    """The root of the tree over the leaves."""
+    level = leaves
     while len(level) > 1:
-        level = [_node(*level[at : at + 2]) if at + 1 < len(level) else level[at] for at in range(0, len(level), 2)]
+        level = _above(level)
     return level[0]
 
 
 def _path(index: int, leaves: Sequence[bytes]) -> list[bytes]:
     """The siblings on the way from a leaf to the root."""
-    level, path = list(leaves), []
+    level, path = leaves, []
     while len(level) > 1:
         sibling = index ^ 1
         if sibling < len(level):
             path.append(level[sibling])
-        level = [_node(*level[at : at + 2]) if at + 1 < len(level) else level[at] for at in range(0, len(level), 2)]
-        index //= 2
+        level, index = _above(level), index // 2
     return path
 
 
@@ -248,7 +252,7 @@ def sign(seal: Seal, key_file: str) -> bytes:
 
 
 def signer(seal: Seal, signature: bytes, signers_file: str) -> str | None:
-    """Who of the signers signed a seal; None if nobody did.
+    """The name of the signer who signed a seal; None if it was none of them.
 
     `signers_file` has a line `NAME KEYTYPE KEY` for each, as described under ALLOWED SIGNERS in `man ssh-keygen`.
     Raises: RunError without ssh-keygen.
