@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.spec import RunSpec, load_spec
+from pipeline.storage.store import Store
 from tests.processes import starting_ray
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 
@@ -122,6 +124,25 @@ def write_images(path: Path) -> Path:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images.parquet")
+
+
+@pytest.fixture
+def spec(raw_spec: dict[str, Any]) -> RunSpec:
+    return load_spec(raw_spec)
+
+
+@pytest.fixture
+def made(spec: RunSpec, tmp_path: Path) -> tuple[RunSpec, Store]:
+    """A run of the half-space on 8 images, and its spec."""
+    from tests.models import make_run
+
+    return spec, make_run(spec, tmp_path / "run")
+
+
+@pytest.fixture
+def home(made: tuple[RunSpec, Store], tmp_path: Path) -> str:
+    """The folder of that run."""
+    return str(tmp_path / "run")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
-"""Attacks: gradients, exact radii, proofs, storage, resume, and mistakes."""
+"""Attacks on stored runs: storage, resume on Ray, mistakes, and where their results are shown."""
 
-import importlib.metadata
 import io
 import json
 import math
@@ -16,292 +15,26 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
 
 import diffsmooth as ds
-from cluster.attacker import Attacker, block_of
-from cluster.worker import Setup
-from jobs.attack import Options, Request, attack_run
+from jobs.attack import Request, attack_run
 from jobs.cli import main
+from jobs.watch import ClusterOptions
 from pipeline.attacks import (
-    Attack,
-    AttackedSample,
-    Rung,
     attacked,
-    claim_attack,
-    expected_margin,
-    judging_order,
-    prove,
     read_attacks,
     read_samples,
-    rival,
     table_of,
 )
 from pipeline.data import open_dataset
 from pipeline.errors import RunError, UserError
-from pipeline.foreign import attack_code
-from pipeline.gap import Attacks, gap_of, robustness
-from pipeline.images import Sample
-from pipeline.noise import Noise
-from pipeline.search import ATTACKS, Problem, smoothed_gradient
-from pipeline.smoothing import BaseClassifier, build_base_classifier
+from pipeline.smoothing import BaseClassifier
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
+from tests.attacking import GREY, LABELS, QUICK, HalfSpace, attack_alone
 from tests.models import make_run, to_toml
 
 ROOT = Path(__file__).parent.parent
-VALUES = torch.tensor([85.0, 95.0, 160.0, 165.0]) / 255
-GREY = VALUES[:, None, None, None].expand(4, 1, 4, 4)
-LABELS = torch.tensor([0, 0, 1, 1])
-DISTANCE = 4 * np.abs(VALUES.numpy() - 0.5)  # the exact radius of the half-space
-QUICK = {"steps": 2, "draws": 8, "n0": 200, "n": 400}
-
-
-class HalfSpace(nn.Module):
-    def forward(self, x_BCHW):
-        margin_B = 1e3 * (x_BCHW.mean(dim=(1, 2, 3)) - 0.5)
-        return torch.stack([-margin_B, margin_B], dim=1)
-
-
-def network(channels: int = 1) -> nn.Module:
-    """A small smooth network with three classes, float64."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        layers = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 25, 3))
-    return layers.double().requires_grad_(False)
-
-
-def smooth_f(m: int = 2, denoiser=lambda x_BCHW, sigma: x_BCHW.sigmoid()) -> BaseClassifier:
-    random = np.random.Generator(np.random.Philox(1))
-    return BaseClassifier(
-        denoiser=denoiser,
-        classifier=network(),
-        local_noise_MCHW=torch.from_numpy(random.normal(size=(m, 1, 5, 5))),
-        sigma=0.5,
-        num_classes=3,
-    )
-
-
-def inputs(draws: int = 6):
-    random = np.random.Generator(np.random.Philox(2))
-    return torch.from_numpy(random.random((1, 5, 5))), torch.from_numpy(random.normal(size=(draws, 1, 5, 5)) / 2)
-
-
-@pytest.mark.parametrize("batch", [1, 4, 6])
-def test_the_gradient_of_the_smoothed_loss_equals_finite_differences(batch):
-    """Through denoiser, local copies and classifier, in float64, however the draws are batched."""
-    f, (x_CHW, noise_NCHW) = smooth_f(), inputs()
-    found = smoothed_gradient(f, x_CHW, noise_NCHW, 1, batch)
-
-    def loss(at_CHW):
-        p_K = f.differentiable_log_scores(f.differentiable_denoise(at_CHW + noise_NCHW)).exp().mean(dim=0)
-        return float(torch.log1p(-p_K[1]) - torch.log(p_K[1]))
-
-    expected = torch.zeros_like(x_CHW).flatten()
-    for pixel in range(25):
-        step = torch.zeros(25, dtype=torch.float64)
-        step[pixel] = 1e-5
-        step = step.reshape(1, 5, 5)
-        expected[pixel] = (loss(x_CHW + step) - loss(x_CHW - step)) / 2e-5
-    assert found.loss == pytest.approx(loss(x_CHW), abs=1e-12)
-    torch.testing.assert_close(found.direction_CHW.flatten(), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_the_direction_is_that_of_smoothadv():
-    """The gradient of -log of the mean softmax, normalised."""
-    f, (x_CHW, noise_NCHW) = smooth_f(), inputs()
-    x = x_CHW.clone().requires_grad_()
-    p_K = f.differentiable_log_scores(f.differentiable_denoise(x + noise_NCHW)).exp().mean(dim=0)
-    (expected,) = torch.autograd.grad(-p_K[1].log(), x)
-    found = smoothed_gradient(f, x_CHW, noise_NCHW, 1, 6).direction_CHW
-    torch.testing.assert_close(found / found.norm(), expected / expected.norm())
-
-
-def test_a_confident_f_keeps_its_gradient():
-    """All float32 scores are 0 or 1, so the gradient of -log p_y is 0, but that of the log odds is not."""
-    f = BaseClassifier(
-        denoiser=None, classifier=HalfSpace(), local_noise_MCHW=torch.zeros(1, 1, 4, 4), sigma=0.1, num_classes=2
-    )
-    noise_NCHW = torch.zeros(2, 1, 4, 4)
-    assert set(f(GREY[:1] + noise_NCHW).flatten().tolist()) == {0.0, 1.0}
-    for values in (GREY[0], torch.zeros(1, 4, 4), torch.ones(1, 4, 4)):  # the last is wrong beyond any doubt
-        assert float(smoothed_gradient(f, values, noise_NCHW, 0, 2).direction_CHW.min()) > 0
-
-
-def test_the_exact_radius_lies_between_certificate_and_attack():
-    """Half-space: lower <= exact < upper for every sample, and the upper bound within 3 %."""
-    result = ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=20_000, batch_size=500)
-    found = ds.attack(
-        HalfSpace(), GREY, LABELS, sigma=0.25, certified=result, steps=2, draws=8, n0=8_000, n=32_000, refine=7,
-        batch_size=500,
-    )  # fmt: skip
-    table = found.gap.table
-    assert (table["lower"] <= DISTANCE).all()
-    assert (table["upper"] > DISTANCE).all()
-    assert (table["upper"] < 1.03 * DISTANCE).all()
-    assert found.gap.contradictions == []
-    for sample in range(4):
-        moved = np.linalg.norm(found.image(sample).astype(float) - GREY[sample].numpy())
-        assert moved == pytest.approx(found.uppers[sample], rel=1e-6)
-
-
-def run_search(name, f, sample, **settings):
-    """The images that an attack finds at one eps, without votes."""
-    attack = Attack(attack=name, eps=[1.0], votes_id="0" * 32, **settings)
-    problem = Problem(f, sample, 0, attack, Noise(0, f._sigma), 16)
-    return ATTACKS[name](problem, problem.x_CHW, 1.0)
-
-
-@pytest.mark.parametrize("name", ["pgd", "apgd", "diffhammer", "votes"])
-def test_attacks_beat_a_random_direction_by_far(name):
-    """By the smoothed loss at the same distance, over fresh draws; the network is that of the embedded model."""
-    spec = load_spec(ROOT / "jobs" / "specs" / "mnist-dds-0.50.toml", ["compute.device=cpu"])
-    data, f = open_dataset(spec.data), build_base_classifier(spec, "cpu")
-    noise_NCHW = torch.from_numpy(np.random.Generator(np.random.Philox(9)).normal(size=(64, 1, 28, 28)) * 0.5).float()
-    gains = {}
-    for attack in (name, "random"):
-        gains[attack] = []
-        for index in (1, 2, 3):
-            sample = data[index]
-            x_CHW = run_search(attack, f, sample, steps=6, draws=64 if attack == "votes" else 16)
-            assert float((x_CHW - torch.from_numpy(sample.image_CHW)).norm()) <= 1.0 + 1e-5
-            loss = smoothed_gradient(f, x_CHW, noise_NCHW, sample.label, 64).loss
-            clean = smoothed_gradient(f, torch.from_numpy(sample.image_CHW), noise_NCHW, sample.label, 64).loss
-            gains[attack].append(loss - clean)
-    assert np.mean(gains[name]) > (2.5 if name == "votes" else 5) * np.mean(np.abs(gains["random"]))
-
-
-def test_an_image_is_at_its_distance_and_inside_the_box():
-    f = smooth_f()
-    random = np.random.Generator(np.random.Philox(5))
-    sample = Sample(random.choice([0.0, 0.5, 1.0], size=(1, 5, 5)).astype(np.float32), 1, "s")
-    problem = Problem(f, sample, 0, Attack(attack="pgd", eps=[1.0], votes_id="0" * 32), Noise(0, 0.5), 8)
-    for eps in (0.01, 0.5, 1.5):
-        image = problem.at_distance(torch.from_numpy(random.normal(size=(1, 5, 5))).float(), eps)
-        assert 0 <= float(image.min()) <= float(image.max()) <= 1
-        assert float((image - problem.x_CHW).norm()) == pytest.approx(eps, rel=1e-3)
-    far = problem.at_distance(torch.ones(1, 5, 5), 100.0)
-    assert float((far - problem.x_CHW).norm()) < 5  # the corner of the box
-
-
-def rung(n_y, n_c, distance, judged=-1, judging=None):
-    counts = None if judging is None else np.array(judging)
-    return Rung(distance, distance, np.zeros((1, 1, 1), np.float32), np.array([n_y, n_c, 0]), judged, counts)
-
-
-ATTACK = Attack(attack="pgd", eps=[2.0, 1.0], n0=100, n=1000, alpha=0.001, votes_id="0" * 32)
-
-
-def test_a_proof_is_the_one_sided_binomial_test():
-    from scipy.stats import binomtest
-
-    found = prove(rung(10, 90, 1.0, 0, [400, 500, 100]), 0)
-    assert (found.target, found.n_y, found.n_c) == (1, 400, 500)
-    assert found.p_value == pytest.approx(binomtest(500, 900, 0.5, alternative="greater").pvalue, rel=1e-9)
-    assert prove(rung(10, 90, 1.0, 0, [1000, 0, 0]), 0).p_value == 1.0
-    assert rival(np.array([5, 3, 3]), 0) == 1
-
-
-def test_judging_starts_at_the_nearest_sure_image_and_stops_at_the_first_failure():
-    rungs = [rung(100, 0, 0.0), rung(0, 100, 4.0), rung(20, 80, 2.0), rung(40, 60, 1.0), rung(90, 10, 0.5)]
-    assert judging_order(rungs, 0, ATTACK) == [2, 3]
-    assert judging_order(rungs[:1], 0, ATTACK) == []
-    judged = [
-        rung(20, 80, 2.0, 0, [200, 800, 0]),
-        rung(40, 60, 1.0, 1, [500, 500, 0]),
-        rung(40, 60, 0.5, 2, [0, 1000, 0]),  # after a failure nothing counts
-    ]
-    one = AttackedSample(sample=0, label=0, rungs=judged, metadata=None)
-    assert one.upper(0.001) == 2.0
-
-
-def test_the_error_of_a_proof_is_at_most_alpha():
-    """Three images at which g ties (the worst case), found by votes that are themselves a lottery."""
-    random = np.random.Generator(np.random.Philox(11))
-    attack = ATTACK.model_copy(update={"alpha": 0.05})
-    wrong = 0
-    for _ in range(4000):
-        rungs = []
-        for distance in (3.0, 2.0, 1.0):
-            n_y = random.binomial(100, 0.5)
-            rungs.append(rung(n_y, 100 - n_y, distance))
-        for place, number in enumerate(judging_order(rungs, 0, attack)):
-            n_y = random.binomial(1000, 0.5)
-            rungs[number] = rungs[number]._replace(judged=place, judging_K=np.array([n_y, 1000 - n_y, 0]))
-        one = AttackedSample(sample=0, label=0, rungs=rungs, metadata=None)
-        wrong += math.isfinite(one.upper(0.05))
-    assert wrong <= 4000 * 0.05 + 4 * math.sqrt(4000 * 0.05)
-
-
-def test_the_expected_margin_is_where_half_of_the_tests_pass():
-    random = np.random.Generator(np.random.Philox(12))
-    for n_c in (52, 56, 60):
-        counts = np.array([100 - n_c, n_c, 0]) * 1000  # the selection is nearly exact
-        n_C = random.binomial(1000, n_c / 100, size=2000)
-        passed = np.mean([prove(rung(0, 1, 1.0, 0, [1000 - k, k, 0]), 0).p_value <= 0.001 for k in n_C])
-        expected = 0.5 * (1 + math.erf(expected_margin(counts, 0, 1000, 0.001) / math.sqrt(2)))
-        assert passed == pytest.approx(expected, abs=0.05)
-
-
-def test_contradictions_are_reported_with_their_probability():
-    certificates = pd.DataFrame(
-        {"sample": [0, 1, 2], "label": [0, 0, 0], "status": ["certified"] * 3, "radius": [1.5, 0.5, 0.1],
-         "correct": [True, True, False], "certificate": "top"}
-    )  # fmt: skip
-    samples = [
-        AttackedSample(sample=i, label=0, rungs=[rung(20, 80, 1.0, 0, [200, 800, 0])], metadata=None) for i in range(3)
-    ]
-    attacks = Attacks(settings={"a": ATTACK}, samples={"a": samples})
-    gap = gap_of(certificates, attacks, 0.001)
-    assert gap.contradictions == [0]
-    assert gap.chance == pytest.approx(1 - 0.998**3)
-    assert "CONTRADICTION" in gap.warning()
-    assert gap_of(certificates.assign(certificate="cost"), attacks, 0.001).contradictions == []
-    assert gap_of(certificates.iloc[1:], attacks, 0.001).warning() is None
-    assert [gap.certified(0.4), gap.resisted(0.4), gap.resisted(1.0)] == [pytest.approx(2 / 3), 1.0, 0.0]
-
-
-def test_robustness_is_covered_by_its_intervals():
-    """m samples with known p_y: the intervals of the average and of the worst of N hold, the estimates are unbiased."""
-    random = np.random.Generator(np.random.Philox(13))
-    p_M = np.array([0.99, 0.9, 0.6, 0.2])
-    attack = ATTACK.model_copy(update={"eps": [1.0]})
-    outside, averages, worsts = np.zeros(2), [], []
-    for _ in range(300):
-        samples = []
-        for i, n_y in enumerate(random.binomial(100, p_M)):
-            rungs = [rung(100, 0, 0.0), rung(n_y, 100 - n_y, 1.0)]
-            samples.append(AttackedSample(sample=i, label=0, rungs=rungs, metadata=None))
-        (found,) = robustness(samples, attack, queries=5)
-        averages.append(found.average)
-        worsts.append(found.worst)
-        outside += [
-            not found.average_lower <= p_M.mean() <= found.average_upper,
-            not found.worst_lower <= (p_M**5).mean() <= found.worst_upper,
-        ]
-        assert found.robust_accuracy in (0.5, 0.75)
-    assert (outside <= 300 * 0.05).all()
-    assert np.mean(averages) == pytest.approx(p_M.mean(), abs=0.01)
-    assert np.mean(worsts) == pytest.approx((p_M**5).mean(), abs=0.01)
-
-
-@pytest.fixture
-def made(raw_spec, tmp_path):
-    """A run of the half-space on 8 images, and its spec."""
-    spec = load_spec(raw_spec)
-    return spec, make_run(spec, tmp_path / "run")
-
-
-def attack_alone(spec, store, samples=range(8), **settings):
-    """Attack with one worker, without Ray."""
-    from pipeline.run import read_run
-
-    run = read_run(store)
-    attack = Attack(votes_id=run.votes_id, **{"attack": "pgd", "eps": [2.0, 1.0, 0.5], **QUICK, **settings})
-    claim_attack(store, attack)
-    worker = Attacker.load(Setup(spec, store.uri, run.votes_id, 16, attack=attack))
-    worker.run([block_of(sample, attack) for sample in samples], "0")
-    return attack, read_samples(store, run, attack)
 
 
 def test_a_stored_sample_is_read_back_as_it_was_found(made):
@@ -435,12 +168,12 @@ def test_votes_that_do_not_add_up_are_refused(made):
 def test_the_command_attacks_a_run_and_resumes(made, tmp_path):
     spec, store = made
     request = Request(eps=(2.0, 1.0), samples="0:4", **QUICK)
-    found = attack_run(store.uri, spec, request, Options(actors=2, batch_size=16, quiet=True))
+    found = attack_run(store.uri, spec, request, ClusterOptions(actors=2, batch_size=16, quiet=True))
     assert found.complete
     assert found.gap.contradictions == []
     assert len(found.gap.table) == 4
     files = {path: path.stat().st_mtime_ns for path in (Path(store.uri) / "attacks").rglob("samples/*.parquet")}
-    more = attack_run(store.uri, spec, Request(eps=(1.0, 2.0), **QUICK), Options(quiet=True))
+    more = attack_run(store.uri, spec, Request(eps=(1.0, 2.0), **QUICK), ClusterOptions(quiet=True))
     assert (len(more.samples), more.attack) == (8, found.attack)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     alone = make_run(spec, tmp_path / "alone")
@@ -454,7 +187,7 @@ def test_a_wrong_gradient_stops_the_cluster_with_the_first_cause(raw_spec, tmp_p
     spec = load_spec(raw_spec)
     store = make_run(spec, tmp_path / "run", samples=2)
     with pytest.raises(UserError, match="the gradient of f is not finite"):
-        attack_run(store.uri, spec, Request(samples="0:2", **QUICK), Options(quiet=True))
+        attack_run(store.uri, spec, Request(samples="0:2", **QUICK), ClusterOptions(quiet=True))
 
 
 def test_killed_and_started_twice_equals_undisturbed(raw_spec, tmp_path, ray_session):
@@ -633,62 +366,3 @@ def test_audit_votes_again_at_stored_images(shown, tmp_path):
             continue  # reversed, the votes prove nothing, and nothing is claimed
         assert result.exit_code == 1
         assert message in result.output
-
-
-# attacks of others
-
-
-def along_grey(model, x_CHW, label, eps):
-    """An own attack: all pixels up or down, whichever the model likes less."""
-    sign = 1.0 if label == 0 else -1.0
-    assert model(x_CHW[None]).shape == (1, 2)
-    return (x_CHW + sign * eps / x_CHW.numel() ** 0.5).clamp(0, 1)
-
-
-def returns_text(model, x_CHW, label, eps):
-    return "image"
-
-
-def raises(model, x_CHW, label, eps):
-    raise KeyError("oops")
-
-
-@pytest.mark.parametrize("name", ["foolbox.attacks.L2PGD", "foolbox.attacks.L2DeepFoolAttack"])
-def test_attacks_of_foolbox_are_proven_like_ours(made, name):
-    spec, store = made
-    code = {"foolbox": importlib.metadata.version("foolbox")}
-    before = torch.random.get_rng_state()
-    attack, samples = attack_alone(spec, store, range(2), attack=name, code=code, steps=4)
-    assert torch.equal(before, torch.random.get_rng_state())  # its global randomness is a stream of its own
-    exact = 4 * (0.5 - 100 / 255)
-    assert all(exact < one.upper(attack.alpha) <= 2.0 for one in samples)
-
-
-def test_hop_skip_jump_attacks_a_function_without_gradients(raw_spec, tmp_path):
-    raw_spec["classifier"] = {"arch": "tests.models:rounded_half_space"}
-    spec = load_spec(raw_spec)
-    store = make_run(spec, tmp_path / "run", samples=1)
-    name = "foolbox.attacks.HopSkipJumpAttack"
-    code = {"foolbox": importlib.metadata.version("foolbox")}
-    attack, (one,) = attack_alone(spec, store, range(1), attack=name, code=code, steps=3, draws=32)
-    assert math.isfinite(one.upper(attack.alpha))
-
-
-def test_an_own_attack(made):
-    spec, store = made
-    name = "tests.test_attack:along_grey"
-    attack, samples = attack_alone(spec, store, range(2), attack=name, code=attack_code(name))
-    assert attack.id.startswith("along_grey-")
-    assert all(one.upper(attack.alpha) < 0.6 for one in samples)
-    for name, message in (
-        ("tests.test_attack:returns_text", "returned str; it must return an image"),
-        ("tests.test_attack:raises", "raised KeyError: 'oops'; correct it"),
-    ):
-        with pytest.raises(UserError, match=message):
-            attack_alone(spec, store, range(1), attack=name, code=attack_code(name))
-
-
-def test_an_attack_with_other_code_is_refused(made):
-    spec, store = made
-    with pytest.raises(UserError, match="has other code here"):
-        attack_alone(spec, store, range(1), attack="tests.test_attack:along_grey", code={"source": "0"})

@@ -19,11 +19,6 @@ from tests.models import make_run
 
 
 @pytest.fixture
-def spec(raw_spec):
-    return load_spec(raw_spec)
-
-
-@pytest.fixture
 def store(spec, tmp_path):
     return make_run(spec, tmp_path / "run")
 

@@ -188,17 +188,6 @@ def test_other_labels_or_images_are_refused():
     assert len(shared_rows({"A": image, "B": rows([1.0, 1.0])})["A"]) == 2  # a log has no hashes
 
 
-@pytest.fixture
-def spec(raw_spec):
-    return load_spec(raw_spec)
-
-
-@pytest.fixture
-def home(spec, tmp_path):
-    make_run(spec, tmp_path / "run")
-    return str(tmp_path / "run")
-
-
 def command(*words):
     return CliRunner().invoke(main, ["compare", *map(str, words)])
 

@@ -61,17 +61,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def spec(raw_spec):
-    return load_spec(raw_spec)
-
-
-@pytest.fixture
-def home(spec, tmp_path):
-    make_run(spec, tmp_path / "run")
-    return str(tmp_path / "run")
-
-
-@pytest.fixture
 def write(tmp_path):
     def write(*sources, **options):
         complete = report(sources, output=str(tmp_path / "report.html"), **options)

@@ -182,8 +182,8 @@ def test_a_seal_is_signed_and_the_signature_verified(home, tmp_path):
     (tmp_path / "author").write_text(make_key(tmp_path, "a"))
     (tmp_path / "stranger").write_text(make_key(tmp_path, "b"))
     root = last(home).root
-    nobody = [f"{home}: seal 001 is signed by none of {tmp_path}/author; ask its author"]
-    assert found(home, root, signers=str(tmp_path / "author")) == nobody
+    unsigned = [f"{home}: seal 001 is signed by none of {tmp_path}/author; ask its author"]
+    assert found(home, root, signers=str(tmp_path / "author")) == unsigned
     signed = run("seal", home, "--sign", tmp_path / "a")
     assert signed.exit_code == 0, signed.output
     assert "signed" in signed.stdout
@@ -191,7 +191,7 @@ def test_a_seal_is_signed_and_the_signature_verified(home, tmp_path):
     assert len(found(home, root, signers=str(tmp_path / "stranger"))) == 1
     assert "exists; remove it" in run("seal", home, "--sign", tmp_path / "b").stderr
     (home / "seals" / "001.sha256.sig").write_text("no signature")
-    assert found(home, root, signers=str(tmp_path / "author")) == nobody
+    assert found(home, root, signers=str(tmp_path / "author")) == unsigned
     assert "cannot sign with this key" in run("seal", home, "--sign", tmp_path / "a.pub.none").stderr
     assert "no such file" in run("audit", home, "--signers", tmp_path / "none").stderr
 
