@@ -34,7 +34,7 @@ def load_worker(setup: Setup) -> Worker:
 
 
 def block_of(sample: int, attack: Attack) -> Block:
-    """What stands for an attacked sample in the scheduler."""
+    """The block that represents an attacked sample in the scheduler."""
     return Block(sample, "estimation", 0, attack.passes)
 
 
