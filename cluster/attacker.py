@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.worker import Receipt, Setup, Worker
+from cluster.worker import Progress, Receipt, Setup, Worker
 from pipeline.attacks import (
     Attack,
     AttackedSample,
@@ -48,13 +48,16 @@ class Attacker(Worker):
         existing = self._store.existing(keys)
         done, duplicates, draws = [keys[key] for key in existing], [], 0
         votes = []
+        self.progress = Progress(attempt, sum(block.draws for block in done))
         for key, block in keys.items():
             if key in existing:
                 continue
             draws += block.draws
             one = self._attack_sample(block.sample, attempt)
             encoded = encode_sample(one.sample, one.label, one.rungs, one.metadata)
-            if self._store.put_if_absent(key, encoded):
+            stored_here = self._store.put_if_absent(key, encoded)
+            self._count_committed(block.draws, block.draws if stored_here else 0)
+            if stored_here:
                 votes.append(_votes(one, attack))
             else:
                 duplicates.append(block)

@@ -14,16 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
 from cluster.attacker import load_worker
 from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
-from cluster.worker import CleanAccuracy, Receipt, Setup, Worker
+from cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, Stopped, UserError, first_line
 from pipeline.sampling import Sampler
@@ -35,6 +36,8 @@ _START_ATTEMPTS = 5  # failed starts in a row, per actor, after which the run is
 _KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between checks of deadlines and stop requests
 _DRAIN_CHECK = 3.0  # seconds between checks for nodes that are being drained
+_PROGRESS_CHECK = 1.0  # seconds between questions for the progress of running tasks
+_ASKED_AT_ONCE = 64  # actors asked for their progress each time; the others have their turn later
 
 
 class _RemoteWorker:
@@ -57,8 +60,13 @@ class _RemoteWorker:
         assert self._worker is not None
         return self._worker.run(blocks, attempt)
 
+    @ray.method(concurrency_group="progress")
+    def progress(self) -> Progress | None:
+        """Returns at once, also while `run` is busy, because its concurrency group has a thread of its own."""
+        return self._worker.progress if self._worker else None
 
-_REMOTE = ray.remote(max_restarts=-1, max_task_retries=0)(_RemoteWorker)
+
+_REMOTE = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"progress": 1})(_RemoteWorker)
 
 
 @dataclass(eq=False)
@@ -73,7 +81,8 @@ class _Actor:
 class Update(NamedTuple):
     """What the driver reports while it casts."""
 
-    draws: int  # of the finished blocks, whoever cast them
+    draws: int  # of the committed blocks, whoever cast them
+    in_flight: int  # those of `draws` whose task has not finished yet
     draws_wanted: int  # of all blocks handed out so far
     cast: int  # draws cast and stored by this call
     seconds: float  # since the first task started
@@ -182,6 +191,60 @@ class Cluster:
         return _Cast(self, work, scheduler or Scheduler(), on_update).run()
 
 
+class _InFlight:
+    """What running tasks have committed, as their actors report about once per second.
+
+    Only the first attempt at a task counts, not the copy of a straggler. A check asks a limited number of actors, so
+    that a large cluster costs no more than a small one.
+    """
+
+    def __init__(self) -> None:
+        self.draws = self.stored = 0  # sums over the running attempts
+        self._running: dict[str, tuple[_Actor, Progress]] = {}  # by the actor's name; who is asked next comes first
+        self._asked: dict[str, Any] = {}  # the actor's name -> the future of its answer
+        self._checked = 0.0
+
+    def started(self, actor: _Actor, attempt: str) -> None:
+        self._running[actor.name] = (actor, Progress(attempt))
+
+    def ended(self, name: str) -> None:
+        if name in self._running:
+            _, progress = self._running.pop(name)
+            self._add(progress, -1)
+
+    def check(self, now: float) -> None:
+        """Take in the answers that have arrived, and ask again."""
+        if now - self._checked < _PROGRESS_CHECK:
+            return
+        self._checked = now
+        futures = list(self._asked.values())
+        done = set(ray.wait(futures, num_returns=len(futures), timeout=0)[0]) if futures else set()
+        for name in [name for name, future in self._asked.items() if future in done]:
+            self._take(name, self._asked.pop(name))
+        for name in list(islice(self._running, _ASKED_AT_ONCE)):
+            actor, progress = self._running.pop(name)
+            self._running[name] = (actor, progress)
+            if name not in self._asked:
+                self._asked[name] = actor.handle.progress.remote()
+
+    def _take(self, name: str, future: Any) -> None:
+        try:
+            found: Progress | None = ray.get(future)
+        except RayError:
+            return  # the actor died, which its task reports
+        if found is None or name not in self._running:
+            return
+        actor, before = self._running[name]
+        if found.attempt == before.attempt:  # not an answer about an earlier task
+            self._add(before, -1)
+            self._add(found, 1)
+            self._running[name] = (actor, found)
+
+    def _add(self, progress: Progress, sign: int) -> None:
+        self.draws += sign * progress.draws
+        self.stored += sign * progress.stored
+
+
 _Handler = Callable[[_Actor, Any], list[Votes]]  # takes in the result of a future
 
 
@@ -202,7 +265,8 @@ class _Cast:
         self._metrics = _Metrics(work.setup.spec.name)
         self._failed_starts = 0
         self._first_task: float | None = None
-        self._draws = self._draws_wanted = 0
+        self._draws = self._draws_wanted = 0  # of finished tasks; of all tasks
+        self._in_flight = _InFlight()
         self._add(work.blocks)
 
     def run(self) -> Outcome:
@@ -231,6 +295,7 @@ class _Cast:
             if self._work.sampler and new:
                 self._add(self._work.sampler.take(new))
             self._restart_overdue()
+            self._in_flight.check(now)
             self._report(new)
         self._outcome.seconds = time.monotonic() - start
         self._outcome.driver_seconds = self._outcome.seconds - waited
@@ -247,6 +312,8 @@ class _Cast:
             self._first_task = self._first_task or now
             actor, attempt = self._idle.popleft(), f"{os.urandom(8).hex()}-{task.attempts}"
             self._pending[actor.handle.run.remote(task.blocks, attempt)] = (actor, self._task_done)
+            if len(task.workers) == 1:
+                self._in_flight.started(actor, attempt)
         more = self._work.sampler is not None and self._work.sampler.open
         if self._work.last and not more:
             self._cluster.release([self._idle.popleft() for _ in range(self._scheduler.spare(len(self._idle)))])
@@ -336,6 +403,8 @@ class _Cast:
             self._task_failed(actor, error)
             self._await_ready(actor)
             return []
+        for name in self._scheduler.running[actor.name].task.workers:  # the receipt counts from here on
+            self._in_flight.ended(name)
         first = self._scheduler.finished(actor.name, receipt.draws, receipt.seconds)
         self._idle.append(actor)
         self._outcome.tasks += 1
@@ -348,6 +417,7 @@ class _Cast:
         return receipt.votes
 
     def _task_failed(self, actor: _Actor, error: RayTaskError | RayActorError) -> None:
+        self._in_flight.ended(actor.name)
         self._outcome.lost += 1
         self._metrics.lost(error)
         logger.warning("task failed; requeued: %s", _line(error))
@@ -365,9 +435,10 @@ class _Cast:
     def _report(self, new: list[Votes]) -> None:
         self._on_update(
             Update(
-                draws=self._draws,
+                draws=self._draws + self._in_flight.draws,
+                in_flight=self._in_flight.draws,
                 draws_wanted=self._draws_wanted,
-                cast=self._outcome.draws,
+                cast=self._outcome.draws + self._in_flight.stored,
                 seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
                 actors=len(self._idle) + self._checking + len(self._scheduler.running),
                 actors_wanted=len(self._cluster.actors),

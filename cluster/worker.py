@@ -57,6 +57,14 @@ class Receipt(NamedTuple):
     store_failures: int = 0  # calls to the store that were retried
 
 
+class Progress(NamedTuple):
+    """How far an attempt at a task is."""
+
+    attempt: str
+    draws: int = 0  # of the task's blocks that are committed, whoever cast them
+    stored: int = 0  # draws that this attempt computed and stored
+
+
 class CleanAccuracy(NamedTuple):
     """How many of some labelled samples the classifier alone gets right, without noise and denoiser."""
 
@@ -80,6 +88,7 @@ class Worker:
         if compiled or (setup.batch_size is None and self._device.type != "cpu"):
             self._warm_up()
         self._facts = device_facts(self._device)
+        self.progress = Progress("")  # of the latest attempt; another thread may read it at any time
 
     @classmethod
     def load(cls, setup: Setup) -> Self:
@@ -109,6 +118,7 @@ class Worker:
         # checked at every attempt, also the first: another driver may have cast them since ours listed the run
         existing = self._store.existing(map(block_key, blocks))
         found = [block for block in blocks if block_key(block) in existing]
+        self.progress = Progress(attempt, sum(block.draws for block in found))
         blocks = [block for block in blocks if block_key(block) not in existing]
         stored, duplicates = self._cast_and_commit(blocks, attempt)
         seconds, own = time.perf_counter() - start, sum(votes.block.draws for votes in stored)
@@ -139,7 +149,7 @@ class Worker:
                 if commits:
                     commits[-1][1].result()  # one commit at a time, and a store that fails stops the task
                 encoded = encode_block(cast.block, sample.label, cast.counts_K, metadata)
-                commits.append((cast, pool.submit(self._store.put_if_absent, block_key(cast.block), encoded)))
+                commits.append((cast, pool.submit(self._commit, cast.block, encoded)))
         stored, duplicates = [], []
         for (block, counts_K), commit in commits:
             if commit.result():
@@ -148,6 +158,16 @@ class Worker:
             else:
                 duplicates.append(block)
         return stored, duplicates
+
+    def _commit(self, block: Block, encoded: bytes) -> bool:
+        """Store a block unless another attempt has stored it; returns whether it was stored."""
+        stored = self._store.put_if_absent(block_key(block), encoded)
+        self._count_committed(block.draws, block.draws if stored else 0)
+        return stored
+
+    def _count_committed(self, draws: int, stored: int) -> None:
+        attempt, draws_before, stored_before = self.progress
+        self.progress = Progress(attempt, draws_before + draws, stored_before + stored)
 
     def _metadata(self, sample: Sample, attempt: str, seconds: float) -> BlockMetadata:
         setup = self._setup

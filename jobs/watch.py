@@ -99,7 +99,8 @@ class Watch:
         text = self._note(update)
         if self._bar:
             self._bar.update(self._task, completed=update.draws, total=update.draws_wanted, rate=rate, note=text)
-        if time.monotonic() - self._written >= _LOG_SECONDS or update.draws == update.draws_wanted:
+        finished = update.draws == update.draws_wanted and not update.in_flight
+        if finished or time.monotonic() - self._written >= _LOG_SECONDS:
             self._written = time.monotonic()
             self._write(update, rate, text)
 

@@ -37,7 +37,7 @@ from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import make_run, png, to_toml
-from tests.processes import busy_actors, starting_ray
+from tests.processes import starting_ray, worker_actors
 from tests.s3_servers import KEY, SECRET, faulty, find_weed, moto_server, seaweed_server
 
 ROOT = Path(__file__).parent.parent
@@ -104,10 +104,10 @@ class Chaos:
 
     def kill_actor(self) -> None:
         limit = time.monotonic() + 20
-        while not (busy := busy_actors()) and time.monotonic() < limit:
+        while not (actors := worker_actors()) and time.monotonic() < limit:
             time.sleep(0.1)
-        if busy:
-            os.kill(int(self.rng.choice(busy)), signal.SIGKILL)
+        if actors:
+            os.kill(int(self.rng.choice(actors)), signal.SIGKILL)
             self.done["actors killed"] += 1
 
     def remove_node(self) -> None:

@@ -36,14 +36,17 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def busy_actors() -> list[int]:
-    """Process ids of the actors that run a task now on a Ray that this process started, found by their titles."""
+def worker_actors() -> list[int]:
+    """Process ids of the actors on a Ray that this process started, found by their titles.
+
+    The titles do not tell busy actors from idle ones: an actor that was asked for its progress has its bare title.
+    """
     found = []
     for pid in descendants(os.getpid()):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::_RemoteWorker.run"):
+        if title.startswith(b"ray::_RemoteWorker"):
             found.append(pid)
     return sorted(found)

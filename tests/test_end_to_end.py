@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
+import cluster.driver
 from jobs.analyze import Request, analyze
 from jobs.certify import Options, certify_all
+from jobs.watch import Watch
 from pipeline.block import Block
 from pipeline.certify import certified_radius
 from pipeline.errors import RunError, UserError
@@ -25,7 +27,7 @@ from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
 from tests.models import png, to_toml
-from tests.processes import busy_actors
+from tests.processes import worker_actors
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +128,20 @@ def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
     assert any(line.startswith("ray_diffsmooth_task_seconds_count") for line in lines)
 
 
+def test_the_count_moves_while_a_task_runs_and_counts_no_draw_twice(raw_spec, tmp_path, monkeypatch):
+    updates, show = [], Watch.__call__
+    monkeypatch.setattr(Watch, "__call__", lambda watch, update: updates.append(update) or show(watch, update))
+    for name in ("_TICK", "_PROGRESS_CHECK"):
+        monkeypatch.setattr(cluster.driver, name, 0.05)
+    raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
+    result = certify(load_spec(raw_spec, ["data.samples=0:1", "smoothing.n=1500"]), tmp_path / "run", actors=1)
+    draws = [update.draws for update in updates]
+    assert {update.in_flight for update in updates} >= {0, 100}
+    assert draws == sorted(draws)
+    assert all(update.cast == update.draws <= update.draws_wanted == 1550 for update in updates)
+    assert (draws[-1], updates[-1].in_flight, result["draws_cast"]) == (1550, 0, 1550)
+
+
 def test_growing_a_run_casts_only_missing_draws(raw_spec, tmp_path):
     home = tmp_path / "run"
     certify(load_spec(raw_spec, ["data.samples=0:4"]), home)
@@ -220,9 +236,10 @@ def wait_for_blocks(spec, home, number, process) -> None:
 
 def test_killed_driver_and_actor_then_resumed_equals_undisturbed(slow, raw_spec, tmp_path):
     spec, home, command = slow
+    others = set(worker_actors())
     process = start(command)
     wait_for_blocks(spec, home, 8, process)
-    (victim, *_) = busy_actors()
+    (victim, *_) = set(worker_actors()) - others
     os.kill(victim, signal.SIGKILL)
     wait_for_blocks(spec, home, 24, process)
     process.kill()

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from cluster.worker import Setup, Worker
+from cluster.worker import Progress, Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, UserError
 from pipeline.run import claim_run, describe_run, read_run
@@ -112,6 +112,22 @@ def test_a_block_is_committed_while_the_next_is_computed(make, monkeypatch):
     receipt = worker.run(BLOCKS, "one")
     assert [block for block, _, _ in receipt.votes] == BLOCKS
     assert len(votes(store)) == len(BLOCKS)
+
+
+def test_progress_counts_each_block_as_it_is_committed(make, monkeypatch):
+    worker, _ = make(batch_size=100)
+    put, seen = FolderStore.put_if_absent, []
+
+    def watched(self, key, data):
+        seen.append(worker.progress)
+        return put(self, key, data)
+
+    monkeypatch.setattr(FolderStore, "put_if_absent", watched)
+    worker.run(BLOCKS, "one")
+    assert seen == [Progress("one", draws, draws) for draws in (0, 100, 200, 300)]
+    assert worker.progress == Progress("one", 400, 400)
+    worker.run(BLOCKS, "two")  # all blocks are found
+    assert worker.progress == Progress("two", 400, 0)
 
 
 @pytest.mark.parametrize("broken", range(len(BLOCKS)))
