@@ -562,6 +562,9 @@ def report(
     "--attack", "of_attack", is_flag=True, help="Estimate `diffsmooth attack` with its default settings instead; a "
     "gradient counts as three draws.",
 )  # fmt: skip
+@click.option(
+    "--probe", is_flag=True, help="Measure f on this machine's CPU, with random weights if the weights are not here.",
+)  # fmt: skip
 @_SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 def plan(
@@ -569,6 +572,7 @@ def plan(
     gpus: tuple[str, ...],
     utilization: float,
     of_attack: bool,
+    probe: bool,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -584,7 +588,7 @@ def plan(
     prices = planning.parse_gpus(gpus)
     loaded = [load_named(name, overrides) for name in specs]
     passes = planning.attack_passes() if of_attack else None
-    plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes) for spec in loaded]
+    plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes, probe=probe) for spec in loaded]
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from jobs.probe import CpuRate, probe_cpu
 from pipeline.attacks import Attack
 from pipeline.block import STAGES
 from pipeline.certify import certified_radius
@@ -85,9 +86,15 @@ class CostEstimate:
     precision: str
     utilization: float
     costs: list[GpuCost]
+    cpu: CpuRate | None  # None if it was not measured
+
+    @property
+    def cpu_hours(self) -> float | None:
+        """Hours of all cores of this machine."""
+        return None if self.cpu is None else self.cpu.hours(self.draws)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"cpu_hours": self.cpu_hours}
 
 
 MANY_HOURS = 100  # of a GPU: an order above it needs confirmation
@@ -125,12 +132,18 @@ def attack_passes() -> int:
 
 
 def plan(
-    spec: RunSpec, *, prices: Mapping[str, float | None], utilization: float, passes: int | None = None
+    spec: RunSpec,
+    *,
+    prices: Mapping[str, float | None],
+    utilization: float,
+    passes: int | None = None,
+    probe: bool = False,
 ) -> CostEstimate:
     """Estimate the cost of a spec. It needs no weights and, for well-known data sets, no data.
 
     `prices` are the GPUs to include, with dollars per hour if known; `utilization` is the fraction of a GPU's peak that
     the networks reach. With `passes`, the estimate is that of an attack which takes so many forward passes per sample.
+    With `probe`, f is measured on this machine's CPU.
 
     Raises: UserError for a spec that cannot be certified.
     """
@@ -161,6 +174,7 @@ def plan(
         precision=smoothing.precision,
         utilization=utilization,
         costs=[_gpu_cost(gpu, price, smoothing.precision, total, utilization) for gpu, price in prices.items()],
+        cpu=probe_cpu(spec, facts) if probe else None,
     )
 
 
@@ -247,23 +261,39 @@ def print_plans(plans: Sequence[CostEstimate], console: Console) -> None:
                 f"GFLOP per draw: denoiser {one.gflop_per_draw.denoiser:,.1f}, classifier "
                 f"{one.gflop_per_draw.classifier:,.1f}{copies}; {one.total_flop:.3g} FLOP in total, in {one.precision}"
             )
+        if one.cpu is not None:
+            random = f"; random weights: {', '.join(one.cpu.random_weights)}" if one.cpu.random_weights else ""
+            lines.append(
+                f"measured on this CPU: {one.cpu.draws_per_second_and_core:,.3g} draws/s per core, batches of "
+                f"{one.cpu.batch_size}{random}"
+            )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if any(one.total_flop is not None for one in plans):
+    if any(one.total_flop is not None or one.cpu is not None for one in plans):
         console.print(_table(plans))
 
 
 def _table(plans: Sequence[CostEstimate]) -> Table:
     percent = 100 * plans[0].utilization
-    table = Table(box=box.SIMPLE_HEAD, title=f"GPU-hours at {percent:g} % of the peak", title_justify="left")
-    for heading in ("GPU", "peak TFLOP/s", *(one.name for one in plans), *(("total",) if len(plans) > 1 else ())):
-        table.add_column(heading, justify="left" if heading == "GPU" else "right", no_wrap=True)
+    title = f"hours of one GPU at {percent:g} % of its peak, and of all cores of this machine"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for heading in ("device", "peak TFLOP/s", *(one.name for one in plans), *(("total",) if len(plans) > 1 else ())):
+        table.add_column(heading, justify="left" if heading == "device" else "right", no_wrap=True)
     for costs in zip(*(one.costs for one in plans), strict=True):
         peaks = dict.fromkeys("-" if cost.peak_tflops is None else f"{cost.peak_tflops:g}" for cost in costs)
         cells = [_cell(cost.gpu_hours, cost.dollars) for cost in costs]
         if len(plans) > 1:
             cells.append(_cell(_sum([cost.gpu_hours for cost in costs]), _sum([cost.dollars for cost in costs])))
         table.add_row(costs[0].gpu, "/".join(peaks), *cells)
+    hours = [one.cpu_hours for one in plans]
+    hours += [_sum(hours)] if len(plans) > 1 else []
+    probed = plans[0].cpu
+    name, unknown = ("CPU", "use --probe") if probed is None else (f"CPU, {_plural(probed.cores, 'core')}", "-")
+    table.add_row(name, "-", *(unknown if one is None else _cell(one, None) for one in hours))
     return table
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -273,7 +303,8 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _cell(hours: float | None, dollars: float | None) -> str:
     if hours is None:
         return "-"
-    time = f"{hours:,.1f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
+    minutes = 60 * hours
+    time = f"{hours:,.1f} h" if hours >= 0.1 else f"{minutes:.1f} min" if minutes >= 1 else "< 1 min"
     return time if dollars is None else f"{time} = ${dollars:,.2f}"
 
 

@@ -216,7 +216,7 @@ def train(name: str, images: Images, folder: Path, scale: float = 1.0) -> nn.Mod
     if name == "conditional":  # the classifier uses levels from 2 SIGMA to 3
         return train_edm(CONDITIONAL, trainer(1400), LogNormal(0.4, 0.6))
     if name == "consistency":
-        return train_consistency(load_edm("edm", str(folder / "edm.safetensors"), torch.device("cpu"), 1), trainer(700))
+        return train_consistency(load_edm("edm", str(folder / "edm.safetensors"), torch.device("cpu"), 1), trainer(400))
     return train_rrcm(VIT, trainer(2000, 1e-3))
 
 

@@ -1,12 +1,14 @@
 """Cost estimates: published FLOPs, arithmetic by hand, and no need for weights or data."""
 
+import io
 import json
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from jobs.cli import SPECS, main
-from jobs.plan import GPUS, parse_gpus, plan
+from jobs.plan import GPUS, parse_gpus, plan, print_plans
 from pipeline.errors import UserError
 from pipeline.models.classifiers import resolve_classifier
 from pipeline.models.denoisers import resolve_denoiser
@@ -73,6 +75,31 @@ def test_draws_are_estimated_for_an_own_function_whose_flops_are_unknown(raw_spe
     found = plan(load_spec(raw_spec), prices=dict.fromkeys(GPUS), utilization=0.4).to_json()
     assert found["draws"] == 8 * 250
     assert found["image_shape"] == [1, 4, 4]
+
+
+def test_a_probe_measures_the_cpu_with_random_weights_if_there_are_none():
+    specs = {name: load_spec(SPECS / f"{name}.toml") for name in ("mnist-dds-0.50", "cifar10-cohen-0.50")}
+    found = {name: plan(spec, prices={}, utilization=0.4, probe=True) for name, spec in specs.items()}
+    assert [one.cpu.random_weights for one in found.values()] == [[], ["classifier"]]
+    for one in found.values():
+        assert one.cpu_hours == pytest.approx(one.draws / one.cpu.draws_per_second_and_core / one.cpu.cores / 3600)
+        assert one.cpu.cores >= 1
+        assert one.to_json()["cpu_hours"] == one.cpu_hours > 0
+
+
+def test_an_own_function_is_probed(raw_spec):
+    estimate = plan(load_spec(raw_spec), prices={"H100": None}, utilization=0.4, probe=True)
+    console = Console(file=io.StringIO(), width=200)
+    print_plans([estimate], console)
+    (row,) = [line for line in console.file.getvalue().splitlines() if line.strip().startswith("CPU, ")]
+    assert row.strip().endswith("< 1 min")
+
+
+def test_short_times_and_the_row_without_a_probe():
+    arguments = ["plan", "mnist-cohen-0.50", "mnist-dds-0.50", "--gpu", "H100"]
+    rows = {line.split()[0]: line for line in CliRunner().invoke(main, arguments).output.splitlines() if line.strip()}
+    assert rows["CPU"].count("use --probe") == 3  # two specs and their sum
+    assert rows["H100"].count("< 1 min") == 3
 
 
 def test_gpus_and_prices_are_checked():

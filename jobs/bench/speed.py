@@ -34,15 +34,13 @@ from torch import Tensor
 from jobs.bench.literal import Literal
 from jobs.bench.memory import peak_memory
 from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
+from jobs.probe import with_weights_at_hand
 from pipeline.block import Block
 from pipeline.data import known_facts, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED, Sample
-from pipeline.locations import EMBEDDED
 from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
 from pipeline.models.device import device_of
-from pipeline.models.own import is_own
-from pipeline.models.weights import RANDOM
 from pipeline.noise import Noise
 from pipeline.smoothing import (
     DTYPES,
@@ -55,7 +53,6 @@ from pipeline.smoothing import (
     noisy_images,
 )
 from pipeline.spec import RunSpec
-from pipeline.storage.fetch import at_hand
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +283,7 @@ def bench_speed(
         torch.set_num_threads(threads)
     clock, kind = _clock(device, threads)
     meter = _Meter(clock, batch_sizes or _BATCH_SIZES[device.type], effort)
-    spec, random_weights = _with_weights(spec)
+    spec, random_weights = with_weights_at_hand(spec)
     samples, num_classes, random_images = _samples(spec)
     ours = _Pipeline(spec, device, samples, num_classes)
     literal = _literal(ours, num_classes)
@@ -400,18 +397,6 @@ def _peak(device: torch.device, precision: str, clock: Clock) -> float:
         a @ a
         times.append(clock() - start)
     return 2 * side**3 / min(times)
-
-
-def _with_weights(spec: RunSpec) -> tuple[RunSpec, list[str]]:
-    """Return the spec with random weights for networks whose weights are not on this machine, and their names."""
-    changed: dict[str, Any] = {}
-    for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
-        if is_own(section.arch) or section.arch in ("none", "diffusers", "transformers"):
-            continue
-        location = (section.checkpoint or "").partition("#")[0]
-        if not location.startswith(EMBEDDED) and ("${" in location or not at_hand(location)):
-            changed[name] = section.model_copy(update={"checkpoint": f"{RANDOM}0"})
-    return spec.model_copy(update=changed), list(changed)
 
 
 def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:

@@ -1,0 +1,85 @@
+"""Probe: how fast this machine's CPU computes f, from a few batches of random images."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data import Facts
+from pipeline.locations import EMBEDDED
+from pipeline.models.own import is_own
+from pipeline.models.weights import RANDOM
+from pipeline.smoothing import BaseClassifier, base_classifier
+from pipeline.spec import RunSpec
+from pipeline.storage.fetch import at_hand
+
+_LARGEST_BATCH = 64  # what a worker uses on a CPU
+_SECONDS = 2.0  # CPU time of the measured batches; a single draw may take longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuRate:
+    """The speed of f on this machine's CPU, if each core runs a worker."""
+
+    cores: int
+    draws_per_second_and_core: float
+    batch_size: int
+    random_weights: list[str]  # networks that were measured with random weights
+
+    def hours(self, draws: int) -> float:
+        return draws / (self.draws_per_second_and_core * self.cores) / 3600
+
+
+def with_weights_at_hand(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+    """Return the spec with random weights for networks whose weights are not on this machine, and their names."""
+    changed: dict[str, Any] = {}
+    for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
+        if is_own(section.arch) or section.arch in ("none", "diffusers", "transformers"):
+            continue
+        location = (section.checkpoint or "").partition("#")[0]
+        if not location.startswith(EMBEDDED) and ("${" in location or not at_hand(location)):
+            changed[name] = section.model_copy(update={"checkpoint": f"{RANDOM}0"})
+    return spec.model_copy(update=changed), list(changed)
+
+
+def probe_cpu(spec: RunSpec, facts: Facts) -> CpuRate:
+    """Measure f of a spec on one core, in CPU time, so that other programs hardly disturb it; nothing is downloaded.
+
+    Raises: UserError for networks that do not load or do not fit the images.
+    """
+    spec, random_weights = with_weights_at_hand(spec)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each worker does
+    try:
+        f = base_classifier(spec, torch.device("cpu"), facts.shape_CHW, facts.num_classes)
+        batch_size, rate = _measure(f, facts.shape_CHW)
+    finally:
+        torch.set_num_threads(threads)
+    return CpuRate(
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        draws_per_second_and_core=rate,
+        batch_size=batch_size,
+        random_weights=random_weights,
+    )
+
+
+def _measure(f: BaseClassifier, shape: tuple[int, ...]) -> tuple[int, float]:
+    """Return the largest batch size that was tried, and its draws per second; sizes double while time is left."""
+    random = np.random.Generator(np.random.Philox(0))
+    x_BCHW = torch.from_numpy(random.random((_LARGEST_BATCH, *shape), dtype=np.float32))
+
+    def seconds(size: int) -> float:
+        start = time.process_time()
+        f(x_BCHW[:size])
+        return max(time.process_time() - start, 1e-9)
+
+    size, best = 1, seconds(1)
+    if best < _SECONDS:
+        best = min(best, seconds(1))  # the first call is slower
+    while size < _LARGEST_BATCH and 4 * best < _SECONDS:
+        size *= 2
+        best = min(seconds(size), seconds(size))
+    return size, size / best
