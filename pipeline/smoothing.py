@@ -8,7 +8,6 @@ smoothing (Carlini et al. 2023); if there is no denoiser either, it is Cohen's s
 Shapes: B batch, C channels, H W image, K classes, M local copies, N draws, T blocks of a task, U images of a task.
 """
 
-import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from pipeline.errors import RunError, UserError, first_line
 from pipeline.images import Sample
 from pipeline.models.classifiers import ClassifierSource, resolve_classifier
 from pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
+from pipeline.models.own import signature_of
 from pipeline.noise import STREAMS, Draws, Noise, local_noise
 from pipeline.spec import RunSpec
 
@@ -133,10 +133,8 @@ def _takes_draws(network: Callable[..., Any] | None) -> bool:
     """Return whether a network has a parameter `draws`."""
     if network is None:
         return False
-    try:
-        return "draws" in inspect.signature(getattr(network, "forward", network)).parameters
-    except (TypeError, ValueError):  # built-in functions have no signature
-        return False
+    signature = signature_of(network)
+    return signature is not None and "draws" in signature.parameters
 
 
 class Sources(NamedTuple):
@@ -383,10 +381,12 @@ def check_networks(f: BaseClassifier, x_BCHW: Tensor) -> None:
             "denoiser that keeps the shape"
         )
     logits = _output("classifier", f.logits, x0_BCHW)
-    if logits.ndim != 2 or len(logits) != len(x_BCHW):
+    are_classes = not logits.is_floating_point() and logits.numel() == len(x_BCHW)
+    if logits.ndim != 2 or len(logits) != len(x_BCHW) or are_classes:
+        hint = ", not the classes; remove the argmax" if are_classes else ""
         raise UserError(
             f"the classifier returned shape {tuple(logits.shape)} for a batch of {len(x_BCHW)} images; it must return "
-            "logits of shape (batch, classes)"
+            f"logits of shape (batch, classes){hint}"
         )
     if logits.shape[1] != f.num_classes:
         raise UserError(
@@ -435,5 +435,6 @@ def _output(part: str, network: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> T
             f"{part} for such images, or set data.resize and data.crop"
         ) from error
     if not isinstance(found, Tensor):
-        raise UserError(f"the {part} returned a {type(found).__name__}; it must return a tensor")
+        hint = ", such as its logits" if hasattr(found, "logits") else ""
+        raise UserError(f"the {part} returned a {type(found).__name__}; it must return a tensor{hint}")
     return found

@@ -41,7 +41,7 @@ ARROWS = {
     "pipeline.sources": "storage.remote",
     "pipeline.images": "sources",
     "pipeline.data": "images sources spec storage.fetch storage.remote",
-    "pipeline.smoothing": "data images models.classifiers models.denoisers noise spec",
+    "pipeline.smoothing": "data images models.classifiers models.denoisers models.own noise spec",
     "pipeline.run": "records spec storage.store",
     "pipeline.attacks": "records run storage.store",
     "pipeline.search": "attacks images noise smoothing",

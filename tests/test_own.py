@@ -37,6 +37,34 @@ class Network(torch.nn.Module):
 class NoArguments:
     pass
 
+class OfAPath:
+    def __init__(self, path):
+        pass
+
+def of_images(x):
+    pass
+
+def of_three(spec, device, checkpoint):
+    pass
+
+def of_names(*, path):
+    pass
+
+def a_class(spec, device):
+    return Network
+
+def of_more(spec, device):
+    return lambda x, temperature: half_space(spec, device)(x)
+
+class Output:
+    logits = None
+
+def output(spec, device):
+    return lambda x: Output()
+
+def column_of_classes(spec, device):
+    return lambda x: half_space(spec, device)(x).argmax(dim=1, keepdim=True)
+
 instance = Network(None, None)
 partial = functools.partial(half_space, device=None)
 cached = functools.cache(half_space)
@@ -154,8 +182,31 @@ FAILING = [
     ("nothing", "returned NoneType, which cannot be called; return a function or a module"),
     ("raises", r"raised ZeroDivisionError when called with \(spec, device\): first line; correct the function"),
     ("exits", r"raised SystemExit when called with \(spec, device\): 3"),
-    ("NoArguments", r"raised TypeError when called with \(spec, device\): NoArguments\(\) takes no arguments"),
-    ("classes", r"the classifier returned shape \(1,\) for a batch of 1 images; it must return logits of shape"),
+    (
+        "NoArguments",
+        r"is the constructor of a class with the parameters \(\), but it is called with \(spec, device\); ",
+    ),
+    (
+        "OfAPath",
+        r"is the constructor of a class with the parameters \(path\), but .*; name a function of \(spec, device\) ",
+    ),
+    (
+        "of_images",
+        r"is a function with the parameters \(x\), but it is called with \(spec, device\); name a function of ",
+    ),
+    ("of_three", r"the parameters \(spec, device, checkpoint\), but .*that returns the network$"),
+    ("of_names", r"the parameters \(\*, path\), but it is called with \(spec, device\)"),
+    ("a_class", r"returned the class Network, not a network; return an instance, Network\(...\)"),
+    (
+        "of_more",
+        r"parameters \(x, temperature\), but a classifier is called with \(x_BCHW\); return a function of these",
+    ),
+    (
+        "classes",
+        r"the classifier returned shape \(1,\) .*; it must return logits .*, not the classes; remove the argmax",
+    ),
+    ("column_of_classes", r"the classifier returned shape \(1, 1\) .*; remove the argmax"),
+    ("output", "the classifier returned a Output; it must return a tensor, such as its logits"),
     ("one_too_few", r"the classifier returned shape \(0, 2\) for a batch of 1 images; it must return logits"),
     ("numbers", "the classifier returned a list; it must return a tensor"),
     ("fails_when_called", r"the classifier cannot process images of shape \(1, 4, 4\) \(AttributeError: .*undefined"),
@@ -177,6 +228,39 @@ def test_denoisers_that_change_the_shape_are_refused(module, raw_spec):
         UserError, match=r"the denoiser returned shape \(1, 1, 3, 3\) for images of shape \(1, 1, 4, 4\)"
     ):
         build_base_classifier(load_spec(raw_spec), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            "lambda sigma, x: x - sigma",
+            r"parameters \(sigma, x\), but a denoiser gets the images first, as \(x_BCHW, sigma",
+        ),
+        (
+            "lambda x: x",
+            r"parameters \(x\), but a denoiser is called with \(x_BCHW, sigma\); return a function of these",
+        ),
+        ("lambda x, t, y: x", r"parameters \(x, t, y\), but a denoiser is called with \(x_BCHW, sigma\)"),
+    ],
+)
+def test_denoisers_of_other_or_swapped_arguments_are_refused(module, raw_spec, network, message):
+    (module / "own_denoiser.py").write_text(f"def make(spec, device):\n    return {network}\n")
+    raw_spec["denoiser"] = {"arch": "own_denoiser:make"}
+    with pytest.raises(UserError, match=message) as error:
+        build_base_classifier(load_spec(raw_spec), "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("network", ["lambda x, sigma, draws: x", "lambda *arguments: arguments[0]", "Keep()"])
+def test_denoisers_may_take_draws_or_any_arguments(module, raw_spec, network):
+    (module / "own_denoiser.py").write_text(
+        "import torch\nclass Keep(torch.nn.Module):\n    def forward(self, images, s=None, *, scale=1):\n"
+        f"        return images\ndef make(spec, device):\n    return {network}\n"
+    )
+    raw_spec["denoiser"] = {"arch": "own_denoiser:make"}
+    f = build_base_classifier(load_spec(raw_spec), "cpu")
+    assert f.denoise(torch.zeros(2, 1, 4, 4)).shape == (2, 1, 4, 4)
 
 
 def test_an_error_that_the_function_raises_for_its_user_is_kept(raw_spec, module):

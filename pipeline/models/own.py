@@ -25,6 +25,10 @@ TORCHVISION, TIMM = "torchvision", "timm"
 LIBRARIES = (TORCHVISION, TIMM)  # prefixes of arch that name a library's models, not an own module
 
 
+# what the network of an own function is called with, by position
+_CALLED_WITH = {"denoiser": ("x_BCHW", "sigma"), "classifier": ("x_BCHW",)}
+
+
 class OwnFunctionError(UserError):
     """An own function failed, or it returned something that cannot be called."""
 
@@ -138,8 +142,15 @@ def call_own_function(arch: str, spec: RunSpec, device: Any) -> Callable[..., An
 
     Raises: OwnFunctionError if it raises an exception or returns something that cannot be called.
     """
+    function = own_function(arch)
+    if not accepts(function, spec, device):
+        kind = "the constructor of a class" if inspect.isclass(function) else "a function"
+        raise OwnFunctionError(
+            f"arch = {arch!r} is {kind} with the parameters {signature_of(function)}, but it is called with "
+            "(spec, device); name a function of (spec, device) that returns the network"
+        )
     try:
-        made = own_function(arch)(spec, device)
+        made = function(spec, device)
     except (UserError, RunError):
         raise
     except (Exception, SystemExit) as error:
@@ -147,11 +158,37 @@ def call_own_function(arch: str, spec: RunSpec, device: Any) -> Callable[..., An
             f"arch = {arch!r} raised {type(error).__name__} when called with (spec, device): {first_line(error)}; "
             "correct the function"
         ) from error
+    if inspect.isclass(made):
+        raise OwnFunctionError(
+            f"arch = {arch!r} returned the class {made.__name__}, not a network; return an instance, "
+            f"{made.__name__}(...)"
+        )
     if not callable(made):
         raise OwnFunctionError(
             f"arch = {arch!r} returned {type(made).__name__}, which cannot be called; return a function or a module"
         )
     return made
+
+
+def accepts(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    """Return whether a function can be called with some arguments; True if Python does not know its parameters."""
+    signature = signature_of(function)
+    try:
+        if signature is not None:
+            signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the parameters of a function, of a class's constructor or of a torch module; None if Python does not know
+    them."""
+    called = function if inspect.isclass(function) else getattr(function, "forward", function)
+    try:
+        return inspect.signature(called)
+    except (TypeError, ValueError):  # built-in functions have no signature
+        return None
 
 
 @dataclass(frozen=True)
@@ -194,4 +231,23 @@ class OwnNetwork:
             path, network = local_file(checkpoint)
             local = f"{path}#{network}" if network else str(path)
             spec = spec.model_copy(update={self.name: self.section.model_copy(update={"checkpoint": local})})
-        return call_own_function(self.section.arch, spec, device)
+        made = call_own_function(self.section.arch, spec, device)
+        self._check_parameters(made)
+        return made
+
+    def _check_parameters(self, made: Callable[..., Any]) -> None:
+        """Refuse a network of other arguments, or of swapped ones. Raises: OwnFunctionError."""
+        wanted = _CALLED_WITH[self.name]
+        signature = signature_of(made)
+        if signature is None:
+            return
+        names = list(signature.parameters)
+        problem = f"arch = {self.section.arch!r} returned a network with the parameters {signature}, but a {self.name}"
+        if not accepts(made, *wanted, **({"draws": None} if "draws" in names else {})):
+            raise OwnFunctionError(
+                f"{problem} is called with ({', '.join(wanted)}); return a function of these arguments"
+            )
+        if names and names[0].startswith("sigma"):
+            raise OwnFunctionError(
+                f"{problem} gets the images first, as ({', '.join(wanted)}); rename or swap {names[0]}"
+            )
