@@ -66,7 +66,9 @@ class _RemoteWorker:
         return self._worker.progress if self._worker else None
 
 
-_REMOTE = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"progress": 1})(_RemoteWorker)
+_REMOTE: Any = ray.remote(  # Ray's annotations lack concurrency_groups
+    max_restarts=-1, max_task_retries=0, concurrency_groups={"progress": 1}
+)(_RemoteWorker)  # type: ignore[call-overload]
 
 
 @dataclass(eq=False)

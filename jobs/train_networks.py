@@ -67,6 +67,15 @@ class LogNormal(NamedTuple):
     std: float
 
 
+class Columns(NamedTuple):
+    """The scalings of a batch of noise levels; c_skip, c_out and c_in are B x 1 x 1 x 1, c_noise has length B."""
+
+    skip: Tensor
+    out: Tensor
+    inner: Tensor
+    noise: Tensor
+
+
 class Batch(NamedTuple):
     """Augmented images on [0, 1], and their labels."""
 
@@ -126,18 +135,18 @@ class Trainer:
         network.load_state_dict(average)
 
 
-def columns(scalings: Callable[[float], Scalings], level_B: Tensor) -> Scalings:
-    """Return the scalings of a batch of noise levels; c_skip, c_out and c_in are B x 1 x 1 x 1."""
+def columns(scalings: Callable[[float], Scalings], level_B: Tensor) -> Columns:
     skip_B, out_B, inner_B, noise_B = torch.tensor([scalings(level) for level in level_B.tolist()]).unbind(1)
     shape = (-1, 1, 1, 1)
-    return Scalings(skip_B.view(shape), out_B.view(shape), inner_B.view(shape), noise_B)  # type: ignore[arg-type]
+    return Columns(skip_B.view(shape), out_B.view(shape), inner_B.view(shape), noise_B)
 
 
 def train_edm(settings: EDMSettings, trainer: Trainer, levels: LogNormal) -> EDMUNet:
     """Train a denoiser of EDM; with classes, a class-conditional one."""
     network = trainer.initialise(lambda: EDMUNet(settings))
     assert isinstance(network, EDMUNet)
-    nn.init.zeros_(network.dec[f"{settings.resolution}x{settings.resolution}_aux_conv"].weight)
+    side = settings.resolution
+    nn.init.zeros_(network.dec[f"{side}x{side}_aux_conv"].get_parameter("weight"))
 
     def loss_of(batch: Batch) -> Tensor:
         x_BCHW = 2 * batch.x_BCHW - 1
