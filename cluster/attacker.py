@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.worker import Progress, Receipt, Setup, Worker
+from cluster.worker import Progress, Receipt, Setup, Worker, to_compute
 from pipeline.attacks import (
     Attack,
     AttackedSample,
@@ -41,36 +41,37 @@ def block_of(sample: int, attack: Attack) -> Block:
 class Attacker(Worker):
     """Attacks samples and commits the results on one device."""
 
-    def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
-        """Attack and commit the samples that are not committed yet."""
+    def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
+        """Attack and commit the samples that are not committed yet; `share` as in `Worker.run`."""
         start, failures, attack = time.perf_counter(), self._store.failures, self._attack
         keys = {attack.sample_key(block.sample): block for block in blocks}
-        existing = self._store.existing(keys)
-        done, duplicates, draws = [keys[key] for key in existing], [], 0
-        votes = []
-        self.progress = Progress(attempt, sum(block.draws for block in done))
-        for key, block in keys.items():
-            if key in existing:
-                continue
-            draws += block.draws
+        found, duplicates = [keys[key] for key in self._store.existing(keys)], []
+        votes: list[Votes] = []
+        self.progress = Progress(attempt, sum(block.draws for block in found))
+        for block in to_compute(blocks, set(found), share):
             one = self._attack_sample(block.sample, attempt)
             encoded = encode_sample(one.sample, one.label, one.rungs, one.metadata)
-            stored_here = self._store.put_if_absent(key, encoded)
+            stored_here = self._store.put_if_absent(attack.sample_key(block.sample), encoded)
             self._count_committed(block.draws, block.draws if stored_here else 0)
             if stored_here:
                 votes.append(_votes(one, attack))
-            else:
-                duplicates.append(block)
+                continue
+            duplicates.append(block)
+            if share:
+                break
         stored = len(votes) * attack.passes
-        if others := done + duplicates:
-            found = read_samples(self._store, read_run(self._store), attack, [block.sample for block in others])
-            votes += [_votes(one, attack) for one in found]
+        done = {*found, *duplicates, *(one.block for one in votes)}
+        if others := found + duplicates:
+            read = read_samples(self._store, read_run(self._store), attack, [block.sample for block in others])
+            votes += [_votes(one, attack) for one in read]
         return Receipt(
             votes=votes,
             stored=stored,
             duplicates=duplicates,
+            left=[block for block in blocks if block not in done],
+            met=bool(others),
             seconds=time.perf_counter() - start,
-            draws=draws,
+            draws=stored + sum(block.draws for block in duplicates),
             device=self._facts.device,
             store_failures=self._store.failures - failures,
         )

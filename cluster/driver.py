@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _START_ATTEMPTS = 5  # failed starts in a row, per actor, after which the run is given up
 _KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between checks of deadlines and stop requests
+_NAP = 0.05  # seconds between checks for work if nothing is in flight
 _DRAIN_CHECK = 3.0  # seconds between checks for nodes that are being drained
 _PROGRESS_CHECK = 1.0  # seconds between questions for the progress of running tasks
 _ASKED_AT_ONCE = 64  # actors asked for their progress each time; the others have their turn later
@@ -56,9 +57,9 @@ class _RemoteWorker:
         assert self._worker is not None
         return self._worker.clean_accuracy()
 
-    def run(self, blocks: list[Block], attempt: str) -> Receipt:
+    def run(self, blocks: list[Block], attempt: str, share: bool) -> Receipt:
         assert self._worker is not None
-        return self._worker.run(blocks, attempt)
+        return self._worker.run(blocks, attempt, share)
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> Progress | None:
@@ -289,6 +290,8 @@ class _Cast:
                 self._leave_draining_nodes(now)
                 self._dispatch(now)
             waiting = time.monotonic()
+            if not self._pending:  # all actors leave the last blocks to other drivers
+                time.sleep(_NAP)
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=_TICK)
             if done:
                 done, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
@@ -313,7 +316,8 @@ class _Cast:
         while self._idle and (task := self._scheduler.next_task(self._idle[0].name, ready, now)):
             self._first_task = self._first_task or now
             actor, attempt = self._idle.popleft(), f"{os.urandom(8).hex()}-{task.attempts}"
-            self._pending[actor.handle.run.remote(task.blocks, attempt)] = (actor, self._task_done)
+            share = task.attempts == 1  # a later attempt finds blocks of our own
+            self._pending[actor.handle.run.remote(task.blocks, attempt, share)] = (actor, self._task_done)
             if len(task.workers) == 1:
                 self._in_flight.started(actor, attempt)
         more = self._work.sampler is not None and self._work.sampler.open
@@ -407,14 +411,14 @@ class _Cast:
             return []
         for name in self._scheduler.running[actor.name].task.workers:  # the receipt counts from here on
             self._in_flight.ended(name)
-        first = self._scheduler.finished(actor.name, receipt.draws, receipt.seconds)
+        first = self._scheduler.finished(actor.name, receipt.draws, receipt.seconds, met=receipt.met, left=receipt.left)
         self._idle.append(actor)
         self._outcome.tasks += 1
         self._outcome.draws += receipt.stored
         self._outcome.duplicates += len(receipt.duplicates)
         self._metrics.finished(receipt)
         if not first:
-            return []  # a copy of the task finished earlier and brought these votes
+            return []  # a copy of the task brings these votes
         self._draws += sum(votes.block.draws for votes in receipt.votes)
         return receipt.votes
 

@@ -6,12 +6,18 @@ at the front; for its last two attempts it is split into single blocks, so that 
 other block. A block that fails MAX_ATTEMPTS times is set aside with its last error. When the queue is empty, an idle
 worker gets a copy of a task that takes much longer than expected; storage keeps the first result of each block.
 
+Other drivers may work on the same run. Each starts at its own place in the list of blocks. If another driver has stored
+blocks of a task, the two have met, and this one continues at a random place: otherwise both would compute the same
+blocks from there on. The last blocks in the queue are then probably in progress elsewhere, so workers wait before they
+take one.
+
 No call loops over all workers or all blocks: a tick with nothing to do costs the same for eight workers and a thousand.
 """
 
 import heapq
+import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +29,8 @@ SHARES = 4  # a task has at most 1 / (SHARES * workers) of the queued draws
 STRAGGLER_FACTOR = 2.0
 DEADLINE_FACTOR, DEADLINE_FLOOR = 10.0, 600.0  # a task times out after the larger of factor * expected and floor, s
 FIRST_DRAWS = 2_000  # the size of a worker's first task, before its speed is known
+STRANGERS = 4  # drivers that are assumed to be at work once one of them was met; only sizes depend on it
+LAST_BLOCKS = 2  # per worker of all drivers: so few blocks in the queue are probably in progress elsewhere
 
 
 @dataclass(eq=False)
@@ -41,6 +49,16 @@ class Running(NamedTuple):
     task: Task
     started: float
     expected: float  # seconds
+
+
+class Part(NamedTuple):
+    """The part of a run with which a driver starts."""
+
+    place: float = 0.0  # where it starts in a list of blocks, as a fraction of its length
+    drivers: int = 1  # that work on the run
+
+
+ALL = Part()
 
 
 class SetAside(NamedTuple):
@@ -76,6 +94,8 @@ class Scheduler:
     target_seconds: float = TARGET_SECONDS
     max_attempts: int = MAX_ATTEMPTS
     first_draws: int = FIRST_DRAWS
+    part: Part = ALL
+    random: Callable[[], float] = secrets.SystemRandom().random  # uniform in [0, 1)
     set_aside: list[SetAside] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
     _queue: deque[Block] = field(default_factory=deque)
@@ -89,11 +109,14 @@ class Scheduler:
     )  # workers far past the expected time whose task is not copied yet
     _deadlines: _Timer = field(default_factory=_Timer)
     _overdue: dict[str, None] = field(default_factory=dict)
+    _met: bool = False  # another driver works on the same run
+    _waits: dict[str, float] = field(default_factory=dict)  # until when a worker takes none of the last blocks
 
-    def add(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._queue.append(block)
-            self._queued_draws += block.draws
+    def add(self, blocks: Sequence[Block]) -> None:
+        start = int(self.part.place * len(blocks))
+        self._queue.extend(blocks[start:])
+        self._queue.extend(blocks[:start])
+        self._queued_draws += sum(block.draws for block in blocks)
 
     @property
     def done(self) -> bool:
@@ -107,7 +130,12 @@ class Scheduler:
     def next_task(self, worker: str, workers: int, now: float) -> Task | None:
         """The task that an idle worker, one of `workers`, starts now; None if there is nothing to do."""
         assert worker not in self.running
-        task = self._failed.popleft() if self._failed else self._cut(worker, workers) or self._straggler(now)
+        if self._failed:
+            task: Task | None = self._failed.popleft()
+        elif self._in_progress_elsewhere(worker, workers, now):
+            return None
+        else:
+            task = self._cut(worker, workers) or self._straggler(now)
         if task is None:
             return None
         task.attempts += 1
@@ -120,12 +148,19 @@ class Scheduler:
             self._lateness.set(now + STRAGGLER_FACTOR * expected, worker, run)
         return task
 
-    def finished(self, worker: str, draws: int, seconds: float) -> bool:
-        """The worker has stored all blocks of its task, of which it computed `draws` draws.
+    def finished(
+        self, worker: str, draws: int, seconds: float, *, met: bool = False, left: Sequence[Block] = ()
+    ) -> bool:
+        """All blocks of the worker's task are stored, except those `left` to others; it computed `draws` draws.
 
-        Returns False if a copy of the task had finished earlier.
+        `met` says that another attempt has stored some of them. Returns False if a copy of the task has finished
+        earlier, or has to finish what is left.
         """
         task = self._take(worker)
+        if left and task.workers:
+            return False
+        if not task.done:
+            self._requeue(left, elsewhere=met and task.attempts == 1)  # later attempts and copies meet our own
         first, task.done = not task.done, True
         self._overdue.update(dict.fromkeys(task.workers))
         if draws and seconds > 0:
@@ -172,7 +207,7 @@ class Scheduler:
         if not self._queue:
             return None
         rate = self._rates.get(worker) or self.rate
-        fair = self._queued_draws / (SHARES * workers)
+        fair = self._queued_draws / (SHARES * workers * self._drivers)
         wanted = min(self.target_seconds * rate if rate else self.first_draws, fair)
         blocks: list[Block] = []
         draws = 0
@@ -181,6 +216,35 @@ class Scheduler:
             draws += blocks[-1].draws
         self._queued_draws -= draws
         return Task(blocks)
+
+    def _requeue(self, left: Sequence[Block], *, elsewhere: bool) -> None:
+        """Put blocks back; with `elsewhere`, continue at a random place, because another driver works at this one."""
+        self._queue.extend(left)
+        self._queued_draws += sum(block.draws for block in left)
+        if elsewhere:
+            self._met = True
+            self._queue.rotate(-int(self.random() * len(self._queue)))
+
+    @property
+    def _drivers(self) -> int:
+        """How many drivers there probably are."""
+        return max(self.part.drivers, STRANGERS) if self._met else self.part.drivers
+
+    def _in_progress_elsewhere(self, worker: str, workers: int, now: float) -> bool:
+        """Whether the last blocks in the queue are left to other drivers for now.
+
+        Before each task, a worker waits about as long as the next block takes to compute.
+        """
+        if not self._met or not 0 < len(self._queue) <= LAST_BLOCKS * workers * self._drivers:
+            return False
+        if worker not in self._waits:
+            rate = self._rates.get(worker) or self.rate
+            seconds = self._queue[0].draws / rate if rate else 0.0
+            self._waits[worker] = now + (0.5 + self.random()) * seconds
+        if now < self._waits[worker]:
+            return True
+        del self._waits[worker]
+        return False
 
     def _straggler(self, now: float) -> Task | None:
         """The task that is furthest past its expected time, if one is far past it and not copied yet."""

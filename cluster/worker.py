@@ -4,10 +4,11 @@ It does not know Ray.
 """
 
 import functools
+import itertools
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -51,6 +52,8 @@ class Receipt(NamedTuple):
     votes: list[Votes]  # of each block of the task, as stored
     stored: int  # draws that this attempt computed and stored
     duplicates: list[Block]  # computed here although another attempt had stored them; dropped
+    left: list[Block]  # of the task, to other drivers
+    met: bool  # whether another attempt had stored blocks of the task
     seconds: float
     draws: int
     device: str = ""
@@ -112,16 +115,20 @@ class Worker:
             f.compile()
         return cls(setup, f, data, open_store(setup.run_uri))
 
-    def run(self, blocks: Sequence[Block], attempt: str) -> Receipt:
-        """Cast and commit the votes of the blocks that are not committed yet."""
+    def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
+        """Cast and commit the votes of the blocks that are not committed yet.
+
+        With `share`, stop at the first block that another attempt has committed: another driver is at work there.
+        """
         start, failures = time.perf_counter(), self._store.failures
         # checked at every attempt, also the first: another driver may have cast them since ours listed the run
         existing = self._store.existing(map(block_key, blocks))
         found = [block for block in blocks if block_key(block) in existing]
         self.progress = Progress(attempt, sum(block.draws for block in found))
-        blocks = [block for block in blocks if block_key(block) not in existing]
-        stored, duplicates = self._cast_and_commit(blocks, attempt)
+        wanted = to_compute(blocks, set(found), share)
+        stored, duplicates = self._cast_and_commit(wanted, attempt, share)
         seconds, own = time.perf_counter() - start, sum(votes.block.draws for votes in stored)
+        done = {*found, *duplicates, *(votes.block for votes in stored)}
         if others := found + duplicates:  # what is committed counts, whoever cast it
             run = read_run(self._store)
             stored = stored + [one.votes() for one in read_blocks(self._store, run, others)]
@@ -129,14 +136,19 @@ class Worker:
             votes=stored,
             stored=own,
             duplicates=duplicates,
+            left=[block for block in blocks if block not in done],
+            met=bool(others),
             seconds=seconds,
-            draws=sum(block.draws for block in blocks),
+            draws=own + sum(block.draws for block in duplicates),
             device=self._facts.device,
             store_failures=self._store.failures - failures,
         )
 
-    def _cast_and_commit(self, blocks: Sequence[Block], attempt: str) -> tuple[list[Votes], list[Block]]:
-        """The votes that this attempt stored, and the blocks that another attempt had stored before it."""
+    def _cast_and_commit(self, blocks: Sequence[Block], attempt: str, share: bool) -> tuple[list[Votes], list[Block]]:
+        """The votes that this attempt stored, and the blocks that another attempt had stored before it.
+
+        With `share`, nothing more is cast after such a block.
+        """
         last = time.perf_counter()
         samples = {block.sample: self._sample(block.sample) for block in blocks}
         # a block is committed while the next one is computed; leaving the pool waits for started commits
@@ -146,10 +158,12 @@ class Worker:
                 sample, now = samples[cast.block.sample], time.perf_counter()
                 metadata = self._metadata(sample, attempt, now - last)
                 last = now
-                if commits:
-                    commits[-1][1].result()  # one commit at a time, and a store that fails stops the task
+                # one commit at a time, and a store that fails stops the task
+                met = bool(commits) and not commits[-1][1].result()
                 encoded = encode_block(cast.block, sample.label, cast.counts_K, metadata)
                 commits.append((cast, pool.submit(self._commit, cast.block, encoded)))
+                if met and share:
+                    break
         stored, duplicates = [], []
         for (block, counts_K), commit in commits:
             if commit.result():
@@ -233,3 +247,10 @@ class Worker:
             predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
             right += sum(k == sample.label for k, sample in zip(predicted_B, batch, strict=True))
         return CleanAccuracy(right, len(samples), self._f.num_classes)
+
+
+def to_compute(blocks: Sequence[Block], found: Set[Block], share: bool) -> list[Block]:
+    """The blocks of a task to compute if `found` are committed: with `share`, those before the first of these."""
+    if share:
+        return list(itertools.takewhile(lambda block: block not in found, blocks))
+    return [block for block in blocks if block not in found]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from rich.table import Table
 
 from cluster.attacker import block_of
 from cluster.driver import Cluster, Outcome, Work
+from cluster.scheduler import Scheduler
 from cluster.worker import Setup
+from jobs.part import part_of
 from jobs.plan import warn_of_cost
 from jobs.watch import ClusterOptions, Watch, stop_on_signals
 from pipeline.attacks import (
@@ -207,7 +210,8 @@ def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
         stop_on_signals(cluster.stop),  # after ray.init, which installs handlers of its own
         Watch(f"attack {attack.id}", _Tally(), store, options.quiet, key=key) as watch,
     ):
-        return cluster.cast(Work(setup=setup, blocks=blocks), on_update=watch)
+        scheduler = Scheduler(part=part_of(None, os.environ))
+        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, on_update=watch)
 
 
 class _Tally:

@@ -1,13 +1,16 @@
 """`diffsmooth certify` and `diffsmooth predict`: specs in, votes cast on the cluster, certificates and curves out."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.driver import Cluster, Outcome, Work
+from cluster.scheduler import Part, Scheduler
 from cluster.worker import Setup
 from jobs.console import note, print_order
+from jobs.part import part_of
 from jobs.plan import warn_of_cost
 from jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from pipeline.block import Block
@@ -32,6 +35,7 @@ class Options(ClusterOptions):
 
     certificate: Certificate = "top"
     costly: str | None = None  # the file of `orders.read_costly`
+    part: str | None = None  # I/K of --part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ def certify_all(
 
     Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C.
     """
+    part = part_of(options.part, os.environ)
     devices = {spec.compute.device for spec, _ in wanted}
     if len(devices) > 1:
         names = ", ".join(sorted(devices))
@@ -101,12 +106,12 @@ def certify_all(
     runs = [_prepare(spec, home, options) for spec, home in wanted]
     if any(run.missing for run in runs):
         warn_of_cost([(run.spec, run.draws_left) for run in runs], confirm)
-        yield from _cast_all(runs, devices.pop(), options)
+        yield from _cast_all(runs, devices.pop(), options, part)
     else:
         yield from (_finish(run, options) for run in runs)
 
 
-def _cast_all(runs: Sequence[_Ready], device: str, options: Options) -> Iterator[Certified]:
+def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part) -> Iterator[Certified]:
     last = max(index for index, run in enumerate(runs) if run.missing)
     with (
         Cluster(address=options.address, device=device, actors=options.actors, verbose=options.verbose) as cluster,
@@ -120,7 +125,7 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options) -> Iterator
                 work = Work(setup=setup, blocks=run.missing, sampler=run.sampler, last=index == last)
                 tally = OrderTally(run.order, run.stored.run.sigma)
                 with Watch(run.spec.name, tally, store, options.quiet) as watch:
-                    outcome = cluster.cast(work, on_update=watch)
+                    outcome = cluster.cast(work, scheduler=Scheduler(part=part), on_update=watch)
                 for task, error in outcome.set_aside:
                     logger.error("gave up after %d attempts: %s; %s", task.attempts, task.blocks[0], error)
             yield _finish(run, options, outcome)

@@ -122,6 +122,11 @@ _CAST_OPTIONS = [
         type=click.IntRange(min=1),
         help="Draws per batch. [default: 64 on a CPU, the fastest that fits on a GPU]",
     ),
+    click.option(
+        "--part",
+        metavar="I/K",
+        help="Start with the I-th of K parts: K drivers share a run. [default: task of a SLURM array, else random]",
+    ),
     click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu."),
     _SET,
     click.option(

@@ -53,7 +53,8 @@ def test_each_network_is_certified_from_its_file(folder, sections):
     }
     smoothing = {"sigma": 0.5, "m": 1, "local_sigma": 0.0, "n0": 100, "n": 1000}
     f = build_base_classifier(
-        load_spec({"name": "small", "data": {"name": "mnist", "split": "heldout"}, "smoothing": smoothing, **files}), "cpu"
+        load_spec({"name": "small", "data": {"name": "mnist", "split": "heldout"}, "smoothing": smoothing, **files}),
+        "cpu",
     )
     scores_BK = f(torch.full((2, 1, 28, 28), 0.5))
     assert scores_BK.shape == (2, 10)

@@ -1,0 +1,28 @@
+"""Part: where this driver starts if several drivers work on one run without a common cluster."""
+
+import re
+import secrets
+from collections.abc import Mapping
+
+from cluster.scheduler import Part
+from pipeline.errors import UserError
+
+_NAMES = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+
+
+def part_of(option: str | None, environment: Mapping[str, str]) -> Part:
+    """The part that --part I/K names; else that of a task of a SLURM array; else a random place.
+
+    SLURM numbers the tasks of an array from any minimum, in steps of any size. Raises: UserError.
+    """
+    if option is not None:
+        match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", option)
+        if match is None or int(match[1]) > int(match[2]):
+            raise UserError(
+                f"--part {option}: must be I/K with I from 1 to K; write 2/4 for the second of four drivers"
+            )
+        return Part((int(match[1]) - 1) / int(match[2]), int(match[2]))
+    task, first, last, count = (int(text) if (text := environment.get(name, "")).isdecimal() else -1 for name in _NAMES)
+    if 0 <= first <= task <= last and count > 0:
+        return Part((task - first) / (last - first + 1), count)
+    return Part(secrets.SystemRandom().random())
