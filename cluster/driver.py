@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
+from cluster.allocation import address_of_symmetric_run
 from cluster.attacker import load_worker
 from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
@@ -123,13 +124,13 @@ class Cluster:
     """A Ray cluster and our actors on it; a context manager. Several runs, one after another, share the actors."""
 
     def __init__(self, *, address: str | None, device: str, actors: int | None, verbose: bool = False) -> None:
-        """Attach to `address`, else to RAY_ADDRESS, else start a local Ray.
+        """Attach to `address`, else to RAY_ADDRESS, else to the Ray of `ray symmetric-run`, else start a local Ray.
 
         With `verbose`, everything that Ray and its actors print is shown.
 
         Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        address = address or os.environ.get("RAY_ADDRESS") or address_of_symmetric_run() or "local"
         self.actors: dict[str, _Actor] = {}
         self._created = 0
         self.stop_signal: int | None = None

@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.allocation import part_of
 from cluster.attacker import block_of
 from cluster.driver import Cluster, Outcome, Work
 from cluster.scheduler import Scheduler
 from cluster.worker import Setup
-from jobs.part import part_of
 from jobs.plan import warn_of_cost
 from jobs.watch import ClusterOptions, Watch, stop_on_signals
 from pipeline.attacks import (

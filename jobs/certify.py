@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from cluster.allocation import part_of
 from cluster.driver import Cluster, Outcome, Work
 from cluster.scheduler import Part, Scheduler
 from cluster.worker import Setup
 from jobs.console import note, print_order
-from jobs.part import part_of
 from jobs.plan import warn_of_cost
 from jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from pipeline.block import Block

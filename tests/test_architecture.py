@@ -63,10 +63,13 @@ ARROWS = {
     "pipeline.results": "attacks certify curve gap orders planning records run sampling seal storage.store votes",
     "pipeline.report": "curve gap orders tables",
     "cluster.scheduler": "",
+    "cluster.allocation": "cluster.scheduler",
     "cluster.worker": "attacks data images models.device noise run smoothing spec storage.store votes",
     "cluster.attacker": "cluster.worker attacks foreign images run search smoothing votes",
     "cluster.ray_private": "",
-    "cluster.driver": "cluster.attacker cluster.ray_private cluster.scheduler cluster.worker sampling votes",
+    "cluster.driver": (
+        "cluster.allocation cluster.attacker cluster.ray_private cluster.scheduler cluster.worker sampling votes"
+    ),
 }
 TORCH = {"pipeline.smoothing", "pipeline.search", "pipeline.foreign", "pipeline.models"}  # in pipeline/
 RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}

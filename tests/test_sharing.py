@@ -12,9 +12,9 @@ from itertools import count
 
 import pytest
 
+from cluster.allocation import part_of
 from cluster.scheduler import Part, Scheduler, Task
 from cluster.worker import Setup, Worker, to_compute
-from jobs.part import part_of
 from pipeline.block import Block
 from pipeline.errors import UserError
 from pipeline.orders import Order

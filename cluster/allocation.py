@@ -1,8 +1,11 @@
-"""Part: where this driver starts if several drivers work on one run without a common cluster."""
+"""Allocation: what SLURM and `ray symmetric-run` tell a driver about where it runs, and the option --part."""
 
+import os
 import re
 import secrets
 from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
 
 from cluster.scheduler import Part
 from pipeline.errors import UserError
@@ -26,3 +29,20 @@ def part_of(option: str | None, environment: Mapping[str, str]) -> Part:
     if 0 <= first <= task <= last and count > 0:
         return Part((task - first) / (last - first + 1), count)
     return Part(secrets.SystemRandom().random())
+
+
+def address_of_symmetric_run() -> str | None:
+    """HOST:PORT of the `ray symmetric-run` that started this process, if one did: it sets no RAY_ADDRESS."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+            status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:  # not Linux, where no Ray spans several nodes, or not our process
+            return None
+        if "symmetric-run" in command:
+            options = command[command.index("symmetric-run") + 1 :]
+            joined = [option.partition("=")[2] for option in options if option.startswith("--address=")]
+            return next(iter(joined + [value for option, value in pairwise(options) if option == "--address"]), None)
+        pid = int(status.rpartition(")")[2].split()[1])
+    return None
