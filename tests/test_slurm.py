@@ -106,3 +106,12 @@ def test_the_installed_ray_knows_the_options_of_the_recipe():
 def test_the_recipes_are_valid_scripts(recipe):
     assert shutil.which("bash")
     subprocess.run(["bash", "-n", str(RECIPES / recipe)], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+@pytest.mark.parametrize("option", [["--address", "10.0.0.1:6379"], ["--address=10.0.0.1:6379"]])
+def test_the_address_of_symmetric_run_is_found_behind_a_shell(option):
+    child = f"{sys.executable} -c 'from cluster.allocation import address_of_symmetric_run as f; print(f())'; true"
+    parent = f"import subprocess; subprocess.run(['bash', '-c', {child!r}], check=True)"
+    command = [sys.executable, "-c", parent, "symmetric-run", *option, "--min-nodes", "2", "--", "diffsmooth"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "10.0.0.1:6379\n"
