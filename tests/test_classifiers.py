@@ -130,6 +130,12 @@ def test_unknown_architectures(raw_spec, arch, message):
         resolve_classifier(classifier_spec(raw_spec, arch=arch))
 
 
+@pytest.mark.parametrize("arch", ["rrcm", "rrcm-b4", "diffusion", "transformers"])
+def test_ignored_keys_are_refused_where_they_would_not_be_applied(raw_spec, arch):
+    with pytest.raises(UserError, match=rf"'decoder\*'.* is not applied to arch = '{arch}'; remove it"):
+        resolve_classifier(classifier_spec(raw_spec, arch=arch, ignore=["decoder*"]))
+
+
 def test_torchvision_models_use_the_input_of_their_metadata(raw_spec, tmp_path):
     from torchvision.models import ResNet18_Weights, resnet18
 

@@ -457,9 +457,15 @@ def resolve_classifier(spec: RunSpec) -> ClassifierSource:
     arch = section.arch
     if is_own(arch):
         return _OwnClassifier("classifier", section, spec)
+    is_rrcm = arch == "rrcm" or arch in RRCM_PRESETS
+    if section.ignore and (is_rrcm or arch in ("diffusion", "transformers")):
+        raise UserError(
+            f"classifier.ignore = {section.ignore} is given, but it is not applied to arch = {arch!r}; remove it, and "
+            "remove such keys from the file"
+        )
     if arch == "diffusion":
         return resolve_diffusion(spec)
-    if arch == "rrcm" or arch in RRCM_PRESETS:
+    if is_rrcm:
         return resolve_rrcm(spec)
     family, _, name = arch.partition(":")
     if section.options and family != TIMM:
