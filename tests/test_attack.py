@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import diffsmooth as ds
 from jobs.attack import Request, attack_run
 from jobs.cli import main
+from jobs.specs import load_named
 from jobs.watch import ClusterOptions
 from pipeline.attacks import (
     attacked,
@@ -64,6 +65,35 @@ def test_batches_and_repetition_change_nothing(made, tmp_path, raw_spec):
             assert np.array_equal(first.image_CHW, second.image_CHW)
             assert np.array_equal(first.selection_K, second.selection_K)
             assert first.judged == second.judged
+
+
+def test_a_compiled_f_is_attacked_through_its_uncompiled_gradients(made, tmp_path, raw_spec, monkeypatch):
+    spec, store = made
+    _, (plain,) = attack_alone(spec, store, range(1))
+    calls = []
+
+    def compiled(function, **options):
+        def call(x_BCHW):
+            calls.append(torch.is_grad_enabled())
+            return function(x_BCHW)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    raw_spec["compute"]["compile"] = True
+    spec = load_spec(raw_spec)
+    attack, (one,) = attack_alone(spec, make_run(spec, tmp_path / "compiled", samples=1), range(1))
+    assert calls
+    assert not any(calls)  # only votes are compiled
+    assert one.metadata.compiled
+    assert one.upper(attack.alpha) == plain.upper(attack.alpha) < math.inf
+
+
+def test_networks_in_bf16_are_attacked(tmp_path):
+    settings = ["precision=bf16", "m=2", "n0=50", "n=100", "block.selection=50", "block.estimation=100"]
+    spec = load_named("mnist-diffsmooth-0.50", [f"smoothing.{one}" for one in settings])
+    attack, (one,) = attack_alone(spec, make_run(spec, tmp_path / "run", samples=4), range(3, 4), eps=[4.0], steps=6, draws=16)
+    assert 0 < one.upper(attack.alpha) < 4.01
 
 
 def test_a_sample_that_is_wrong_already_has_the_upper_bound_0(raw_spec, tmp_path):

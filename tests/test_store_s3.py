@@ -1,6 +1,7 @@
 """Run storage in S3, on moto and on a real server: one writer wins, lost responses, conflicts, unsuitable stores."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import boto3
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow.dataset
 import pytest
@@ -23,6 +25,7 @@ from pipeline.run import claim_run
 from pipeline.spec import load_spec
 from pipeline.storage.store import S3Store
 from pipeline.votes import read_votes
+from tests.attacking import attack_alone
 from tests.models import make_run, to_toml
 from tests.s3_servers import Fault, credentials, faulty
 from tests.test_votes import FIRST, RUN, put, totals
@@ -246,3 +249,17 @@ def test_killed_and_resumed_run_on_s3_equals_one_in_a_folder(store, raw_spec, tm
     home = make_run(spec, tmp_path / "run")
     pd.testing.assert_frame_equal(read_votes(store.uri), read_votes(home.uri))
     assert pd.read_parquet(f"{store.uri}/orders/001/certificates.parquet")["status"].eq("certified").all()
+
+
+def test_attacks_on_s3_equal_those_in_a_folder_and_are_not_repeated(store, raw_spec, tmp_path):
+    spec = load_spec(raw_spec)
+    there, here = (make_run(spec, home, samples=2) for home in (store.uri, tmp_path / "run"))
+    attack, remote = attack_alone(spec, there, range(2))
+    _, local = attack_alone(spec, here, range(2))
+    for one, two in zip(remote, local, strict=True):
+        assert one.upper(attack.alpha) == two.upper(attack.alpha) < math.inf
+        for first, second in zip(one.rungs, two.rungs, strict=True):
+            assert np.array_equal(first.image_CHW, second.image_CHW)
+            assert np.array_equal(first.selection_K, second.selection_K)
+    _, again = attack_alone(spec, there, range(2))
+    assert [one.metadata.attempt for one in again] == [one.metadata.attempt for one in remote]
