@@ -283,7 +283,7 @@ def test_a_block_with_other_columns_is_refused(run, columns):
 def test_a_block_that_declares_a_huge_table_is_refused_unread(run):
     path = run / BLOCK
     table = pq.read_table(path).slice(0, 1)
-    pq.write_table(pa.concat_tables([table] * 1_000_000), path)
+    pq.write_table(table.take([0] * 1_000_000), path)
     for command in (["audit"], ["analyze"]):
         assert "1000000 rows" in refused(run, command)
 
@@ -339,7 +339,7 @@ def test_audit_reports_certificates_that_cannot_be_read(run):
 @pytest.mark.parametrize("key", ["votes.parquet", OrderKeys("001").certificates])
 def test_a_derived_table_that_declares_a_huge_table_is_not_decoded(run, key):
     table = pq.read_table(run / key).slice(0, 1)
-    pq.write_table(pa.concat_tables([table] * 2_000_000), run / key, compression="zstd")
+    pq.write_table(table.take([0] * 2_000_000), run / key, compression="zstd")
     assert f"{key} is damaged (2000000 rows of" in refused(run, ["audit"])
     assert CliRunner().invoke(main, ["status", str(run)]).exit_code == 0
 
