@@ -28,11 +28,12 @@ from typing import Any
 
 import boto3
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
-from pipeline.orders import order_of
+from pipeline.orders import OrderKeys, order_of
 from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
@@ -195,6 +196,7 @@ def main() -> None:
         answers = [json.loads(result)[0] for result in results]
         ours, expected = read_votes(home), read_votes(undisturbed.uri)
         keys = [entry.key for entry in store.list("votes")]
+        certificates = pd.read_parquet(f"{home}/{OrderKeys('001').certificates}")
         report = {
             "seed": seed,
             "events": {at: event.__name__ for event, at in zip(events, points, strict=True)},
@@ -209,6 +211,7 @@ def main() -> None:
             "rows": len(expected),
             "rows_equal": ours.equals(expected),
             "complete": all(answer["complete"] for answer in answers),
+            "certified": int(certificates["status"].eq("certified").sum()),
             "seconds": round(time.monotonic() - started, 1),
         }
     print(json.dumps(report))  # noqa: T201

@@ -1,15 +1,10 @@
 """Run storage in S3, on moto and on a real server: one writer wins, lost responses, conflicts, unsuitable stores."""
 
-import json
 import math
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import boto3
 import duckdb
@@ -26,7 +21,7 @@ from pipeline.spec import load_spec
 from pipeline.storage.store import S3Store
 from pipeline.votes import read_votes
 from tests.attacking import attack_alone
-from tests.models import make_run, to_toml
+from tests.models import make_run
 from tests.s3_servers import Fault, credentials, faulty
 from tests.test_votes import FIRST, RUN, put, totals
 
@@ -217,38 +212,6 @@ def test_boto3_lists_and_reads_without_arrow(store, monkeypatch):
     assert [entry._replace(modified=0) for entry in store.list("votes")] == [("votes/a", 1, 0)]
     assert abs(next(store.list("votes")).modified - by_arrow[0].modified) < 1
     assert store.reader()("votes/a") == b"x"
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_killed_and_resumed_run_on_s3_equals_one_in_a_folder(store, raw_spec, tmp_path, request):
-    """The driver is killed with -9 half-way; the resumed run has the same votes as a local worker's."""
-    if request.node.callspec.params["endpoint"] == "moto":
-        pytest.skip("the long test runs on the real server only")
-    import ray
-
-    raw_spec["classifier"]["arch"] = "tests.models:slow_half_space"
-    spec = load_spec(raw_spec, ["smoothing.n=600"])
-    (tmp_path / "spec.toml").write_text(to_toml(spec))
-    command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--out", store.uri,
-               "--actors", "2", "--batch-size", "16", "--json"]  # fmt: skip
-    command += ["--address", ray.get_runtime_context().gcs_address]
-    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # Ray started without them
-    job_config = json.dumps({"runtime_env": {"env_vars": aws}})
-    run = {"cwd": Path(__file__).parent.parent, "env": {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": job_config}}
-    process = subprocess.Popen(command, **run)
-    limit = time.monotonic() + 400
-    while len(list(store.list("votes"))) < 10:
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    (answer,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, **run).stdout)
-    assert answer["complete"]
-    assert 0 < answer["draws_cast"] < 8 * 650
-    home = make_run(spec, tmp_path / "run")
-    pd.testing.assert_frame_equal(read_votes(store.uri), read_votes(home.uri))
-    assert pd.read_parquet(f"{store.uri}/orders/001/certificates.parquet")["status"].eq("certified").all()
 
 
 def test_attacks_on_s3_equal_those_in_a_folder_and_are_not_repeated(store, raw_spec, tmp_path):
