@@ -1,12 +1,17 @@
 """The whole pipeline on Ray: exact radii, the same votes for every batch size and actor, kill -9 and resume."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -14,10 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
+from click.testing import CliRunner
 
 import cluster.driver
 from jobs.analyze import Request, analyze
 from jobs.certify import Options, certify_all
+from jobs.cli import main
+from jobs.specs import load_named
 from jobs.watch import Watch
 from pipeline.block import Block
 from pipeline.certify import certified_radius
@@ -62,6 +70,41 @@ def test_half_space_gets_its_exact_radius(raw_spec, tmp_path):
     expected = certified_radius(rows["n_A"].to_numpy(), 20_000, 0.001, 0.25)
     assert np.allclose(rows["radius"], expected, atol=1e-15)
     assert result["acr"] == pytest.approx(rows["radius"].mean())
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_no_file_of_a_run_and_no_output_shows_the_secrets_of_a_location(tmp_path, monkeypatch, caplog):
+    """The weights come from a URI with a password and a signature."""
+    caplog.set_level(logging.INFO)  # as --verbose
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+    run, toml, html = (str(tmp_path / name) for name in ("run", "spec.toml", "report.html"))
+    handler = partial(QuietHandler, directory=str(resources.files("pipeline.embedded")))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"user:PLANTED@127.0.0.1:{server.server_port}/mnist.safetensors?signature=PLANTED"
+        weights = f"classifier.checkpoint='http://{place}#classifier-0.50'"
+        Path(toml).write_text(to_toml(load_named("mnist-cohen-0.50", [weights, "smoothing.n=1000"])))
+        assert Path(toml).read_text().count("PLANTED") == 2
+        outputs = []
+        for command in (
+            ["certify", toml, "--out", run, "--verbose", "--batch-size", "16", "--set", "data.samples='0:2'"],
+            ["report", run, "--spec", toml, "--output", html],
+            ["audit", run, "--spec", toml],
+            ["status", run],
+        ):
+            ended = CliRunner().invoke(main, command)
+            assert ended.exit_code == 0, ended.output
+            outputs.append(ended.output)
+        server.shutdown()
+    files = [path for path in Path(run).rglob("*") if path.is_file()]
+    assert Path(run, "run.json") in files
+    for path in (*files, Path(html)):
+        assert b"PLANTED" not in path.read_bytes(), path
+    assert "PLANTED" not in "".join(outputs) + caplog.text
 
 
 def test_a_relative_folder_is_relative_to_the_driver(raw_spec, tmp_path, monkeypatch):
