@@ -8,10 +8,11 @@ and moves to another node after the task in flight.
 
 import logging
 import os
+import re
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -39,6 +40,7 @@ _TICK = 1.0  # seconds between checks of deadlines and stop requests
 _NAP = 0.05  # seconds between checks for work if nothing is in flight
 _DRAIN_CHECK = 3.0  # seconds between checks for nodes that are being drained
 _PROGRESS_CHECK = 1.0  # seconds between questions for the progress of running tasks
+_ACCELERATOR = "ray.io/accelerator-type"  # the label that Ray gives a node with GPUs
 _ASKED_AT_ONCE = 64  # actors asked for their progress each time; the others have their turn later
 
 
@@ -123,10 +125,20 @@ class Work:
 class Cluster:
     """A Ray cluster and our actors on it; a context manager. Several runs, one after another, share the actors."""
 
-    def __init__(self, *, address: str | None, device: str, actors: int | None, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        address: str | None,
+        device: str,
+        actors: int | None,
+        accelerators: Sequence[str] = (),
+        memory_gb: float | None = None,
+        verbose: bool = False,
+    ) -> None:
         """Attach to `address`, else to RAY_ADDRESS, else to the Ray of `ray symmetric-run`, else start a local Ray.
 
-        With `verbose`, everything that Ray and its actors print is shown.
+        Each actor is placed on a node with one of the `accelerators` (GPU types in Ray's spelling) and reserves
+        `memory_gb` GB of its main memory. With `verbose`, everything that Ray and its actors print is shown.
 
         Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
@@ -140,22 +152,22 @@ class Cluster:
                     started.enter_context(only_for_this_process())
                 started.callback(ray.shutdown)
                 _connect(address, actors, verbose)
-            self._choose_actors(address, device, actors)
+            self._choose_actors(address, device, actors, _suitable(address, device, accelerators, memory_gb))
             self._own_ray = started.pop_all()  # ends what is started here
 
-    def _choose_actors(self, address: str, device: str, actors: int | None) -> None:
+    def _choose_actors(self, address: str, device: str, actors: int | None, suitable: "_Suitable") -> None:
         """Decide how many actors there are, and what each needs. Raises: UserError."""
-        resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        cpus, gpus = (int(sum(node["Resources"].get(kind, 0) for node in suitable.nodes)) for kind in ("CPU", "GPU"))
         if device == "cuda" and address == "local" and not gpus:
             raise UserError("compute.device = 'cuda', but Ray sees no GPU on this machine; use --cpu to run on the CPU")
         if device == "cuda" and not gpus:
             hint = "" if actors else "; use --actors K to request K GPUs instead of one"
             logger.warning("the cluster at %s has no GPU yet; waiting for nodes with GPUs%s", address, hint)
-        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+        some_gpu = "GPU" in ray.cluster_resources() or "label_selector" in suitable.options
+        on_gpu = device == "cuda" or (device == "auto" and some_gpu)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
-        self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads}
+        self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads, **suitable.options}
 
     def __enter__(self) -> "Cluster":
         return self
@@ -503,6 +515,41 @@ def _connect(address: str, actors: int | None, verbose: bool) -> None:
         raise RunError(
             f"--address {address}: Ray did not start ({first_line(error)}); free some memory and run the command again"
         ) from error
+
+
+class _Suitable(NamedTuple):
+    """The living nodes that may hold an actor, and what an actor asks for so that it is placed there."""
+
+    nodes: list[Any]
+    options: dict[str, Any]
+
+
+def _suitable(address: str, device: str, accelerators: Sequence[str], memory_gb: float | None) -> _Suitable:
+    """Raises: UserError for names that are no accelerators, and for a local Ray on which no actor has a place."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    options: dict[str, Any] = {}
+    present = sorted({node["Labels"][_ACCELERATOR] for node in nodes if _ACCELERATOR in node["Labels"]})
+    if accelerators and device == "cpu":
+        raise UserError(f"--accelerator {accelerators[0]} needs a GPU, but compute.device = 'cpu'; omit one of them")
+    for name in accelerators:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"--accelerator {name}: not the name of a GPU type; use names such as H100, A100 or L4")
+    if accelerators:
+        options["label_selector"] = {_ACCELERATOR: f"in({','.join(accelerators)})"}
+        nodes = [node for node in nodes if node["Labels"].get(_ACCELERATOR) in accelerators]
+    lacking = "" if nodes else f"--accelerator {' --accelerator '.join(accelerators)}: no node has such a GPU"
+    if memory_gb is not None:
+        options["memory"] = int(memory_gb * 1e9)
+        most = max((node["Resources"].get("memory", 0) for node in nodes), default=0)
+        nodes = [node for node in nodes if node["Resources"].get("memory", 0) >= options["memory"]]
+        if not nodes and not lacking:
+            lacking = f"--memory {memory_gb:g}: a node has at most {most / 1e9:.1f} GB for actors"
+    if lacking and address == "local":
+        have = f"this machine has {', '.join(present) or 'none that Ray knows'}"
+        raise UserError(f"{lacking} ({have}); omit the option, or use a cluster with --address")
+    if lacking:
+        logger.warning("%s yet (accelerators at %s: %s); waiting", lacking, address, ", ".join(present) or "none")
+    return _Suitable(nodes, options)
 
 
 def _knock(address: str) -> None:

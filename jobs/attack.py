@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cluster.allocation import part_of
 from cluster.attacker import block_of
-from cluster.driver import Cluster, Outcome, Work
+from cluster.driver import Outcome, Work
 from cluster.scheduler import Scheduler
 from cluster.worker import Setup
 from jobs.plan import warn_of_cost
@@ -206,7 +206,7 @@ def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
     device = ready.spec.compute.device
     key = f"{FOLDER}/{attack.id}/progress.json"
     with (
-        Cluster(address=options.address, device=device, actors=options.actors, verbose=options.verbose) as cluster,
+        options.connect(device) as cluster,
         stop_on_signals(cluster.stop),  # after ray.init, which installs handlers of its own
         Watch(f"attack {attack.id}", _Tally(), store, options.quiet, key=key) as watch,
     ):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.allocation import part_of
-from cluster.driver import Cluster, Outcome, Work
+from cluster.driver import Outcome, Work
 from cluster.scheduler import Part, Scheduler
 from cluster.worker import Setup
 from jobs.console import note, print_order
@@ -114,7 +114,7 @@ def certify_all(
 def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part) -> Iterator[Certified]:
     last = max(index for index, run in enumerate(runs) if run.missing)
     with (
-        Cluster(address=options.address, device=device, actors=options.actors, verbose=options.verbose) as cluster,
+        options.connect(device) as cluster,
         stop_on_signals(cluster.stop),  # after ray.init, which installs handlers of its own
     ):
         for index, run in enumerate(runs):

@@ -107,16 +107,35 @@ _COSTLY = click.option(
     metavar="FILE",
     help="With --certificate cost: a cost matrix (.csv, a row per label) or lines such as 3 = [5, 7] (.toml).",
 )
+_ADDRESS = click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]")
+_ACTORS = click.option(
+    "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
+)
+_ACCELERATOR = click.option(
+    "--accelerator",
+    "accelerators",
+    multiple=True,
+    metavar="NAME",
+    help="Use GPUs of this type only, such as H100. Can be repeated. [default: any]",
+)
+_MEMORY = click.option(
+    "--memory",
+    "memory_gb",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Main memory to reserve for each actor. [default: none]",
+)
+_CLUSTER_OPTIONS = ("address", "actors", "accelerators", "memory_gb", "batch_size", "quiet", "verbose")
 _CAST_OPTIONS = [
     _SPECS,
     click.option(
         "--out",
         help="Folder or s3://BUCKET/PREFIX of the run; with several specs, of all their runs. [default: runs/NAME]",
     ),
-    click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]"),
-    click.option(
-        "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
-    ),
+    _ADDRESS,
+    _ACTORS,
+    _ACCELERATOR,
+    _MEMORY,
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
@@ -400,10 +419,10 @@ def audit(
 @click.option("--n", type=int, help="Judging draws at each image that is judged. [default: 1000]")
 @click.option("--alpha", type=float, help="Error probability of an upper bound. [default: that of the first order]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's own noise.")
-@click.option("--address", help="Address of the Ray cluster. [default: RAY_ADDRESS, else start a local Ray]")
-@click.option(
-    "--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every GPU, else core]"
-)
+@_ADDRESS
+@_ACTORS
+@_ACCELERATOR
+@_MEMORY
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Draws per batch. [default: 64 on a CPU, the largest on a GPU]"
 )
@@ -430,7 +449,7 @@ def attack(
         logging.getLogger().setLevel(logging.INFO)
     overrides += ("compute.device=cpu",) if cpu else ()
     spec = _spec_of_run(run, spec_name, overrides)
-    how = {name: given.pop(name) for name in ("address", "actors", "batch_size", "quiet", "verbose")}
+    how = {name: given.pop(name) for name in _CLUSTER_OPTIONS}
     options = ClusterOptions(**{**how, "quiet": how["quiet"] or as_json})
     try:
         found = attack_run(run, spec, Request(**given), options, confirm=_ask_unless(yes))
@@ -699,7 +718,9 @@ def _bench_part(*, simulate: bool, sampling: bool, storage: str | None, **option
 @click.option("--address", help="Dashboard of the cluster, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
 @click.option("--out", help="s3://BUCKET/PREFIX of the run; with several specs, of all their runs.")
 @click.option("--shared", is_flag=True, help="--out is a folder that all nodes of the cluster share.")
-@click.option("--actors", type=click.IntRange(min=1), help="Number of actors, one per device. [default: every device]")
+@_ACTORS
+@_ACCELERATOR
+@_MEMORY
 @click.option("--batch-size", type=click.IntRange(min=1), help="Draws per batch.")
 @click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
 @_SET
@@ -714,6 +735,8 @@ def submit(
     out: str | None,
     shared: bool,
     actors: int | None,
+    accelerators: tuple[str, ...],
+    memory_gb: float | None,
     batch_size: int | None,
     cpu: bool,
     overrides: tuple[str, ...],
@@ -732,6 +755,8 @@ def submit(
 
     logging.getLogger("jobs.submit").setLevel(logging.INFO)
     options = [] if actors is None else [f"--actors={actors}"]
+    options += [f"--accelerator={name}" for name in accelerators]
+    options += [] if memory_gb is None else [f"--memory={memory_gb:g}"]
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
     files = [(name, find_spec(name)) for name in specs]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.special import bdtrc
 
-from cluster.driver import Update
+from cluster.driver import Cluster, Update
 from cluster.worker import CleanAccuracy
 from jobs.console import note
 from pipeline import results
@@ -51,9 +51,22 @@ class ClusterOptions:
 
     address: str | None = None
     actors: int | None = None
+    accelerators: tuple[str, ...] = ()
+    memory_gb: float | None = None
     batch_size: int | None = None
     quiet: bool = False
     verbose: bool = False
+
+    def connect(self, device: str) -> Cluster:
+        """Attach to the cluster or start one; `device` is compute.device. Raises: UserError as Cluster."""
+        return Cluster(
+            address=self.address,
+            device=device,
+            actors=self.actors,
+            accelerators=self.accelerators,
+            memory_gb=self.memory_gb,
+            verbose=self.verbose,
+        )
 
 
 class Tally(Protocol):

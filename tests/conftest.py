@@ -55,9 +55,8 @@ def ray_session() -> Iterator[RaySession]:
     """Start one Ray for all tests of this process. Commands that run in this process reuse their actors."""
     import ray
 
-    import jobs.attack
     import jobs.bench.driver
-    import jobs.certify
+    import jobs.watch
 
     (port,) = free_ports(1)
     with starting_ray():
@@ -65,6 +64,7 @@ def ray_session() -> Iterator[RaySession]:
             address="local",
             num_cpus=8,
             num_gpus=4,
+            labels={"ray.io/accelerator-type": "H100"},
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=80 * 1024**2,
@@ -72,7 +72,7 @@ def ray_session() -> Iterator[RaySession]:
             _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
         )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (jobs.certify, jobs.attack, jobs.bench.driver):
+        for module in (jobs.watch, jobs.bench.driver):
             patch.setattr(module, "Cluster", pooled_cluster())
         yield RaySession(address=context.address_info["address"], metrics_url=f"http://127.0.0.1:{port}/metrics")
     ray.shutdown()

@@ -26,12 +26,12 @@ from tests.models import make_run, to_toml
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
     """None of these commands may start a cluster."""
-    import jobs.certify
+    import jobs.watch
 
     def fail(*_, **__):
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(jobs.certify, "Cluster", fail)
+    monkeypatch.setattr(jobs.watch, "Cluster", fail)
 
 
 def run(*arguments: str) -> Any:

@@ -18,10 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import requests
 from click.testing import CliRunner
 
 import cluster.driver
+from cluster.driver import Cluster
 from jobs.analyze import Request, analyze
 from jobs.certify import Options, certify_all
 from jobs.cli import main
@@ -334,3 +336,30 @@ def test_bench_counts_every_task():
     assert cost.draws == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
     assert cost.tasks >= 21
     assert 0 < cost.driver_ms_per_task < 1000 * cost.seconds
+
+
+def test_actors_are_placed_on_the_named_accelerators_only(raw_spec, tmp_path, ray_session, caplog):
+    """The node of the session says that it has four H100."""
+    raw_spec["compute"]["device"] = "auto"
+    spec = load_spec(raw_spec, ["data.samples=0:2"])
+    on_h100 = certify(spec, tmp_path / "h100", actors=1, accelerators=("A100", "H100"), memory_gb=0.5)
+    assert on_h100["complete"]
+    with Cluster(address=ray_session.address, device="auto", actors=1, accelerators=["A100"]) as elsewhere:
+        assert "--accelerator A100: no node has such a GPU yet (accelerators at" in caplog.text
+        actor = elsewhere.add_actor()
+        ready, _ = ray.wait([actor.handle.progress.remote()], timeout=5)
+        assert not ready
+
+
+@pytest.mark.parametrize(
+    ("device", "needs", "message"),
+    [
+        ("cpu", {"accelerators": ["H100"]}, "--accelerator H100 needs a GPU, but compute.device = 'cpu'"),
+        ("auto", {"accelerators": ["a b"]}, "--accelerator a b: not the name of a GPU type"),
+        ("auto", {"accelerators": ["A100"]}, "A100: no node has such a GPU .this machine has H100.; omit the option"),
+        ("auto", {"memory_gb": 1e6}, r"--memory 1e\+06: a node has at most [0-9.]+ GB for actors"),
+    ],
+)
+def test_needs_that_this_machine_cannot_meet_are_refused(device, needs, message):
+    with pytest.raises(UserError, match=message):
+        Cluster(address="local", device=device, actors=1, **needs)

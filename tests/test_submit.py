@@ -229,12 +229,14 @@ def test_only_specs_and_own_modules_are_sent(remote, tmp_path, monkeypatch, capl
         'checkpoint = "${DIFFSMOOTH_MODELS}/a.pt"\n[smoothing]\nsigma = 0.5\n'
     )
     options = ["--actors", "3", "--env", "AWS_REGION", "--env", "A=b c", "--set", "smoothing.n=2000"]
+    options += ["--accelerator", "H100", "--accelerator", "A100", "--memory", "40"]
     done = submit("my spec.toml", "mnist", *REMOTE, "--out", "s3://b/runs", *options)
     assert done.exit_code == 0, done.output
     assert set(remote["files"]) == {"mine.toml", "mine/__init__.py", "mine/net.py", "mine/blocks.py", "helper.py"}
     assert "${DIFFSMOOTH_MODELS}/a.pt" in remote["files"]["mine.toml"]  # the cluster's own value is used
     assert f"data.path = {tmp_path}/x.parquet is not sent" in caplog.text
-    command = "diffsmooth certify mine.toml mnist --out s3://b/runs --actors=3 --set"
+    command = "diffsmooth certify mine.toml mnist --out s3://b/runs --actors=3"
+    command += " --accelerator=H100 --accelerator=A100 --memory=40 --set"
     assert remote["job"]["entrypoint"] == f"{command} smoothing.n=2000"
     assert remote["job"]["runtime_env"]["env_vars"] == {
         "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1", "AWS_REGION": "eu-west-1", "A": "b c"
