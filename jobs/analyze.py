@@ -46,7 +46,7 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
     if order.mode == "planned":  # the draws that were cast
         planned, samples = planned_before(stored.store, first), set(order.samples)
         store_plan(stored.store, name, {sample: n for sample, n in planned.items() if sample in samples})
-    result = StoredRun(stored.store).finish(name)
+    result = StoredRun(stored.store).finish(name, rebuild=True)
     print_order(result, quiet=quiet)
     if export_tsv:
         log = write_log(result.certificates)

@@ -39,7 +39,7 @@ def seal(run_uri: str, key_file: str | None) -> Sealed:
     Raises: UserError if there is no run, or if the seal is signed already; RunError for a damaged block.
     """
     stored = StoredRun.open(run_uri)
-    added = stored.seal(stored.read_blocks())
+    added = stored.seal()
     if key_file is not None and not stored.store.put_if_absent(signature_key(added.name), sign(added, key_file)):
         raise UserError(f"{stored.store.uri}/{signature_key(added.name)} exists; remove it to sign the seal again")
     return Sealed(run=stored.store.uri, seal=added, signed=stored.store.exists(signature_key(added.name)))

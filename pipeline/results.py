@@ -24,7 +24,7 @@ from pipeline.planning import Plan, read_plan, settle_plan
 from pipeline.records import MOST_BYTES, parse_record
 from pipeline.run import Run, read_run
 from pipeline.sampling import Sampler
-from pipeline.seal import Seal, add_seal
+from pipeline.seal import Seal, add_seal, read_seals
 from pipeline.storage.store import Store, open_store
 from pipeline.votes import (
     OnDamage,
@@ -36,7 +36,7 @@ from pipeline.votes import (
     read_blocks,
     read_derived,
     to_table,
-    write_table,
+    write_tables,
 )
 
 logger = logging.getLogger(__name__)
@@ -293,29 +293,32 @@ class StoredRun:
             curve=replace(curve, grown=sample_set_grew(self.orders, name)),
         )
 
-    def finish(self, name: str) -> OrderResult:
-        """Rebuild votes.parquet from the blocks, and write the certificates and the curve of an order.
+    def finish(self, name: str, *, rebuild: bool = False) -> OrderResult:
+        """Bring the derived tables up to date, and write the certificates and the curve of an order.
 
-        The certificates of the other orders are written again if their post hoc marks have changed. The run is sealed
-        if no sample of the order is incomplete.
+        Blocks of the last seal that the tables hold already are not read again, unless `rebuild` says so. The
+        certificates of the other orders are written again if their post hoc marks have changed. The run is sealed if
+        no sample of the order is incomplete.
         """
         if name not in self.orders:
             raise RunError(
                 f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
             )
-        blocks = self.read_blocks()
-        votes = write_table(self.store, self.run, blocks)
+        seals = {} if rebuild else read_seals(self.store)
+        sealed = seals[max(seals, key=int)].entries if seals else {}
+        tables = write_tables(self.store, self.run, sealed)
+        votes = tables.votes
         result = self.result(votes, name)
         self._write(result)
         for other in self.orders:
             written = None if other == name else self._written_marks(other)
             if written is not None and written.tolist() != self._marks(other).tolist():
                 self._write(self.result(votes, other))
-        return result if result.incomplete else replace(result, root=self.seal(blocks).root)
+        return result if result.incomplete else replace(result, root=add_seal(self.store, tables.sha256()).root)
 
-    def seal(self, blocks: Sequence[StoredBlock]) -> Seal:
-        """Seal the run with all its blocks, which were read and checked."""
-        return add_seal(self.store, {block_key(one.block): one.sha256 for one in blocks})
+    def seal(self) -> Seal:
+        """Seal the run with all its blocks, which are read and checked."""
+        return add_seal(self.store, {block_key(one.block): one.sha256 for one in self.read_blocks()})
 
     def _written_marks(self, name: str) -> pd.Series | None:
         """The post hoc marks of an order as written, None if they are not written or damaged."""

@@ -1,7 +1,8 @@
 """Votes in storage: the file of one block, reading with every draw counted once, and the derived table.
 
     RUN/votes/<stage>/<sample>-<draw_start>.parquet  one block, put if absent, never rewritten
-    RUN/votes.parquet                                derived: all blocks in one table
+    RUN/votes.parquet                                derived: the votes of all blocks in one table
+    RUN/blocks.parquet                               derived: a row per block, with the sha256 of its file
 
 Columns: sample | label | stage | draw_start | draw_stop | class | votes, with a row for each class that got votes.
 """
@@ -11,8 +12,9 @@ import io
 import json
 import re
 import sys
+import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +44,19 @@ SCHEMA = pa.schema(
     }
 )
 TABLE_KEY = "votes.parquet"
+BLOCKS_KEY = "blocks.parquet"
+_BLOCKS_SCHEMA = pa.schema(
+    {
+        "sample": pa.int32(),
+        "stage": pa.string(),
+        "draw_start": pa.int32(),
+        "draw_stop": pa.int32(),
+        "label": pa.int32(),
+        "device": pa.string(),
+        "sample_sha256": pa.string(),
+        "sha256": pa.string(),  # of the block's file
+    }
+)
 BLOCK_COLUMNS = ["sample", "stage", "draw_start", "draw_stop"]  # the fields of a Block
 _METADATA_KEY = b"diffsmooth"
 _BATCH = 64  # blocks that a thread reads at a time
@@ -88,6 +103,14 @@ class StoredBlock(NamedTuple):
 
     def votes(self) -> Votes:
         return Votes(self.block, self.label, dict(zip(self.classes.tolist(), self.counts.tolist(), strict=True)))
+
+
+class BlockImage(NamedTuple):
+    """On which image a block was cast."""
+
+    block: Block
+    label: int
+    sample_sha256: str
 
 
 class TableFacts(Record):
@@ -162,9 +185,16 @@ def list_blocks(
 
 
 def read_blocks(
-    store: Store, run: Run, blocks: Iterable[Block] | None = None, *, on_damage: OnDamage | None = None
+    store: Store,
+    run: Run,
+    blocks: Iterable[Block] | None = None,
+    *,
+    on_damage: OnDamage | None = None,
+    images: Iterable["BlockImage"] = (),
 ) -> list[StoredBlock]:
     """Read and check blocks (all committed ones by default), in the order of their coordinates.
+
+    `images` are those of blocks that were read before.
 
     Raises: RunError, naming the object, if a block is damaged, belongs to another run, or if its votes do not sum to
     its draws; and if two blocks of a sample were cast on different images. With `on_damage`, which gets the error, such
@@ -186,16 +216,21 @@ def read_blocks(
 
     batches = in_parallel(read, range(0, len(wanted), size), store.readers)
     stored = [one for some in batches for one in some]
-    return _of_one_image(store, stored, on_damage)
+    return _of_one_image(store, stored, images, on_damage)
 
 
-def _of_one_image(store: Store, stored: Sequence[StoredBlock], on_damage: OnDamage | None) -> list[StoredBlock]:
-    """The blocks whose sample had the same image in all of them."""
-    first_of: dict[int, StoredBlock] = {}
+def _of_one_image(
+    store: Store, stored: Sequence[StoredBlock], images: Iterable["BlockImage"], on_damage: OnDamage | None
+) -> list[StoredBlock]:
+    """The blocks whose sample had the same image in all of them, and in those of `images`."""
+    first_of: dict[int, BlockImage] = {}
+    for image in images:
+        first_of.setdefault(image.block.sample, image)
     kept = []
     for one in stored:
-        first = first_of.setdefault(one.block.sample, one)
-        if (one.metadata.sample_sha256, one.label) == (first.metadata.sample_sha256, first.label):
+        image = BlockImage(one.block, one.label, one.metadata.sample_sha256)
+        first = first_of.setdefault(one.block.sample, image)
+        if (image.sample_sha256, image.label) == (first.sample_sha256, first.label):
             kept.append(one)
             continue
         error = RunError(
@@ -333,15 +368,72 @@ def read_votes(run_uri: str) -> pd.DataFrame:
     return to_table(read_blocks(store, read_run(store)))
 
 
-def write_table(store: Store, run: Run, stored: Sequence[StoredBlock]) -> pd.DataFrame:
-    """Rebuild RUN/votes.parquet, and return its contents."""
-    votes, buffer = to_table(stored), io.BytesIO()
-    table = pa.Table.from_pandas(votes, schema=SCHEMA, preserve_index=False)
-    facts = TableFacts(votes_id=run.votes_id, devices=_devices(stored))
+class Tables(NamedTuple):
+    """The derived tables of a run."""
+
+    votes: pd.DataFrame  # with the columns of SCHEMA
+    blocks: pd.DataFrame  # a row per block
+
+    def sha256(self) -> dict[str, str]:
+        """The sha256 of the blocks' files by their keys."""
+        return dict(zip(map(block_key, _blocks_of(self.blocks)), self.blocks["sha256"], strict=True))
+
+
+def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.MappingProxyType({})) -> Tables:
+    """Write RUN/votes.parquet and RUN/blocks.parquet for all committed blocks, and return their contents.
+
+    `sealed` are the sha256 of blocks that a seal of the run lists, by key. Those blocks are not read if the tables as
+    they are hold them with the same sha256. All others are read and checked. Raises: RunError, as `read_blocks`.
+    """
+    committed = list_blocks(store, run.block)
+    kept = _sealed_rows(store, run, committed, sealed)
+    known = _blocks_of(kept.blocks)
+    images = map(BlockImage, known, kept.blocks["label"], kept.blocks["sample_sha256"])
+    stored = read_blocks(store, run, committed.difference(known), images=images)
+    tables = kept
+    if stored:
+        facts = [(*one.block, one.label, one.metadata.device, one.metadata.sample_sha256, one.sha256) for one in stored]
+        new = Tables(to_table(stored), pd.DataFrame(facts, columns=_BLOCKS_SCHEMA.names))
+        votes, blocks = (pd.concat([a, b], ignore_index=True) if len(a) else b for a, b in zip(kept, new, strict=True))
+        tables = Tables(
+            votes.sort_values([*BLOCK_COLUMNS, "class"], ignore_index=True),
+            blocks.sort_values(BLOCK_COLUMNS, ignore_index=True),
+        )
+    facts_of_table = TableFacts(votes_id=run.votes_id, devices=dict(Counter(tables.blocks["device"])))
+    store.replace(TABLE_KEY, _encoded(tables.votes, SCHEMA, facts_of_table))
+    store.replace(BLOCKS_KEY, _encoded(tables.blocks, _BLOCKS_SCHEMA, facts_of_table))
+    return tables
+
+
+def _sealed_rows(store: Store, run: Run, committed: set[Block], sealed: Mapping[str, str]) -> Tables:
+    """What the derived tables say about the blocks of a seal; empty if the two disagree, or are damaged."""
+    nothing = Tables(to_table([]), pd.DataFrame(columns=_BLOCKS_SCHEMA.names))
+    votes, _ = _read_table(store, run, committed) if sealed else (nothing.votes, {})
+    if votes.empty:
+        return nothing
+    try:
+        file = pq.ParquetFile(pa.BufferReader(store.read(BLOCKS_KEY)), page_checksum_verification=True)
+        check_declared(file.metadata, len(committed))
+        blocks = file.read().select(_BLOCKS_SCHEMA.names).cast(_BLOCKS_SCHEMA).to_pandas()
+    except Exception:  # it is derived: the blocks are read instead
+        return nothing
+    known = _blocks_of(blocks)
+    if len(set(known)) != len(known) or set(known) != set(_blocks_of(votes[BLOCK_COLUMNS].drop_duplicates())):
+        return nothing
+    same = np.array([sealed.get(block_key(one)) == row for one, row in zip(known, blocks["sha256"], strict=True)])
+    blocks = blocks[same]
+    return Tables(votes.merge(blocks[BLOCK_COLUMNS], on=BLOCK_COLUMNS), blocks)
+
+
+def _blocks_of(table: pd.DataFrame) -> list[Block]:
+    return [Block(*row) for row in table[BLOCK_COLUMNS].itertuples(index=False, name=None)]
+
+
+def _encoded(rows: pd.DataFrame, schema: pa.Schema, facts: TableFacts) -> bytes:
+    table, buffer = pa.Table.from_pandas(rows, schema=schema, preserve_index=False), io.BytesIO()
     table = table.replace_schema_metadata({**table.schema.metadata, _METADATA_KEY: facts.model_dump_json()})
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    store.replace(TABLE_KEY, buffer.getvalue())
-    return votes
+    return buffer.getvalue()
 
 
 def glance(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -351,8 +443,7 @@ def glance(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataFrame,
     is damaged, belongs to another run, or holds blocks that are not committed is ignored.
     """
     table, devices = _read_table(store, run, committed)
-    covered = {Block(*row) for row in table[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None)}
-    stored = read_blocks(store, run, committed - covered)
+    stored = read_blocks(store, run, committed.difference(_blocks_of(table[BLOCK_COLUMNS].drop_duplicates())))
     return pd.concat([table, to_table(stored)], ignore_index=True), dict(Counter(devices) + Counter(_devices(stored)))
 
 

@@ -1,5 +1,6 @@
 """Votes: what is written is read back, and everything that is wrong with a block is found and named."""
 
+import hashlib
 from pathlib import Path
 
 import duckdb
@@ -21,7 +22,7 @@ from pipeline.votes import (
     list_blocks,
     read_blocks,
     read_votes,
-    write_table,
+    write_tables,
 )
 from tests.models import METADATA
 
@@ -64,7 +65,7 @@ def test_round_trip_and_schema(store):
     estimation = votes[votes.stage == "estimation"]
     assert estimation.groupby(["sample", "class"]).votes.sum().to_dict() == {(4, 1): 15, (4, 2): 5}
     assert set(estimation.label) == {2}
-    pd.testing.assert_frame_equal(write_table(store, RUN, read_blocks(store, RUN)), votes)
+    pd.testing.assert_frame_equal(write_tables(store, RUN).votes, votes)
     derived = pq.read_table(f"{store.uri}/votes.parquet")
     assert [str(field.type) for field in derived.schema] == [
         "int32",
@@ -149,7 +150,7 @@ def opened(store, monkeypatch):
 def test_a_glance_opens_only_blocks_that_the_table_lacks(store, opened):
     assert glance(store, RUN, list_blocks(store, LENGTHS))[1] == {"x": 2}
     assert len(opened) == 2
-    write_table(store, RUN, read_blocks(store, RUN))
+    write_tables(store, RUN)
     put(store, Block(5, "estimation", 0, 20), [0, 0, 20])
     opened.clear()
     votes, devices = glance(store, RUN, list_blocks(store, LENGTHS))
@@ -182,7 +183,7 @@ def claim_another_run(store):
     ],
 )
 def test_a_glance_ignores_a_false_or_stale_table(store, opened, spoil):
-    write_table(store, RUN, read_blocks(store, RUN))
+    write_tables(store, RUN)
     spoil(store)
     committed = list_blocks(store, LENGTHS)
     opened.clear()
@@ -192,8 +193,73 @@ def test_a_glance_ignores_a_false_or_stale_table(store, opened, spoil):
     pd.testing.assert_frame_equal(votes, read_votes(store.uri))
 
 
+def forget_a_block(store):
+    path = Path(store.uri, "blocks.parquet")
+    pd.read_parquet(path).iloc[1:].to_parquet(path, index=False)
+
+
+def test_tables_are_extended_by_new_blocks_alone(store, opened):
+    sealed = write_tables(store, RUN).sha256()
+    put(store, Block(5, "estimation", 0, 20), [0, 1, 19])
+    put(store, Block(4, "estimation", 0, 20), [0, 19, 1])
+    opened.clear()
+    extended = write_tables(store, RUN, sealed)
+    assert sorted(key for key in opened if key.startswith("votes/")) == [
+        "votes/estimation/4-0.parquet",
+        "votes/estimation/5-0.parquet",
+    ]
+    stored = [Path(store.uri, name).read_bytes() for name in ("votes.parquet", "blocks.parquet")]
+    rebuilt = write_tables(store, RUN)
+    pd.testing.assert_frame_equal(extended.votes, rebuilt.votes)
+    assert extended.sha256() == rebuilt.sha256()
+    assert len(rebuilt.sha256()) == 4
+    assert stored == [Path(store.uri, name).read_bytes() for name in ("votes.parquet", "blocks.parquet")]
+    assert {key: sha256_of(store, key) for key in rebuilt.sha256()} == rebuilt.sha256()
+
+
+def sha256_of(store, key):
+    return hashlib.sha256(Path(store.uri, key).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        change_a_sum,
+        claim_another_run,
+        forget_a_block,
+        lambda store: Path(store.uri, "votes.parquet").unlink(),
+        lambda store: Path(store.uri, "blocks.parquet").unlink(),
+        lambda store: Path(store.uri, "blocks.parquet").write_bytes(b"PAR1"),
+        lambda store: pd.DataFrame({"sample": ["4"]}).to_parquet(Path(store.uri, "blocks.parquet")),
+    ],
+)
+def test_false_or_damaged_tables_are_rebuilt(store, opened, spoil):
+    before = write_tables(store, RUN)
+    spoil(store)
+    opened.clear()
+    again = write_tables(store, RUN, before.sha256())
+    assert sorted(key for key in opened if key.startswith("votes/")) == sorted(before.sha256())
+    pd.testing.assert_frame_equal(again.votes, before.votes)
+
+
+def test_only_sealed_blocks_are_taken_from_the_tables(store, opened):
+    hashes = write_tables(store, RUN).sha256()
+    opened.clear()
+    write_tables(store, RUN, {**hashes, block_key(FIRST): "0" * 64})
+    assert [key for key in opened if key.startswith("votes/")] == [block_key(FIRST)]
+
+
+def test_a_new_block_of_another_image_is_refused_without_reading_the_old_ones(store):
+    sealed = write_tables(store, RUN).sha256()
+    put(store, Block(4, "estimation", 0, 20), [0, 1, 19], sha256="other")
+    with pytest.raises(
+        RunError, match="the image of sample 4 differs between estimation draw 0 and estimation draw 20"
+    ):
+        write_tables(store, RUN, sealed)
+
+
 def test_a_glance_detects_a_flipped_bit(store):
-    write_table(store, RUN, read_blocks(store, RUN))
+    write_tables(store, RUN)
     path, votes, committed = Path(store.uri, "votes.parquet"), read_votes(store.uri), list_blocks(store, LENGTHS)
     whole = path.read_bytes()
     footer = int.from_bytes(whole[-8:-4], "little") + 8
