@@ -11,6 +11,7 @@ from cluster.driver import Outcome, Work
 from cluster.scheduler import Part, Scheduler
 from cluster.worker import Setup
 from jobs.console import note, print_order
+from jobs.hooks import tell_result
 from jobs.plan import warn_of_cost
 from jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from pipeline.block import Block
@@ -134,6 +135,7 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part)
 def _finish(run: _Ready, options: Options, outcome: Outcome | None = None) -> Certified:
     result = StoredRun(run.stored.store).finish(run.order_name)  # opened again: other orders may have been placed
     print_order(result, quiet=options.quiet)
+    tell_result(result)
     return Certified(result=result, effort=None if outcome is None else Effort.of(outcome))
 
 

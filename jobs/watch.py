@@ -19,6 +19,7 @@ from scipy.special import bdtrc
 from cluster.driver import Cluster, Update
 from cluster.worker import CleanAccuracy
 from jobs.console import note
+from jobs.hooks import tell_progress
 from pipeline import results
 from pipeline.block import STAGES
 from pipeline.certify import certified_radius, lower_confidence_bound, top_class
@@ -130,6 +131,7 @@ class Watch:
             note=text,
         )
         self._store.replace(self._key, progress.model_dump_json(indent=2).encode())
+        tell_progress(self._store.uri, progress)
         if not self._bar and not self._quiet:
             left = "" if eta is None else f", ETA {eta:.0f} s"
             note(f"{self._name}: {update.draws:,} of {update.draws_wanted:,} draws, {rate:,.0f}/s{left}; {text}")
