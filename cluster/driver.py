@@ -475,7 +475,9 @@ class _Metrics:
         self._run = run
         self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
         self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed although already stored.", tags)
-        self._failures = Counter("diffsmooth_store_failures", "Calls to the store that were retried.", tags)
+        self._failures = Counter(
+            "diffsmooth_store_failures", "Writes to the store that lost their answer or met another one.", tags
+        )
         bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
         self._seconds = Histogram("diffsmooth_task_seconds", "Seconds per task.", bounds, tags)
         self._lost = Counter("diffsmooth_lost_tasks", "Attempts that ended in an error.", ("run", "error"))

@@ -57,7 +57,7 @@ class Receipt(NamedTuple):
     seconds: float
     draws: int
     device: str = ""
-    store_failures: int = 0  # calls to the store that were retried
+    store_failures: int = 0  # writes to the store that lost their answer or met another one
 
 
 class Progress(NamedTuple):

@@ -306,7 +306,7 @@ def attacked(store: Store, attack: Attack) -> list[int]:
 def read_samples(store: Store, run: Run, attack: Attack, samples: Iterable[int] | None = None) -> list[AttackedSample]:
     """The samples that an attack has finished, by default all. Raises: RunError, naming the file, for a damaged one."""
     wanted = attacked(store, attack) if samples is None else sorted(samples)
-    fetch = store.reader()
+    fetch = store.read
 
     def read(sample: int) -> AttackedSample:
         key = attack.sample_key(sample)

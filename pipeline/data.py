@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.images import UNLABELLED, EncodedImages, Sample
-from pipeline.locations import is_remote, require_set
+from pipeline.locations import in_store, is_remote, require_set
 from pipeline.sources import IMAGE_ENDINGS, ImageFiles, ParquetRows
 from pipeline.spec import Data
 from pipeline.storage.fetch import cache_folder, fetch, node_lock
-from pipeline.storage.remote import list_s3
+from pipeline.storage.remote import list_objects
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _folder(data: Data) -> Path:
     if is_remote(data.path):
         raise UserError(
             f"data.path = {data.path!r}: {data.name} reads only folders of this node; copy it here, or store the "
-            "images as Parquet (data.name = 'parquet' reads s3://)"
+            "images as Parquet (data.name = 'parquet' reads s3://, gs:// and az://)"
         )
     return Path(data.path)
 
@@ -235,10 +235,10 @@ def _parquet_files(path: str, split: str) -> list[str]:
     """Return the file at `path` or, if it is a folder, the files of a split, sorted by name."""
     if path.startswith(("https://", "http://")):
         return [str(fetch(path))]
-    if path.startswith("s3://"):
+    if in_store(path):
         if path.endswith(".parquet"):
             return [path]
-        found = list_s3(path)
+        found = list_objects(path)
     elif Path(path).is_dir():
         found = sorted(str(one) for one in Path(path).iterdir())
     else:

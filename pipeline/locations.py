@@ -1,7 +1,8 @@
 """Locations: how a path or a URI is written in a spec or on the command line, and how a message shows it.
 
-A location is a path, `embedded:FILE` (a file that ships with the package), or a URI (s3://BUCKET/KEY, https://...).
-`${NAME}` is replaced by an environment variable. A relative path starts at the folder of the spec that names it.
+A location is a path, `embedded:FILE` (a file that ships with the package), or a URI (s3://BUCKET/KEY, gs://BUCKET/KEY,
+az://CONTAINER/KEY, https://...). `${NAME}` is replaced by an environment variable. A relative path starts at the folder
+of the spec that names it.
 """
 
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from pipeline.errors import UserError, one_line
 
 EMBEDDED = "embedded:"
+_STORES = ("s3", "gs", "az")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -40,6 +43,27 @@ def require_set(key: str, location: str) -> str:
 
 def is_remote(location: str) -> bool:
     return "://" in location
+
+
+def in_store(location: str) -> bool:
+    """Whether the location is one in an object store."""
+    return location.partition("://")[0] in _STORES and is_remote(location)
+
+
+def split_object(uri: str, wanted: str = "") -> tuple[str, str, str]:
+    """The scheme, the bucket and the key of an s3://, gs:// or az:// URI.
+
+    `wanted` names the key in the message for a URI without one; if it is empty, there need not be a key.
+    Raises: UserError for a missing key and for a name that no bucket can have.
+    """
+    scheme, _, place = uri.partition("://")
+    bucket, _, key = place.partition("/")
+    written = f"{scheme}://{'CONTAINER' if scheme == 'az' else 'BUCKET'}/{wanted or 'KEY'}"
+    if not bucket or (wanted and not key.strip("/")):
+        raise UserError(f"{shown(uri)}: a bucket or a key is missing; write {written}")
+    if not _BUCKET.fullmatch(bucket):
+        raise UserError(f"{shown(uri)}: no bucket can have the name {bucket!r}; correct the location to {written}")
+    return scheme, bucket, key
 
 
 def is_relative(location: str) -> bool:

@@ -142,7 +142,7 @@ def record_keys(store: Store) -> list[str]:
 
 def hash_objects(store: Store, keys: Sequence[str]) -> dict[str, str]:
     """The sha256 of objects as they are stored; those that do not exist or cannot be read are left out."""
-    read = store.reader()
+    read = store.read
 
     def hashed(key: str) -> tuple[str, str] | None:
         try:

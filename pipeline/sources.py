@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.locations import is_remote
-from pipeline.storage.remote import S3File, in_parallel
+from pipeline.storage.remote import ObjectFile, in_parallel
 
 UNLABELLED = -1
 
@@ -213,7 +213,7 @@ def _open_parquet(name: str) -> pq.ParquetFile:
     with _parquet_errors(name):
         if not is_remote(name) and not stat.S_ISREG(os.stat(name).st_mode):
             raise UserError(f"data.path = {name!r}: not a regular file; give the path of a Parquet file")
-        file = pq.ParquetFile(S3File(name) if is_remote(name) else name)
+        file = pq.ParquetFile(ObjectFile(name) if is_remote(name) else name)
         assert file.schema_arrow is not None  # reads the schema, which can be damaged too
         return file
 

@@ -252,7 +252,7 @@ class _Decoder:
     """Reads and checks blocks. Strings that the metadata of many blocks share are kept once."""
 
     def __init__(self, store: Store, run: Run) -> None:
-        self._uri, self._run, self._fetch = store.uri, run, store.reader()
+        self._uri, self._run, self._fetch = store.uri, run, store.read
         self._shared: dict[str, str] = {}
 
     def read(self, block: Block) -> StoredBlock:

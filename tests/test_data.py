@@ -26,7 +26,7 @@ from pipeline.data import Facts, dataset_id, known_facts, open_dataset, sample_i
 from pipeline.errors import RunError, UserError
 from pipeline.images import Sample
 from pipeline.spec import Data, load_spec, votes_id
-from pipeline.storage.remote import S3File
+from pipeline.storage.remote import ObjectFile
 from tests.models import png
 from tests.s3_servers import credentials, moto_server
 
@@ -712,13 +712,13 @@ def test_parquet_on_s3_is_read_by_row_group(moto, tmp_path, monkeypatch):
         pq.write_table(table, tmp_path / "part.parquet", row_group_size=5)
         moto.upload_file(str(tmp_path / "part.parquet"), "bucket", f"set/test-0000{part}-of-00002.parquet")
     read = []
-    readinto = S3File.readinto
+    readinto = ObjectFile.readinto
 
     def counting(self, buffer):
         read.append(readinto(self, buffer))
         return read[-1]
 
-    monkeypatch.setattr(S3File, "readinto", counting)
+    monkeypatch.setattr(ObjectFile, "readinto", counting)
     data = open_dataset(Data(name="parquet", path="s3://bucket/set", num_classes=10))
     assert len(data) == 100
     assert sum(read) < 200_000

@@ -6,15 +6,14 @@ import threading
 from collections.abc import Iterator
 
 import boto3
-import botocore.config
 import pytest
 
 from pipeline.errors import RunError, UserError
 from pipeline.storage import fetch as fetching
 from pipeline.storage import remote
 from pipeline.storage.fetch import fetch
-from pipeline.storage.remote import Broken, S3File, list_s3, paced
-from pipeline.storage.store import S3Store, open_store
+from pipeline.storage.remote import Broken, ObjectFile, list_objects, paced
+from pipeline.storage.store import BucketStore, open_store
 from tests.s3_servers import FixedAnswer, credentials, fixed_server
 
 AWS = [name for name in os.environ if name.startswith("AWS_")]
@@ -53,20 +52,20 @@ def error_xml(code: str, message: str = "the server's reason") -> bytes:
 
 
 def write(location: str) -> None:
-    S3Store(location).put_if_absent("run.json", b"{}")
+    BucketStore(location).put_if_absent("run.json", b"{}")
 
 
 def read(location: str) -> None:
-    S3Store(location).read("run.json")
+    BucketStore(location).read("run.json")
 
 
 def list_run(location: str) -> None:
-    list(S3Store(location).list("votes"))
+    list(BucketStore(location).list("votes"))
 
 
-EVERY = (write, read, list_run, fetch, list_s3, S3File)
+EVERY = (write, read, list_run, fetch, list_objects, ObjectFile)
 READERS = (read, fetch)
-LISTERS = (list_run, list_s3)
+LISTERS = (list_run, list_objects)
 
 S3_ANSWERS = {
     # name: status, headers, body, operations, the kind of the error, words of its message
@@ -79,31 +78,32 @@ S3_ANSWERS = {
         307, {"Location": "http://[::1"}, error_xml("TemporaryRedirect"), EVERY, UserError, "AWS_ENDPOINT_URL",
     ),
     "wrong region": (
-        400, {}, error_xml("IllegalLocationConstraintException"), EVERY, UserError,
+        400, {}, error_xml("IllegalLocationConstraintException"), (write, read, list_run, fetch, list_objects), UserError,
         "another region .*set AWS_DEFAULT_REGION",
     ),
+    "wrong region without a code": (400, {}, b"", (ObjectFile,), UserError, r"rejected \(400\); check .*AWS_DEFAULT_REGION"),
     "bad request": (400, {}, error_xml("InvalidRequest"), (write, read, list_run, fetch), UserError, r"rejected \(400"),
     "expired token": (400, {}, error_xml("ExpiredToken"), READERS, RunError, "ExpiredToken.*renew the credentials"),
     "skewed clock": (403, {}, error_xml("RequestTimeTooSkewed"), READERS, RunError, "correct the clock"),
     "unknown key id": (403, {}, error_xml("InvalidAccessKeyId"), EVERY, UserError, r"access denied \(403"),
     "denied": (403, {}, error_xml("AccessDenied"), EVERY, UserError, r"access denied .*credentials and permissions"),
     "no bucket": (
-        404, {}, error_xml("NoSuchBucket"), (write, read, list_run, fetch, list_s3), UserError,
+        404, {}, error_xml("NoSuchBucket"), (write, read, list_run, fetch, list_objects), UserError,
         "there is no bucket bucket; create it",
     ),
     "no key": (404, {}, error_xml("NoSuchKey"), READERS, UserError, r"there is no such file \(404 NoSuchKey"),
     "conflict": (409, {}, error_xml("ConditionalRequestConflict"), (write,), RunError, "conflicts with other writes"),
-    "changed": (412, {}, error_xml("PreconditionFailed"), (S3File, fetch), RunError, "the file has changed"),
+    "changed": (412, {}, error_xml("PreconditionFailed"), (ObjectFile, fetch), RunError, "the file has changed"),
     "not implemented": (501, {}, error_xml("NotImplemented"), (write,), UserError, "conditional writes"),
     "too many requests": (429, {}, error_xml("TooManyRequests"), EVERY, RunError, r"\(429.*run the same command again"),
     "slow down": (503, {}, error_xml("SlowDown"), EVERY, RunError, r"\(503.*run the same command again"),
     "teapot": (418, {}, b"", EVERY, UserError, "418"),
     "garbage instead of an error": (404, {}, b"<<<not xml", READERS, UserError, "AWS_ENDPOINT_URL|no such file"),
-    "garbage instead of a listing": (200, {}, b"<<<not xml", LISTERS, RunError, "check AWS_ENDPOINT_URL"),
+    "garbage instead of a listing": (200, {}, b"<<<not xml", LISTERS, UserError, "not one of an S3 server .*check AWS_ENDPOINT_URL"),
     "a web page instead of a listing": (200, {}, b"<html></html>", LISTERS, UserError, "not one of an S3 server"),
-    "an object without an ETag": (200, {}, b"abc", (S3File,), UserError, "not one of an S3 server"),
-    "an invalid length": (200, {"Content-Length": "abc"}, b"", (read, fetch, S3File), UserError, "s3://bucket/.*abc"),
-    "an unrequested part": (206, {"Content-Range": "bytes 0-2/9"}, b"abc", (fetch,), RunError, "206"),
+    "an object without an ETag": (200, {}, b"abc", (ObjectFile,), UserError, "not one of an S3 server"),
+    "an invalid length": (200, {"Content-Length": "abc"}, b"", (read, fetch), RunError, "the connection failed; check"),
+    "an invalid length of a head": (200, {"Content-Length": "abc"}, b"", (ObjectFile,), UserError, "abc.*; check"),
 }  # fmt: skip
 
 
@@ -113,17 +113,17 @@ S3_ANSWERS = {
      for name, case in S3_ANSWERS.items() for operation in case[3]],
 )  # fmt: skip
 def test_every_answer_of_an_s3_server_gives_one_line(server, monkeypatch, name, operation):
-    monkeypatch.setattr(S3Store, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(BucketStore, "_FIRST_PAUSE", 0.0)
     server.status, server.headers, server.body, _, kind, words = S3_ANSWERS[name]
     with pytest.raises(kind, match=words) as error:
         operation("s3://bucket/run")
     line = str(error.value)
     assert line.startswith("s3://bucket/run")
     assert "\n" not in line
-    assert len(server.requests) <= 10
+    assert len(server.requests) <= 20
 
 
-@pytest.mark.parametrize("operation", [write, list_run, fetch, list_s3, S3File])
+@pytest.mark.parametrize("operation", [write, list_run, fetch, list_objects, ObjectFile])
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -182,9 +182,9 @@ def listing(token: str) -> bytes:
 @pytest.mark.parametrize("operation", LISTERS)
 def test_listing_that_repeats_its_token_ends(server, operation):
     server.body = listing("again")
-    with pytest.raises(UserError, match=r"not one of an S3 server .*token was received twice.*check AWS_ENDPOINT_URL"):
+    with pytest.raises(UserError, match=r"not one of an S3 server .*repeats itself.*check AWS_ENDPOINT_URL"):
         operation("s3://bucket/run")
-    assert len(server.requests) == 2
+    assert len(server.requests) <= remote._PAGE + 2
 
 
 HTTP_ANSWERS = {
@@ -251,12 +251,7 @@ def test_slow_server_does_not_hold_a_call_of_the_client(server, monkeypatch):
 
 def test_silent_server_is_given_up(server, monkeypatch):
     """The client's own timeouts end a call to a server that accepts a connection and sends nothing."""
-    config = botocore.config.Config
-    monkeypatch.setattr(
-        botocore.config,
-        "Config",
-        lambda **settings: config(**{**settings, "connect_timeout": 0.2, "read_timeout": 0.2}),
-    )
+    monkeypatch.setattr(remote, "READ_SECONDS", 0.2)
     server.body, server.seconds = b"abc", 1.0
     server.headers = {"Content-Length": "3"}
     with pytest.raises(RunError, match="s3://bucket/run"):

@@ -80,7 +80,7 @@ def test_failed_replacement_leaves_no_temporary_file(tmp_path):
 
 @pytest.mark.parametrize("uri", ["ftp://host/run", "ftp://user:secret@host/run?token=secret"])
 def test_unknown_kind_of_storage_is_refused_without_secrets(uri):
-    with pytest.raises(UserError, match=r"ftp://host/run.* give a folder or s3://BUCKET/PREFIX") as error:
+    with pytest.raises(UserError, match=r"ftp://host/run.* give a folder, s3://BUCKET/PREFIX") as error:
         open_store(uri)
     assert "secret" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""A file by path, s3:// or https://, fetched onto this node once, however many processes ask for it.
+"""A file by path, in an object store or on the web, fetched onto this node once, however many processes ask for it.
 
 The cache folder (DIFFSMOOTH_CACHE, else $XDG_CACHE_HOME/diffsmooth, else ~/.cache/diffsmooth) holds for each URI
 
@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+import obstore
 import requests
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import is_remote, shown
+from pipeline.locations import in_store, is_remote, shown, split_object
 from pipeline.storage.local import Absent, is_regular, open_regular, read_regular
 from pipeline.storage.remote import (
     CALL_SECONDS,
@@ -40,12 +41,11 @@ from pipeline.storage.remote import (
     READ_SECONDS,
     Broken,
     Refused,
-    bucket_and_key,
     check_status,
+    connect,
     http_errors,
     paced,
-    s3_client,
-    s3_errors,
+    store_errors,
 )
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ def cache_folder() -> Path:
 
 
 def fetch(uri: str, sha256: str | None = None) -> Path:
-    """The local file of a path, s3:// or https:// URI. A remote file is downloaded unless the cache folder has it.
+    """The local file of a path, or of an s3://, gs://, az:// or https:// URI.
+
+    A remote file is downloaded unless the cache folder has it.
 
     Raises: UserError for a file that does not exist, may not be read, or has another sha256 than the given one;
     RunError for a full disk and for a network that stays broken.
@@ -114,8 +116,11 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
                 f"{shown(uri)}: no such file; give the path of an existing file, s3://BUCKET/KEY or https://..."
             ) from None
         return _checked(path, uri, sha256, "get the right file")
-    if not uri.startswith(("s3://", "https://", "http://")):
-        raise UserError(f"{shown(uri)}: this kind of URI cannot be read; give a path, s3://BUCKET/KEY or https://...")
+    if not in_store(uri) and not uri.startswith(("https://", "http://")):
+        raise UserError(
+            f"{shown(uri)}: this kind of URI cannot be read; give a path, s3://BUCKET/KEY, gs://BUCKET/KEY, "
+            "az://CONTAINER/KEY or https://..."
+        )
     path = _entry(uri)
     _make_private(path.parent)
     if not path.is_file():
@@ -222,7 +227,7 @@ def _make_private(folder: Path) -> None:
 
 def _entry(uri: str) -> Path:
     """The cached file of a URI. Its suffix is kept because loaders look at it."""
-    if uri.startswith("s3://"):
+    if in_store(uri):
         name = uri
     else:
         try:
@@ -360,8 +365,8 @@ def _transfer(uri: str, part: Path, state: Path) -> None:
     if start and before.total is not None and start >= before.total:
         start = before.total - 1  # complete or damaged: requesting the last byte again shows which
         os.truncate(part, max(0, start))
-    connect = _from_s3 if uri.startswith("s3://") else _from_http
-    with closing(paced(connect(uri, max(0, start), before.etag), CALL_SECONDS, READ_SECONDS)) as items:
+    download = _from_store if in_store(uri) else _from_http
+    with closing(paced(download(uri, max(0, start), before.etag), CALL_SECONDS, READ_SECONDS)) as items:
         answer = next(items)
         assert isinstance(answer, _Answer)
         if answer.total is not None and answer.total - answer.start > shutil.disk_usage(part.parent).free:
@@ -443,17 +448,16 @@ def _from_http(uri: str, start: int, etag: str | None) -> _Download:
         yield from response.iter_content(_CHUNK)
 
 
-def _from_s3(uri: str, start: int, etag: str | None) -> _Download:
-    bucket, key = bucket_and_key(uri)
-    condition = {"Range": f"bytes={start}-", "IfMatch": etag} if start else {}
-    with s3_errors(uri):
-        answer = s3_client(uri).get_object(Bucket=bucket, Key=key, **condition)
-        with closing(answer["Body"]) as body:
-            if "ContentRange" in answer and not start:
-                raise _unrequested_part(uri)
-            begin = start if "ContentRange" in answer else 0
-            yield _Answer(begin, begin + int(answer["ContentLength"]), answer.get("ETag"))
-            yield from body.iter_chunks(_CHUNK)
+def _from_store(uri: str, start: int, etag: str | None) -> _Download:
+    key = split_object(uri, "KEY")[2]
+    with store_errors(uri):
+        answer = obstore.get(
+            connect(uri), key, options={"range": {"offset": start}, "if_match": etag} if start else None
+        )
+        begin, _ = answer.range
+        yield _Answer(begin, answer.meta["size"], answer.meta["e_tag"])
+        for chunk in answer.stream(_CHUNK):
+            yield bytes(chunk)
 
 
 def _unrequested_part(uri: str) -> RunError:

@@ -7,6 +7,7 @@ UserError or a RunError of one line.
 import io
 import os
 import queue
+import re
 import socket
 import ssl
 import threading
@@ -14,36 +15,73 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import chain, repeat
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
-import botocore.config
 import botocore.exceptions
-import botocore.parsers
+import obstore
+import obstore.exceptions
 import requests
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.store import AzureStore, GCSStore, S3Store
 
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import shown
+from pipeline.locations import shown, split_object
 from pipeline.storage.local import Absent
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
 
 T = TypeVar("T")
 A = TypeVar("A")
 
-CALL_SECONDS = 900.0  # for one call of the S3 client with all its tries
+CALL_SECONDS = 900.0  # for one call of a store's client
 CONNECT_SECONDS, READ_SECONDS = 10, 60  # to connect, and between two reads from a connection
 
 _TRIES = 5
 _FIRST_PAUSE = 0.5  # seconds, doubled at each try
 _CLIENT_TRIES = 8
+_PAGE = 100  # entries of a listing that are handed over at a time
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed"}
-_NO_CREDENTIALS = (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)
-_UNREACHABLE = (
-    botocore.exceptions.EndpointConnectionError,
-    botocore.exceptions.ConnectTimeoutError,
-    botocore.exceptions.ReadTimeoutError,
-)
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 _client_lock = threading.Lock()  # boto3's default session is not safe to share between threads
+
+Client = S3Store | GCSStore | AzureStore
+
+
+class _Cloud(NamedTuple):
+    """How messages name the settings of a kind of store."""
+
+    store: str
+    bucket: str
+    settings: str  # environment variables that say where the store is
+    credentials: str  # what to do if there are none
+
+
+_CLOUDS = {
+    "s3": _Cloud(
+        "an S3 server",
+        "bucket",
+        "AWS_ENDPOINT_URL, AWS_DEFAULT_REGION",
+        "set AWS_PROFILE, or give the node an instance profile",
+    ),
+    "gs": _Cloud(
+        "Google Cloud Storage",
+        "bucket",
+        "GOOGLE_BASE_URL",
+        "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login",
+    ),
+    "az": _Cloud(
+        "Azure Blob Storage",
+        "container",
+        "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT",
+        "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or give the node a managed identity",
+    ),
+}
 
 
 class Refused(UserError):
@@ -69,40 +107,96 @@ class Conflict(Broken):
     """409: another conditional write of the same object is in progress."""
 
 
-def s3_client(uri: str) -> Any:
-    """A client of S3, or of the store that AWS_ENDPOINT_URL names; `uri` is what an error message names.
+def connect(uri: str) -> Client:
+    """A client of the bucket or container of an s3://, gs:// or az:// URI.
 
-    Raises: UserError for AWS settings that no client can be made from.
+    Raises: UserError for settings that no client can be made from, and for missing credentials of AWS.
     """
-    config = botocore.config.Config(
-        # standard mode retries throttling, server errors and lost connections, with jittered backoff
-        retries={"mode": "standard", "total_max_attempts": _CLIENT_TRIES},
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
-        max_pool_connections=32,
+    scheme, bucket, _ = split_object(uri)
+    tries: Any = {
+        "max_retries": _CLIENT_TRIES - 1,  # of throttling, server errors and lost connections
+        "backoff": {
+            "init_backoff": timedelta(seconds=_FIRST_PAUSE / 2),
+            "max_backoff": timedelta(seconds=15),
+            "base": 2,
+        },
+    }
+    with store_errors(uri):
+        if scheme == "s3":
+            return _s3_client(uri, bucket, tries)
+        endpoint = os.environ.get("GOOGLE_BASE_URL") if scheme == "gs" else os.environ.get("AZURE_STORAGE_ENDPOINT")
+        kind = GCSStore if scheme == "gs" else AzureStore
+        return kind(bucket, client_options=_client_options(endpoint), retry_config=tries)
+
+
+def _s3_client(uri: str, bucket: str, tries: Any) -> S3Store:
+    """A client with the endpoint, the region and the credentials that boto3 finds."""
+    try:
+        with _client_lock:
+            settings = boto3.client("s3").meta
+            credentials = boto3.DEFAULT_SESSION.get_credentials()
+            if credentials is None:
+                raise botocore.exceptions.NoCredentialsError
+            region = _bucket_region(settings.endpoint_url, bucket)
+            if region not in (None, settings.region_name):
+                settings = boto3.client("s3", region_name=region).meta
+            # the client renews credentials five minutes before they expire, boto3 ten
+            provider = Boto3CredentialProvider(boto3.DEFAULT_SESSION, ttl=timedelta(minutes=10))
+            provider()
+        express = bucket.endswith("--x-s3")
+        place = {"s3_express": True} if express else {"endpoint": settings.endpoint_url}
+        region = "us-east-1" if settings.region_name in (None, "aws-global") else settings.region_name
+        options = _client_options(settings.endpoint_url)
+    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
+        raise UserError(f"{shown(uri)}: no complete AWS credentials found; {_CLOUDS['s3'].credentials}") from error
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, ValueError) as error:
+        raise UserError(f"{shown(uri)}: {one_line(error)}; correct the location or the AWS settings") from error
+    return S3Store(
+        bucket, **place, region=region, credential_provider=provider, client_options=options, retry_config=tries
     )
-    with s3_errors(uri), _client_lock:
-        client = boto3.client("s3", config=config)
-    # botocore looks for the region of a redirected bucket by HeadBucket, again and again if that is redirected as well
-    client.meta.events.register("before-call.s3.HeadBucket", _stop_redirection)
-    return client
 
 
-class _Redirected(Exception):
-    pass
+def _bucket_region(endpoint: str, bucket: str) -> str | None:
+    """The region that AWS states for a bucket, without credentials; None for other stores, or if it does not say."""
+    if not (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        return None
+    with suppress(requests.RequestException):
+        answer = requests.head(f"{endpoint}/{bucket}", timeout=CONNECT_SECONDS, allow_redirects=False)
+        return answer.headers.get("x-amz-bucket-region")
+    return None
 
 
-def _stop_redirection(**_: Any) -> None:
-    raise _Redirected
+def _client_options(endpoint: str | None) -> Any:
+    """Time limits, and the certificates of AWS_CA_BUNDLE. Only an http:// endpoint may be used without encryption.
+
+    Raises: ValueError for an endpoint that is not a URL.
+    """
+    options: dict[str, Any] = {
+        "timeout": timedelta(seconds=CALL_SECONDS),
+        "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+        "read_timeout": timedelta(seconds=READ_SECONDS),
+    }
+    if endpoint:
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"the endpoint {shown(endpoint)} is not a URL")
+        options["allow_http"] = parts.scheme == "http"
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+        options["root_certificate"] = Path(bundle).read_bytes()
+    return options
 
 
-def call_s3(uri: str, call: Callable[[], T]) -> T:
-    """The result of a call of the S3 client, its errors translated, within CALL_SECONDS.
+def call_store(uri: str, call: Callable[[], T]) -> T:
+    """The result of a call of a store's client, its errors translated.
+
+    Signals are handled by the main thread, between two of its own instructions. It therefore waits for another thread.
 
     Raises: Broken (Changed, Conflict), Absent, UserError, RunError.
     """
-    with s3_errors(uri):
-        return next(paced((one() for one in (call,)), CALL_SECONDS))
+    with store_errors(uri):
+        if threading.current_thread() is not threading.main_thread():
+            return call()
+        return next(paced((one() for one in (call,)), 2 * CALL_SECONDS))
 
 
 def paced(items: Generator[T], first: float, then: float | None = None) -> Generator[T]:
@@ -214,117 +308,120 @@ def _root(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def s3_errors(uri: str) -> Iterator[None]:
-    """Translate the errors of the S3 client. Raises: Broken (Changed, Conflict), Absent, UserError, RunError."""
+def store_errors(uri: str) -> Iterator[None]:
+    """Translate the errors of a store's client. Raises: Broken (Changed, Conflict), Absent, UserError, RunError.
+
+    The client's own text is never shown as a whole: it may repeat a URL with its signature.
+    """
     try:
         yield
     except (UserError, RunError, Broken):
         raise
-    except botocore.exceptions.ClientError as error:
-        _raise_answer(uri, error)
-    except _Redirected as error:
-        raise _wrong_region(uri, "redirected") from error
-    except _NO_CREDENTIALS as error:
-        raise UserError(
-            f"{shown(uri)}: no complete AWS credentials found; set AWS_PROFILE, or give the node an instance profile"
-        ) from error
-    except _UNREACHABLE as error:
-        raise RunError(
-            f"{shown(uri)}: {one_line(error)}; check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the network"
-        ) from error
-    except botocore.exceptions.FlexibleChecksumError as error:
-        raise Broken("the received bytes do not match the object's checksum", restart=True) from error
-    except (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError) as error:
-        if isinstance(getattr(error, "kwargs", {}).get("error"), ValueError):  # the target of a redirection
-            raise not_s3(uri, error) from error
-        raise Broken(f"the connection failed ({type(error).__name__}); check AWS_ENDPOINT_URL") from error
-    except (botocore.parsers.ResponseParserError, botocore.exceptions.PaginationError, KeyError) as error:
-        raise not_s3(uri, error) from error
-    except (
-        botocore.exceptions.BotoCoreError,
-        ValueError,
-    ) as error:  # a bucket's name, a profile, a region, an endpoint
-        raise UserError(f"{shown(uri)}: {one_line(error)}; correct the location or the AWS settings") from error
+    except obstore.exceptions.AlreadyExistsError as error:
+        raise Conflict("another write of it is in progress") from error
+    except obstore.exceptions.PreconditionError as error:
+        raise Changed("the file has changed since the download began") from error
+    except (obstore.exceptions.BaseError, FileNotFoundError) as error:
+        raise _meaning(uri, error) from error
+    except ValueError as error:  # a name that no object can have, or an invalid setting
+        raise UserError(f"{shown(uri)}: {one_line(error)}; correct the location or the settings") from error
 
 
-def not_s3(uri: str, reason: object) -> UserError:
-    """The error for an answer that no S3 server gives."""
-    return UserError(
-        f"{shown(uri)}: the answer is not one of an S3 server ({one_line(reason)}); check AWS_ENDPOINT_URL"
-    )
+def _meaning(uri: str, error: Exception) -> Exception:
+    """What an error of the client means: by the status and the code of the store's answer, if there is one."""
+    text, place, cloud = str(error), shown(uri), _CLOUDS[split_object(uri)[0]]
+    if "performing token request" in text:
+        return UserError(f"{place}: no credentials for {cloud.store} found; {cloud.credentials}")
+    if "redirect without LOCATION" in text:
+        return _wrong_place(uri, "redirected")
+    if status := re.search(r"status code: (\d{3})", text):
+        code, message = (re.search(rf"<{tag}>\s*([^<]*)", text) for tag in ("Code", "Message"))
+        detail = ": ".join(one_line(found[1], 100) for found in (code, message) if found)
+        return _answer_meaning(uri, int(status[1]), code[1].strip() if code else "", detail)
+    if "kind: Timeout" in text or "TimedOut" in text:
+        return Broken(f"the server sent too little in {CALL_SECONDS:.0f} s")
+    if "kind: Connect" in text:
+        host = re.search(r"performing \w+ \w+://([^\s/]*)", text)
+        reason = re.search(r'(?:message|error): "([^"]*)"', text)
+        return RunError(
+            f"{place}: cannot connect to {host[1] if host else cloud.store} "
+            f"({reason[1] if reason else 'the certificate may not be trusted'}); check {cloud.settings} and the network"
+        )
+    if "non-partial response" in text or "Content-Range header not present" in text:
+        return Broken("the server sends only complete files", restart=True)
+    if "HTTP error" in text:
+        return Broken(f"the connection failed; check {cloud.settings}")
+    first = one_line(text.partition("\n")[0].partition(" error: ")[2] or text.partition("\n")[0])
+    if any(words in text for words in ("metadata from headers", "invalid list response", "nvalid content ")):
+        return not_a_store(uri, first)
+    return UserError(f"{place}: {first}; correct the location, or {cloud.settings}")
 
 
-def _raise_answer(uri: str, error: botocore.exceptions.ClientError) -> None:
-    """Raise what an S3 server's error answer means."""
-    place, found = shown(uri), error.response.get("Error", {})
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
-    code = str(found.get("Code", ""))
-    detail = one_line("" if code == str(status) else f"{code}: {found.get('Message', '')}".strip(": "))
-    answer = f"{status} {detail}".strip()
-    if code == "NoSuchBucket":
-        raise UserError(f"{place}: there is no bucket {bucket_of(uri)}; create it, or correct the location") from error
-    if 300 <= status < 400:
-        raise _wrong_region(uri, answer) from error
+def _answer_meaning(uri: str, status: int, code: str, detail: str) -> Exception:
+    place, cloud, answer = shown(uri), _CLOUDS[split_object(uri)[0]], f"{status} {detail}".strip()
+    if code in _NO_BUCKET:
+        return UserError(
+            f"{place}: there is no {cloud.bucket} {split_object(uri)[1]}; create it, or correct the location"
+        )
+    if 300 <= status < 400 or code == "IllegalLocationConstraintException":
+        return _wrong_place(uri, answer)
     if code in _EXPIRED:
-        raise RunError(
-            f"{place}: {error.operation_name} failed ({answer}); renew the credentials or correct the clock, and run "
-            "the same command again"
-        ) from error
+        return RunError(
+            f"{place}: access denied ({answer}); renew the credentials or correct the clock, and run the same command "
+            "again"
+        )
     if code == "NotImplemented" or status == 501:
-        raise UserError(
-            f"{place}: this store does not support {error.operation_name} as it was called ({answer}); use a store "
-            "with conditional writes (If-None-Match)"
-        ) from error
+        return UserError(
+            f"{place}: this store does not support the request ({answer}); use a store with conditional writes "
+            "(If-None-Match)"
+        )
     if status == 429 or status >= 500:  # the client has tried often enough
-        raise RunError(
-            f"{place}: {error.operation_name} failed {_CLIENT_TRIES} times ({answer}); check AWS_ENDPOINT_URL, or run "
-            "the same command again later"
-        ) from error
+        return RunError(
+            f"{place}: the server failed {_CLIENT_TRIES} times ({answer}); check {cloud.settings}, or run the same "
+            "command again later"
+        )
     if status == 400:
-        raise UserError(
-            f"{place}: {error.operation_name} was rejected ({answer}); check the location, AWS_DEFAULT_REGION, "
-            "AWS_ENDPOINT_URL and the credentials"
-        ) from error
+        return UserError(
+            f"{place}: the request was rejected ({answer}); check the location, {cloud.settings} and the credentials"
+        )
     try:
         check_status(uri, status, detail)
     except (UserError, Broken) as translated:
-        raise translated from error
-    raise not_s3(uri, answer) from error
+        return translated
+    return not_a_store(uri, answer)
 
 
-def _wrong_region(uri: str, answer: str) -> UserError:
+def not_a_store(uri: str, reason: object) -> UserError:
+    """The error for an answer that no server of this kind gives."""
+    cloud = _CLOUDS[split_object(uri)[0]]
+    return UserError(
+        f"{shown(uri)}: the answer is not one of {cloud.store} ({one_line(reason)}); check {cloud.settings}"
+    )
+
+
+def _wrong_place(uri: str, answer: str) -> UserError:
+    if not uri.startswith("s3:"):
+        return not_a_store(uri, answer)
     return UserError(
         f"{shown(uri)}: the bucket is in another region or at another endpoint ({answer}); set AWS_DEFAULT_REGION to "
         "the bucket's region, or correct AWS_ENDPOINT_URL"
     )
 
 
-def bucket_of(uri: str) -> str:
-    return uri.removeprefix("s3://").partition("/")[0]
-
-
-def bucket_and_key(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket or not key:
-        raise UserError(f"{shown(uri)}: a bucket or a key is missing; write s3://BUCKET/KEY")
-    return bucket, key
-
-
-class S3File(io.RawIOBase):
-    """One version of an S3 object. Any position can be read without fetching the rest.
+class ObjectFile(io.RawIOBase):
+    """One version of an object in a store. Any position can be read without fetching the rest.
 
     Raises: as `fetch` does; RunError if the object changes while it is being read.
     """
 
     def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._bucket, self._key = bucket_and_key(uri)
-        self._client = s3_client(uri)
+        self._uri, self._key = uri, split_object(uri, "KEY")[2]
+        self._client = connect(uri)
         self._position = 0
-        head = self._retried(lambda: self._client.head_object(Bucket=self._bucket, Key=self._key))
-        if "ETag" not in head:
-            raise not_s3(uri, "no ETag")
-        self._size, self._etag = int(head["ContentLength"]), str(head["ETag"])
+        head = self._retried(lambda: obstore.head(self._client, self._key))
+        if head["e_tag"] is None:
+            raise not_a_store(uri, "no ETag")
+        self._size, self._etag = head["size"], head["e_tag"]
 
     def readable(self) -> bool:
         return True
@@ -343,23 +440,22 @@ class S3File(io.RawIOBase):
         wanted = min(len(buffer), self._size - self._position)
         if wanted <= 0:
             return 0
-        span = f"bytes={self._position}-{self._position + wanted - 1}"
+        span = (self._position, self._position + wanted)
 
-        def read() -> bytes:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key, Range=span, IfMatch=self._etag)
-            if (length := answer["ContentLength"]) != wanted:
-                answer["Body"].close()
-                raise Broken(f"the server sent {length} bytes instead of {wanted}", restart=True)
-            return bytes(answer["Body"].read())
+        def read() -> obstore.Bytes:
+            answer = obstore.get(self._client, self._key, options={"range": span, "if_match": self._etag}).bytes()
+            if len(answer) != wanted:
+                raise Broken(f"the server sent {len(answer)} bytes instead of {wanted}", restart=True)
+            return answer
 
-        buffer[:wanted] = self._retried(read)
+        buffer[:wanted] = memoryview(self._retried(read))
         self._position += wanted
         return wanted
 
     def _retried(self, call: Callable[[], T]) -> T:
         for attempt in range(_TRIES):
             try:
-                return call_s3(self._uri, call)
+                return call_store(self._uri, call)
             except Broken as error:
                 reason = error
                 if error.restart:  # it is now another object
@@ -368,31 +464,40 @@ class S3File(io.RawIOBase):
         raise RunError(f"{shown(self._uri)}: cannot be read: {reason}; run the same command again")
 
 
-def list_pages(client: Any, uri: str, **request: str) -> Iterator[Sequence[dict[str, Any]]]:
-    """The entries of a listing, a sequence of up to 1,000 for each page. Raises: as `call_s3` does.
+def list_pages(uri: str, client: Client, prefix: str) -> "Iterator[Sequence[ObjectMeta]]":
+    """The objects below a prefix, some at a time. Raises: UserError, RunError.
 
-    botocore refuses a page that repeats the token of the one before, which would go on for ever.
+    A store that repeats a page would otherwise be listed for ever. A server that answers everything with a web page
+    has no objects; it is recognised because a name that nobody has used exists there.
     """
+    found: set[str] = set()
 
-    def pages() -> Generator[Sequence[dict[str, Any]]]:
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket_of(uri), **request):
-            if "IsTruncated" not in page:
-                raise not_s3(uri, "no listing")
-            yield page.get("Contents", ())
+    def pages() -> "Generator[Sequence[ObjectMeta]]":
+        for page in obstore.list(client, prefix, chunk_size=_PAGE):
+            before = len(found)
+            found.update(entry["path"] for entry in page)
+            if len(found) < before + len(page):
+                raise not_a_store(uri, "its listing repeats itself")
+            yield page
+        if not found:
+            with suppress(FileNotFoundError):
+                obstore.head(client, f"{prefix}/{os.urandom(16).hex()}")
+                raise not_a_store(uri, "no listing")
 
-    with s3_errors(uri):
-        yield from paced(pages(), CALL_SECONDS)
+    try:
+        with store_errors(uri):
+            yield from paced(pages(), CALL_SECONDS)
+    except Broken as error:
+        raise RunError(f"{shown(uri)}: cannot be listed: {error}; run the same command again") from error
 
 
-def list_s3(folder: str) -> list[str]:
-    """The s3:// URIs of the objects directly below a prefix, sorted.
+def list_objects(folder: str) -> list[str]:
+    """The URIs of the objects directly below a prefix, sorted.
 
     Raises: UserError for a missing bucket or permission, RunError for a store that fails.
     """
-    bucket, _, prefix = folder.removeprefix("s3://").rstrip("/").partition("/")
-    prefix = f"{prefix}/" if prefix else ""
-    try:
-        pages: Iterable[Sequence[dict[str, Any]]] = list_pages(s3_client(folder), folder, Prefix=prefix, Delimiter="/")
-        return sorted(f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page)
-    except Broken as error:
-        raise RunError(f"{shown(folder)}: cannot be listed: {error}; run the same command again") from error
+    scheme, bucket, prefix = split_object(folder)
+    prefix = prefix.rstrip("/")
+    start = len(prefix) + 1 if prefix else 0
+    keys = (entry["path"] for page in list_pages(folder, connect(folder), prefix) for entry in page)
+    return sorted(f"{scheme}://{bucket}/{key}" for key in keys if "/" not in key[start:])

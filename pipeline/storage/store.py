@@ -1,4 +1,4 @@
-"""A run's storage: put-if-absent, replace, list, read, in a folder or under a prefix of an S3 bucket.
+"""A run's storage: put-if-absent, replace, list, read, in a folder or under a prefix of an object store.
 
 An object appears complete or not at all. The object itself is the record that its work is done, so a crash at any
 point leaves either no object or a complete one.
@@ -6,33 +6,17 @@ point leaves either no object or a complete one.
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from typing import NamedTuple, TypeVar
 
-import boto3
-import botocore.exceptions
-import pyarrow as pa
-from pyarrow import fs
+import obstore
 
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import is_remote, shown
+from pipeline.locations import in_store, is_remote, shown, split_object
 from pipeline.storage.local import Absent, check_size, is_regular, read_regular, translated
-from pipeline.storage.remote import (
-    CONNECT_SECONDS,
-    READ_SECONDS,
-    Broken,
-    Changed,
-    Conflict,
-    call_s3,
-    in_parallel,
-    list_pages,
-    s3_client,
-)
+from pipeline.storage.remote import Broken, Changed, Conflict, call_store, connect, in_parallel, list_pages
 
 T = TypeVar("T")
 
@@ -110,10 +94,6 @@ class FolderStore:
         """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
         return read_regular(self._root / key, limit)
 
-    def reader(self) -> Callable[[str], bytes]:
-        """`read`, for many objects."""
-        return self.read
-
     def exists(self, key: str) -> bool:
         return is_regular(self._root / key)
 
@@ -176,35 +156,23 @@ class FolderStore:
         return temporary
 
 
-class S3Store:
-    """A prefix in an S3 bucket, or in any store that has S3's conditional writes (AWS_ENDPOINT_URL names it).
+class BucketStore:
+    """A prefix in a bucket of S3, of Google Cloud Storage, of Azure, or of a store that speaks as one of them.
 
-    `PutObject` with If-None-Match: * is atomic. If its response is lost, the retry finds our own object and answers
-    412. Each put therefore carries a token in the object's metadata, and after a 412 the stored token is compared.
-
-    Long listings and the reading of many objects use Arrow's client, which needs a fifteenth and a fifth of boto3's
-    CPU time per object. If it fails, boto3 is used and says what is wrong.
+    A conditional put is atomic. If its response is lost, the client tries again, finds our own object and reports that
+    it exists. It reports the same for a write that is in conflict with another one, when nothing is stored yet. Each
+    put therefore carries a token in the object's metadata, and what is stored is compared with it.
     """
 
     readers = 32  # threads that read objects at a time: they mostly wait
-    _CONFLICT_TRIES = 8  # of a put that meets another put of the same key (409), with doubling pauses
+    _CONFLICT_TRIES = 8  # of a put that meets another put of the same key, with doubling pauses
     _FIRST_PAUSE = 0.1  # seconds
-    _SHORT_LISTING = 3  # pages that boto3 lists before Arrow takes over: Arrow never ends if the token is repeated
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri.rstrip("/")
-        self.location = self.uri
-        bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
-        if not bucket or not prefix:
-            raise UserError(f"{shown(uri)}: a run needs a bucket and a prefix; write s3://BUCKET/PREFIX")
-        self._bucket, self._prefix = bucket, f"{prefix}/"
-        self.failures = 0  # calls that failed (lost, throttled, in conflict) and were tried again
-        self._client = s3_client(self.uri)
-        self._client.meta.events.register("response-received.s3", self._count_failure)
-
-    def _count_failure(self, response_dict: dict[str, Any] | None, exception: Exception | None, **_: Any) -> None:
-        status = 0 if response_dict is None else response_dict["status_code"]
-        self.failures += exception is not None or status in (409, 429) or status >= 500
+        self.uri = self.location = uri.rstrip("/")
+        self._prefix = split_object(self.uri, "PREFIX")[2]
+        self.failures = 0  # puts whose response was lost, or that met another put
+        self._client = connect(self.uri)
 
     def prepare(self) -> None:
         """Test the store: putting an object that exists must fail.
@@ -217,23 +185,29 @@ class S3Store:
                 f"{self.uri}: this store ignores If-None-Match, so two workers could overwrite each other's votes; use "
                 "a store with conditional writes, such as S3 itself, or a folder"
             )
-        self._call(probe, lambda at: self._client.delete_object(**at))
+        self._call(probe, lambda path: obstore.delete(self._client, path))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store an object unless it exists; returns whether this call stored it. Raises: RunError, UserError."""
         token = os.urandom(16).hex()
+
+        def put(path: str) -> None:
+            obstore.put(self._client, path, data, mode="create", attributes={"token": token}, use_multipart=False)
+
+        def stored(path: str) -> bool:
+            return obstore.get(self._client, path, options={"head": True}).attributes.get("token") == token
+
         for attempt in range(self._CONFLICT_TRIES):
             try:
-                self._call(
-                    key,
-                    lambda at: self._client.put_object(**at, Body=data, IfNoneMatch="*", Metadata={"token": token}),
-                )
+                self._call(key, put)
                 return True
-            except Changed:
-                head = self._call(key, lambda at: self._client.head_object(**at))
-                return bool(head["Metadata"].get("token") == token)
-            except Conflict:
-                time.sleep(self._FIRST_PAUSE * 2**attempt)
+            except (Conflict, Changed):
+                with suppress(Absent, Conflict):  # a conflict, although nothing is stored
+                    ours = self._call(key, stored)
+                    self.failures += ours
+                    return ours
+            self.failures += 1
+            time.sleep(self._FIRST_PAUSE * 2**attempt)
         raise RunError(
             f"{shown(self.uri)}/{key}: not written, because of conflicts with other writes of it; run the same command "
             "again"
@@ -241,96 +215,31 @@ class S3Store:
 
     def replace(self, key: str, data: bytes) -> None:
         """Store a derived object, atomically replacing an older one."""
-        self._call(key, lambda at: self._client.put_object(**at, Body=data))
+        self._call(key, lambda path: obstore.put(self._client, path, data, use_multipart=False))
 
     def read(self, key: str, limit: int | None = None) -> bytes:
         """An object's bytes, at most `limit`. Raises: FileNotFoundError (a UserError as well)."""
 
-        def read(at: dict[str, str]) -> bytes:
-            answer = self._client.get_object(**at)
-            check_size(f"{self.uri}/{key}", answer["ContentLength"], limit)
-            return bytes(answer["Body"].read())
+        def read(path: str) -> bytes:
+            answer = obstore.get(self._client, path)
+            check_size(f"{self.uri}/{key}", answer.meta["size"], limit)
+            return answer.bytes().to_bytes()
 
         return self._call(key, read)
 
-    def reader(self) -> Callable[[str], bytes]:
-        """`read`, for many objects."""
-        try:
-            arrow = self._arrow()
-        except _ARROW_FAILURES:
-            return self.read
-        works = True
-
-        def read(key: str) -> bytes:
-            nonlocal works
-            if works:
-                try:
-                    with arrow.open_input_file(f"{self._bucket}/{self._prefix}{key}") as file:
-                        data = file.read()
-                        if len(data) == file.size():
-                            return data
-                except FileNotFoundError:
-                    pass
-                except _ARROW_FAILURES:
-                    works = False  # so that not each of many objects waits for a timeout
-            return self.read(key)
-
-        return read
-
     def exists(self, key: str) -> bool:
         try:
-            self._call(key, lambda at: self._client.head_object(**at))
+            self._call(key, lambda path: obstore.head(self._client, path))
         except FileNotFoundError:
             return False
         return True
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects below a folder of the run, in no particular order."""
-        pages = self._pages(f"{prefix}/")
-        first = tuple(islice(pages, self._SHORT_LISTING))
-        found = self._list_by_arrow(prefix) if len(first) == self._SHORT_LISTING else None
-        for page in (found,) if found is not None else chain(first, pages):
-            yield from page
-
-    def _list_by_arrow(self, prefix: str) -> Sequence[Entry] | None:
-        """The objects below a folder of the run; None if Arrow cannot list them."""
-        root = f"{self._bucket}/{self._prefix}"
-        try:
-            found = self._arrow().get_file_info(fs.FileSelector(root + prefix, allow_not_found=True, recursive=True))
-        except _ARROW_FAILURES:
-            return None
-        files = (info for info in found if info.type == fs.FileType.File)
-        return [Entry(info.path.removeprefix(root), info.size, info.mtime_ns / 1e9) for info in files]
-
-    def _arrow(self) -> fs.S3FileSystem:
-        """Arrow's client, with the endpoint, region and credentials that boto3 finds now."""
-        credentials = boto3.Session().get_credentials()
-        if credentials is None:
-            raise botocore.exceptions.NoCredentialsError
-        keys = credentials.get_frozen_credentials()
-        endpoint = urlsplit(self._client.meta.endpoint_url)
-        return fs.S3FileSystem(
-            access_key=keys.access_key,
-            secret_key=keys.secret_key,
-            session_token=keys.token,
-            region=self._client.meta.region_name,
-            scheme=endpoint.scheme,
-            endpoint_override=endpoint.netloc,
-            connect_timeout=CONNECT_SECONDS,
-            request_timeout=READ_SECONDS,
-        )
-
-    def _pages(self, start: str) -> Iterator[Sequence[Entry]]:
-        """The objects whose keys begin with `start`, up to 1,000 at a time."""
-        place = f"{self.uri}/{start}"
-        try:
-            for page in list_pages(self._client, place, Prefix=self._prefix + start):
-                yield [
-                    Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"].timestamp())
-                    for entry in page
-                ]
-        except Broken as error:
-            raise RunError(f"{shown(place)}: cannot be listed: {error}; run the same command again") from error
+        start = len(self._prefix) + 1
+        for page in list_pages(f"{self.uri}/{prefix}", self._client, f"{self._prefix}/{prefix}"):
+            for entry in page:
+                yield Entry(entry["path"][start:], entry["size"], entry["last_modified"].timestamp())
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys of `list`."""
@@ -338,40 +247,23 @@ class S3Store:
             yield entry.key
 
     def existing(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys whose objects exist.
+        """Those of the keys whose objects exist."""
+        wanted = list(keys)
+        found = in_parallel(self.exists, wanted, min(self.readers, len(wanted)))
+        return {key for key, exists in zip(wanted, found, strict=True) if exists}
 
-        Keys that are equal up to their last hyphen (the blocks of a sample and stage) share one listing.
-        """
-        groups = defaultdict(list)
-        for key in keys:
-            groups[key.rpartition("-")[0]].append(key)
-
-        def look(group: tuple[str, Sequence[str]]) -> set[str]:
-            start, wanted = group
-            if len(wanted) == 1:
-                return {key for key in wanted if self.exists(key)}
-            return {entry.key for page in self._pages(f"{start}-") for entry in page}.intersection(wanted)
-
-        if len(groups) < 2:
-            return set().union(*map(look, groups.items()))
-        return set().union(*in_parallel(look, groups.items(), min(self.readers, len(groups))))
-
-    def _call(self, key: str, call: Callable[[dict[str, str]], T]) -> T:
-        """Call the client about an object, which `call` gets as {Bucket, Key}.
+    def _call(self, key: str, call: Callable[[str], T]) -> T:
+        """Call the client about an object, whose path in the bucket `call` gets.
 
         Raises: Changed and Conflict of a conditional write, FileNotFoundError, UserError, RunError.
         """
-        uri, at = f"{self.uri}/{key}", {"Bucket": self._bucket, "Key": self._prefix + key}
+        uri = f"{self.uri}/{key}"
         try:
-            return call_s3(uri, lambda: call(at))
+            return call_store(uri, lambda: call(f"{self._prefix}/{key}"))
         except (Changed, Conflict):
             raise
         except Broken as error:
             raise RunError(f"{shown(uri)}: {error}; run the same command again") from error
-
-
-# what Arrow's client can raise; the same call of boto3 then says what is wrong
-_ARROW_FAILURES = (OSError, pa.ArrowException, botocore.exceptions.BotoCoreError)
 
 
 class MemoryStore:
@@ -401,9 +293,6 @@ class MemoryStore:
         check_size(key, len(self._objects[key]), limit)
         return self._objects[key]
 
-    def reader(self) -> Callable[[str], bytes]:
-        return self.read
-
     def exists(self, key: str) -> bool:
         return key in self._objects
 
@@ -418,17 +307,18 @@ class MemoryStore:
         return {key for key in keys if key in self._objects}
 
 
-Store = FolderStore | S3Store | MemoryStore
+Store = FolderStore | BucketStore | MemoryStore
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
     """The storage at `uri`; nothing is written yet. Raises: UserError for an unknown kind of storage."""
     text = os.fspath(uri)
-    if text.startswith("s3://"):
-        return S3Store(text)
+    if in_store(text):
+        return BucketStore(text)
     if is_remote(text):
         raise UserError(
-            f"{shown(text)}: not a kind of storage that can hold a run; give a folder or s3://BUCKET/PREFIX"
+            f"{shown(text)}: not a kind of storage that can hold a run; give a folder, s3://BUCKET/PREFIX, "
+            "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
         )
     return FolderStore(text)
 
