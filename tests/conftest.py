@@ -23,6 +23,7 @@ import pytest
 
 from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import Store
+from tests.cloud_servers import azure_server, gcs_server  # noqa: F401  fixtures
 from tests.processes import starting_ray
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 

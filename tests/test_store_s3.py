@@ -1,4 +1,7 @@
-"""Run storage in S3, on moto and on a real server: one writer wins, lost responses, conflicts, unsuitable stores."""
+"""Run storage in S3 (moto and a real server), Google Cloud Storage and Azure (emulators).
+
+One writer wins; lost responses, conflicts, unsuitable stores.
+"""
 
 import math
 import os
@@ -14,6 +17,7 @@ import obstore
 import pandas as pd
 import pyarrow.dataset
 import pytest
+import requests
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from pipeline.block import Block
@@ -25,32 +29,37 @@ from pipeline.storage import remote
 from pipeline.storage.store import BucketStore
 from pipeline.votes import block_key, read_votes
 from tests.attacking import attack_alone
+from tests.cloud_servers import StoreServer
 from tests.models import make_run
-from tests.s3_servers import Fault, credentials, faulty
+from tests.s3_servers import Fault, faulty
 from tests.test_votes import FIRST, RUN, put, totals
 
+S3 = ("moto", "seaweed")
+ON_S3 = pytest.mark.parametrize("server", S3, indirect=True)
 
-@pytest.fixture(scope="module", params=["moto", "seaweed"])
-def endpoint(request) -> str:
+
+@pytest.fixture(scope="module", params=[*S3, "gcs", "azure"])
+def server(request) -> StoreServer:
     """A server with a bucket `bucket`."""
-    return request.getfixturevalue(f"{request.param}_url")
+    if request.param in S3:
+        return StoreServer(scheme="s3", url=request.getfixturevalue(f"{request.param}_url"))
+    return request.getfixturevalue(f"{request.param}_server")
 
 
 @pytest.fixture
-def store(endpoint, monkeypatch, request) -> BucketStore:
-    credentials(monkeypatch)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+def store(server, monkeypatch, request) -> BucketStore:
+    server.use(monkeypatch)
     monkeypatch.setattr(BucketStore, "_FIRST_PAUSE", 0.01)
-    return BucketStore(f"s3://bucket/{request.node.originalname}-{os.urandom(4).hex()}")
+    return BucketStore(f"{server.scheme}://bucket/{request.node.originalname}-{os.urandom(4).hex()}")
 
 
 @pytest.fixture
-def behind_faults(store, endpoint, monkeypatch) -> Iterator[Callable[[Fault], BucketStore]]:
+def behind_faults(store, server, monkeypatch) -> Iterator[Callable[[Fault], BucketStore]]:
     """Makes the same storage behind a proxy that injects faults."""
     with ExitStack() as stack:
 
         def make(fault: Fault) -> BucketStore:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", stack.enter_context(faulty(endpoint, fault)))
+            server.use(monkeypatch, stack.enter_context(faulty(server.url, fault)))
             return BucketStore(store.uri)
 
         yield make
@@ -142,21 +151,36 @@ def test_store_without_conditional_writes_is_refused(store, monkeypatch):
         store.prepare()
 
 
-def test_missing_bucket_and_wrong_credentials_are_named(store, monkeypatch, request):
-    if request.node.callspec.params["endpoint"] == "moto":  # SeaweedFS creates a missing bucket
-        with pytest.raises(UserError, match="there is no bucket nobucket"):
-            BucketStore("s3://nobucket/run").prepare()
-    else:  # moto does not check credentials
-        with monkeypatch.context() as environment:
+def test_missing_bucket_and_wrong_credentials_are_named(store, server, monkeypatch):
+    is_seaweed = server.scheme == "s3" and store.put_if_absent("a", b"") and "Seaweed" in _server_name(server)
+    if not is_seaweed:  # it creates a missing bucket
+        for operation in (lambda lost: lost.prepare(), lambda lost: list(lost.keys("votes"))):
+            with pytest.raises(UserError, match=r"there is no (bucket|container) nobucket; create it"):
+                operation(BucketStore(f"{server.scheme}://nobucket/run"))
+    with monkeypatch.context() as environment:
+        if is_seaweed:
             environment.setattr(boto3, "DEFAULT_SESSION", None)
             environment.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-            with pytest.raises(UserError, match=r"access denied .*check .*your credentials"):
-                BucketStore(store.uri).prepare()
-    with pytest.raises(UserError, match=r"s3://BUCKET/PREFIX"):
-        BucketStore("s3://bucket")
+        elif server.scheme == "az":
+            environment.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+        else:  # the others do not check credentials
+            return
+        with pytest.raises(UserError, match=r"access denied .*check .*your credentials"):
+            BucketStore(store.uri).prepare()
 
 
-def test_votes_are_readable_with_other_tools(store, endpoint):
+def _server_name(server: StoreServer) -> str:
+    return requests.get(server.url, timeout=10).headers.get("Server", "")
+
+
+def test_a_run_needs_a_bucket_and_a_prefix(store):
+    for rest in ("bucket", "bucket/", "", "/run"):
+        with pytest.raises(UserError, match=r"write (s3|gs|az)://(BUCKET|CONTAINER)/PREFIX"):
+            BucketStore(f"{store.uri.partition('://')[0]}://{rest}")
+
+
+@ON_S3
+def test_votes_are_readable_with_other_tools(store, server):
     """pandas, pyarrow and DuckDB read the votes directly from the bucket."""
     claim_run(store, RUN)
     put(store, FIRST, [0, 15, 5])
@@ -164,7 +188,7 @@ def test_votes_are_readable_with_other_tools(store, endpoint):
     votes = read_votes(store.uri)
     assert votes.votes.sum() == 30
     assert sorted(pd.read_parquet(f"{store.uri}/votes").votes) == sorted(votes.votes)
-    files = pyarrow.fs.S3FileSystem(endpoint_override=endpoint.removeprefix("http://"), scheme="http")
+    files = pyarrow.fs.S3FileSystem(endpoint_override=server.url.removeprefix("http://"), scheme="http")
     table = pyarrow.dataset.dataset(store.uri.removeprefix("s3://") + "/votes", filesystem=files).to_table()
     assert totals(table.to_pandas()) == totals(votes) == totals(pd.read_parquet(f"{store.uri}/votes"))
     with duckdb.connect() as connection:
@@ -182,12 +206,13 @@ def test_existing_objects_are_found(store):
     assert store.existing([]) == set()
 
 
-def test_votes_that_boto3_stored_are_resumed(store, endpoint):
+@ON_S3
+def test_votes_that_boto3_stored_are_resumed(store, server):
     """Objects of an earlier version, which stored through boto3, are the same run, and their token is compared."""
     home = store.uri
     claim_run(store, RUN)
     put(store, FIRST, [0, 15, 5])
-    client, (_, bucket, prefix) = boto3.client("s3", endpoint_url=endpoint), split_object(f"{store.uri}-before")
+    client, (_, bucket, prefix) = boto3.client("s3", endpoint_url=server.url), split_object(f"{store.uri}-before")
     for entry in store.list("votes"):
         client.put_object(
             Bucket=bucket, Key=f"{prefix}/{entry.key}", Body=store.read(entry.key), IfNoneMatch="*",
@@ -200,7 +225,7 @@ def test_votes_that_boto3_stored_are_resumed(store, endpoint):
     pd.testing.assert_frame_equal(read_votes(before.uri), read_votes(home))
 
 
-def test_attacks_on_s3_equal_those_in_a_folder_and_are_not_repeated(store, raw_spec, tmp_path):
+def test_attacks_in_a_bucket_equal_those_in_a_folder_and_are_not_repeated(store, raw_spec, tmp_path):
     spec = load_spec(raw_spec)
     there, here = (make_run(spec, home, samples=2) for home in (store.uri, tmp_path / "run"))
     attack, remote = attack_alone(spec, there, range(2))

@@ -169,8 +169,8 @@ class BucketStore:
     _FIRST_PAUSE = 0.1  # seconds
 
     def __init__(self, uri: str) -> None:
+        self._prefix = split_object(uri, "PREFIX")[2].rstrip("/")
         self.uri = self.location = uri.rstrip("/")
-        self._prefix = split_object(self.uri, "PREFIX")[2]
         self.failures = 0  # puts whose response was lost, or that met another put
         self._client = connect(self.uri)
 
