@@ -130,7 +130,7 @@ _CAST_OPTIONS = [
     _SPECS,
     click.option(
         "--out",
-        help="Folder or s3://BUCKET/PREFIX of the run; with several specs, of all their runs. [default: runs/NAME]",
+        help="Folder, or s3://, gs:// or az:// URI of the run; with several specs, of all runs. [default: runs/NAME]",
     ),
     _ADDRESS,
     _ACTORS,
@@ -716,7 +716,7 @@ def _bench_part(*, simulate: bool, sampling: bool, storage: str | None, **option
 @main.command()
 @_SPECS
 @click.option("--address", help="Dashboard of the cluster, http://HEAD:8265. [default: RAY_API_SERVER_ADDRESS]")
-@click.option("--out", help="s3://BUCKET/PREFIX of the run; with several specs, of all their runs.")
+@click.option("--out", help="s3://, gs:// or az:// URI of the run; with several specs, of all their runs.")
 @click.option("--shared", is_flag=True, help="--out is a folder that all nodes of the cluster share.")
 @_ACTORS
 @_ACCELERATOR

@@ -336,7 +336,7 @@ def _environment_of(requested: Sequence[str]) -> dict[str, str]:
 
 
 def _reachable_out(submission: Submission, names: Sequence[str], address: str, *, here: bool) -> str:
-    """Where the cluster writes the run: in S3, in a folder that all nodes share, or in a folder of this machine."""
+    """Where the cluster writes the run: in an object store, a folder that all nodes share, or one of this machine."""
     out = submission.out
     if out is not None and is_remote(out):
         return out

@@ -1,11 +1,11 @@
 """One run through the failures of a cloud, compared with the votes of an undisturbed run.
 
-    python -m tests.chaos --seed 0
+    python -m tests.chaos --seed 0 --store s3
 
-The test starts a Ray cluster of several nodes with logical GPUs, a real S3 server behind a proxy that fails some calls
-and drops some responses, and two drivers on the same run. At numbers of blocks that the seed chooses, it kills actors
-with -9, removes, adds and drains nodes, and kills and restarts a driver. At the end every block must exist once, and
-the votes must equal those of an undisturbed worker. The report is printed as JSON.
+The test starts a Ray cluster of several nodes with logical GPUs, a server of S3, Google Cloud Storage or Azure behind a
+proxy that fails some calls and drops some responses, and two drivers on the same run. At numbers of blocks that the
+seed chooses, it kills actors with -9, removes, adds and drains nodes, and kills and restarts a driver. At the end every
+block must exist once, and the votes must equal those of an undisturbed worker. The report is printed as JSON.
 """
 
 import os
@@ -22,11 +22,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -37,9 +37,10 @@ from pipeline.orders import OrderKeys, order_of
 from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import open_store
 from pipeline.votes import list_blocks, read_votes
+from tests.cloud_servers import StoreServer, find_azurite, find_gcs, start_azure, start_gcs
 from tests.models import make_run, png, to_toml
 from tests.processes import starting_ray, worker_actors
-from tests.s3_servers import KEY, SECRET, faulty, find_weed, moto_server, seaweed_server
+from tests.s3_servers import faulty, find_weed, moto_server, seaweed_server, with_bucket
 
 ROOT = Path(__file__).parent.parent
 SAMPLES, BATCH = 16, 16
@@ -153,23 +154,39 @@ class Chaos:
         self.log.close()
 
 
+@contextmanager
+def start_s3(folder: Path) -> Iterator[StoreServer]:
+    weed = find_weed()
+    with seaweed_server(weed, folder) if weed else moto_server() as url, with_bucket(url):
+        yield StoreServer(scheme="s3", url=url)
+
+
+def installed(binary: Path | None) -> Path:
+    return binary or sys.exit("the server of this store is not installed")
+
+
+STORES: dict[str, Callable[[Path], AbstractContextManager[StoreServer]]] = {
+    "s3": start_s3,
+    "gs": lambda folder: start_gcs(installed(find_gcs()), folder),
+    "az": lambda folder: start_azure(installed(find_azurite()), folder),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
+    parser.add_argument("--store", choices=list(STORES), default="s3")
+    arguments = parser.parse_args()
+    seed = arguments.seed
     rng = np.random.default_rng([seed, 0])
-    os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        weed = find_weed()
-        (folder / "s3").mkdir()
-        server = stack.enter_context(seaweed_server(weed, folder / "s3") if weed else moto_server())
-        boto3.client("s3", endpoint_url=server).create_bucket(Bucket="bucket")
+        (folder / "store").mkdir()
+        server = stack.enter_context(STORES[arguments.store](folder / "store"))
         faults = Faults(seed)
-        os.environ["AWS_ENDPOINT_URL"] = stack.enter_context(faulty(server, faults))
-        spec, home = make_spec(folder), "s3://bucket/chaos"
+        os.environ |= server.environment(stack.enter_context(faulty(server.url, faults)))
+        spec, home = make_spec(folder), f"{server.scheme}://bucket/chaos"
         wanted = list(order_of(spec, range(SAMPLES)).blocks(spec.smoothing.block))
         chaos = Chaos(spec, home, folder, folder / "drivers.log", rng)
         stack.callback(chaos.close)
@@ -190,7 +207,7 @@ def main() -> None:
         if statuses != [0, 0] or not all(result.startswith(b"[") for result in results):
             sys.exit(f"exit statuses {statuses}, {results}: {(folder / 'drivers.log').read_text()[-4000:]}")
 
-        os.environ["AWS_ENDPOINT_URL"] = server
+        os.environ |= server.environment()
         store = open_store(home)
         undisturbed = make_run(spec, folder / "undisturbed", SAMPLES)
         answers = [json.loads(result)[0] for result in results]
@@ -199,6 +216,7 @@ def main() -> None:
         certificates = pd.read_parquet(f"{home}/{OrderKeys('001').certificates}")
         report = {
             "seed": seed,
+            "store": arguments.store,
             "events": {at: event.__name__ for event, at in zip(events, points, strict=True)},
             **chaos.done,
             "actors moved off a draining node": chaos.moved(),

@@ -42,6 +42,7 @@ from pipeline.storage.remote import (
     Broken,
     Refused,
     check_status,
+    check_version,
     connect,
     http_errors,
     paced,
@@ -455,6 +456,8 @@ def _from_store(uri: str, start: int, etag: str | None) -> _Download:
             connect(uri), key, options={"range": {"offset": start}, "if_match": etag} if start else None
         )
         begin, _ = answer.range
+        if begin and etag:
+            check_version(etag, answer.meta["e_tag"])
         yield _Answer(begin, answer.meta["size"], answer.meta["e_tag"])
         for chunk in answer.stream(_CHUNK):
             yield bytes(chunk)

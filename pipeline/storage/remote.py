@@ -443,10 +443,12 @@ class ObjectFile(io.RawIOBase):
         span = (self._position, self._position + wanted)
 
         def read() -> obstore.Bytes:
-            answer = obstore.get(self._client, self._key, options={"range": span, "if_match": self._etag}).bytes()
-            if len(answer) != wanted:
-                raise Broken(f"the server sent {len(answer)} bytes instead of {wanted}", restart=True)
-            return answer
+            answer = obstore.get(self._client, self._key, options={"range": span, "if_match": self._etag})
+            check_version(self._etag, answer.meta["e_tag"])
+            content = answer.bytes()
+            if len(content) != wanted:
+                raise Broken(f"the server sent {len(content)} bytes instead of {wanted}", restart=True)
+            return content
 
         buffer[:wanted] = memoryview(self._retried(read))
         self._position += wanted
@@ -462,6 +464,12 @@ class ObjectFile(io.RawIOBase):
                     break
                 time.sleep(_FIRST_PAUSE * 2**attempt)
         raise RunError(f"{shown(self._uri)}: cannot be read: {reason}; run the same command again")
+
+
+def check_version(expected: str, found: str | None) -> None:
+    """Raise Changed if a store that ignores If-Match has sent a part of another version of an object."""
+    if found != expected:
+        raise Changed("the file has changed since the download began")
 
 
 def list_pages(uri: str, client: Client, prefix: str) -> "Iterator[Sequence[ObjectMeta]]":
