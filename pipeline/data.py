@@ -23,6 +23,7 @@ from pipeline.locations import in_store, is_remote, require_set
 from pipeline.sources import IMAGE_ENDINGS, ImageFiles, ParquetRows
 from pipeline.spec import Data
 from pipeline.storage.fetch import cache_folder, fetch, node_lock
+from pipeline.storage.hub import hub_files, on_hub
 from pipeline.storage.remote import list_objects
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 _IMAGENET_FOLDERS = {"test": "val", "val": "val", "train": "train"}
 _CIFAR10_SIZES = {"test": 10_000, "train": 50_000}
+_CIFAR10_ON_HUB = "hf://datasets/uoft-cs/cifar10/plain_text"
+_CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 class Facts(NamedTuple):
@@ -88,6 +91,15 @@ def _cifar10(data: Data) -> Dataset:
         raise UserError(
             "data.resize and data.crop are for images of different sizes, but cifar10's are all 32 x 32; remove them"
         )
+    if data.path is None and not (cache_folder() / "cifar10").is_dir():
+        data = data.model_copy(update={"path": _CIFAR10_ON_HUB})
+        try:
+            return _cifar10_on_hub(data)
+        except (UserError, RunError) as error:
+            logger.warning("cannot read cifar10 from the Hugging Face Hub: %s; downloading its archive", error)
+            data = data.model_copy(update={"path": None})
+    if data.path is not None and on_hub(data.path):
+        return _cifar10_on_hub(data)
     from torchvision.datasets import CIFAR10
 
     given = Path(data.path) if data.path is not None and not is_remote(data.path) else None
@@ -101,6 +113,29 @@ def _cifar10(data: Data) -> Dataset:
             f"folder and unpack {CIFAR10.filename} again"
         ) from None
     return RawImages(images.data, images.targets, 10)
+
+
+def _cifar10_on_hub(data: Data) -> Dataset:
+    """Open CIFAR-10 as Parquet. Its samples have the same sha256 as those of the archive: it covers the pixels.
+
+    Raises: UserError for other classes, another number of images, and images that are not 32 x 32 in colour.
+    """
+    assert data.path is not None
+    rows = ParquetRows(_parquet_files(data.path, data.split))
+    if rows.class_names != _CIFAR10_CLASSES:
+        raise UserError(
+            f"{data.path}: its classes are {rows.class_names}, not those of CIFAR-10 in their order, so labels could "
+            "be wrong; use another source of cifar10"
+        )
+    images = EncodedImages(rows, 10, always_rgb=True)
+    pixels_NHWC, labels = np.empty((len(rows), 32, 32, 3), np.uint8), []
+    for index in range(len(rows)):
+        image_CHW, label, _ = images[index]
+        if image_CHW.shape != (3, 32, 32):
+            raise UserError(f"{data.path}: image {index} is not 32 x 32 pixels; use another source of cifar10")
+        pixels_NHWC[index] = np.rint(image_CHW * 255).transpose(1, 2, 0)
+        labels.append(label)
+    return RawImages(pixels_NHWC, labels, 10)
 
 
 def _unpacked_cifar10(data: Data) -> Path:
@@ -233,9 +268,11 @@ def _parquet(data: Data) -> Dataset:
 
 def _parquet_files(path: str, split: str) -> list[str]:
     """Return the file at `path` or, if it is a folder, the files of a split, sorted by name."""
-    if path.startswith(("https://", "http://")):
+    if path.startswith(("https://", "http://")) or (on_hub(path) and path.endswith(".parquet")):
         return [str(fetch(path))]
-    if in_store(path):
+    if on_hub(path):
+        found = hub_files(path)
+    elif in_store(path):
         if path.endswith(".parquet"):
             return [path]
         found = list_objects(path)
@@ -251,7 +288,7 @@ def _parquet_files(path: str, split: str) -> list[str]:
     others = sorted({match[1] for one in files if (match := re.match(r"(.+)-\d{5}-of-\d{5}", names[one]))})
     if not of_split and others:  # using another split instead would go unnoticed
         raise UserError(f"data.split = {split!r}: {path} contains {', '.join(others)}; set data.split to one of them")
-    return of_split or files
+    return [str(fetch(one)) if on_hub(one) else one for one in of_split or files]
 
 
 def _npz(data: Data) -> Dataset:

@@ -178,12 +178,17 @@ class ParquetRows:
     def place(self, index: int) -> str:
         return self._names[self._groups[self._group(index)][0]]
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes in Hugging Face's metadata, if any."""
+        return _named_classes(self._files[0].schema_arrow)
+
     def count_classes(self) -> int:
         """Return the number of classes in Hugging Face's metadata, or else the greatest label plus one.
 
         Raises: UserError if neither exists.
         """
-        found = _named_classes(self._files[0].schema_arrow)
+        found = None if self.class_names is None else len(self.class_names)
         if found is None and self._has_labels:
             tables = [
                 self._read(number, lambda file: file.read(columns=["label"])) for number in range(len(self._files))
@@ -258,10 +263,10 @@ def _check_columns(name: str, schema: pa.Schema) -> None:
         raise UserError(f"data.path = {name!r}: column 'label' is {schema.field('label').type}; it must hold integers")
 
 
-def _named_classes(schema: pa.Schema) -> int | None:
-    """Return how many class names Hugging Face's metadata contain for the column `label`, if any."""
+def _named_classes(schema: pa.Schema) -> list[str] | None:
+    """Return the class names that Hugging Face's metadata contain for the column `label`, if any."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):  # these metadata are optional
         described = json.loads((schema.metadata or {})[b"huggingface"])
         names = described["info"]["features"]["label"]["names"]
-        return len(names) if isinstance(names, list) else None
+        return names if isinstance(names, list) else None
     return None

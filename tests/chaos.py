@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import argparse
+import io
 import json
 import signal
 import subprocess
@@ -213,7 +214,7 @@ def main() -> None:
         answers = [json.loads(result)[0] for result in results]
         ours, expected = read_votes(home), read_votes(undisturbed.uri)
         keys = [entry.key for entry in store.list("votes")]
-        certificates = pd.read_parquet(f"{home}/{OrderKeys('001').certificates}")
+        certificates = pd.read_parquet(io.BytesIO(store.read(OrderKeys("001").certificates)))
         report = {
             "seed": seed,
             "store": arguments.store,

@@ -6,6 +6,7 @@ pytest-xdist runs the tests in two processes. All tests on the session's Ray run
 import os
 
 os.environ.pop("RAY_ADDRESS", None)  # no test may use the cluster of the person who runs the tests
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything; the fixture `hub` has a Hub of its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -24,6 +25,7 @@ import pytest
 from pipeline.spec import RunSpec, load_spec
 from pipeline.storage.store import Store
 from tests.cloud_servers import azure_server, gcs_server  # noqa: F401  fixtures
+from tests.hub_server import hub  # noqa: F401  fixture
 from tests.processes import starting_ray
 from tests.s3_servers import free_ports, moto_url, seaweed_url  # noqa: F401  fixtures
 

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import in_store, is_remote, shown, split_object
+from pipeline.storage.hub import hub_file, in_hub_cache, on_hub
 from pipeline.storage.local import Absent, is_regular, open_regular, read_regular
 from pipeline.storage.remote import (
     CALL_SECONDS,
@@ -101,7 +102,7 @@ def cache_folder() -> Path:
 
 
 def fetch(uri: str, sha256: str | None = None) -> Path:
-    """The local file of a path, or of an s3://, gs://, az:// or https:// URI.
+    """The local file of a path, or of an s3://, gs://, az://, hf:// or https:// URI.
 
     A remote file is downloaded unless the cache folder has it.
 
@@ -117,10 +118,12 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
                 f"{shown(uri)}: no such file; give the path of an existing file, s3://BUCKET/KEY or https://..."
             ) from None
         return _checked(path, uri, sha256, "get the right file")
+    if on_hub(uri):
+        return _checked(hub_file(uri), uri, sha256, remedy(uri))
     if not in_store(uri) and not uri.startswith(("https://", "http://")):
         raise UserError(
             f"{shown(uri)}: this kind of URI cannot be read; give a path, s3://BUCKET/KEY, gs://BUCKET/KEY, "
-            "az://CONTAINER/KEY or https://..."
+            "az://CONTAINER/KEY, hf://ORG/REPO/FILE or https://..."
         )
     path = _entry(uri)
     _make_private(path.parent)
@@ -134,11 +137,15 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
 
 def remedy(uri: str) -> str:
     """What a user can do about a file that is not what it should be."""
+    if on_hub(uri):
+        return "delete it from the Hub's cache (HF_HOME) to download it again"
     return f"delete {_entry(uri)} to download it again" if is_remote(uri) else "get the file again"
 
 
 def at_hand(uri: str) -> bool:
     """Whether `fetch` would have nothing to download."""
+    if on_hub(uri):
+        return in_hub_cache(uri)
     return is_regular(_entry(uri) if is_remote(uri) else Path(os.path.expanduser(uri)))
 
 
