@@ -64,6 +64,7 @@ def list_run(location: str) -> None:
 
 
 EVERY = (write, read, list_run, fetch, list_objects, ObjectFile)
+NOT_A_HEAD = (write, read, list_run, fetch, list_objects)  # whose errors have a body
 READERS = (read, fetch)
 LISTERS = (list_run, list_objects)
 
@@ -78,7 +79,7 @@ S3_ANSWERS = {
         307, {"Location": "http://[::1"}, error_xml("TemporaryRedirect"), EVERY, UserError, "AWS_ENDPOINT_URL",
     ),
     "wrong region": (
-        400, {}, error_xml("IllegalLocationConstraintException"), (write, read, list_run, fetch, list_objects),
+        400, {}, error_xml("IllegalLocationConstraintException"), NOT_A_HEAD,
         UserError,        "another region .*set AWS_DEFAULT_REGION",
     ),
     "wrong region without a code": (400, {}, b"", (ObjectFile,), UserError,
@@ -89,7 +90,7 @@ S3_ANSWERS = {
     "unknown key id": (403, {}, error_xml("InvalidAccessKeyId"), EVERY, UserError, r"access denied \(403"),
     "denied": (403, {}, error_xml("AccessDenied"), EVERY, UserError, r"access denied .*credentials and permissions"),
     "no bucket": (
-        404, {}, error_xml("NoSuchBucket"), (write, read, list_run, fetch, list_objects), UserError,
+        404, {}, error_xml("NoSuchBucket"), NOT_A_HEAD, UserError,
         "there is no bucket bucket; create it",
     ),
     "no key": (404, {}, error_xml("NoSuchKey"), READERS, UserError, r"there is no such file \(404 NoSuchKey"),
@@ -186,6 +187,76 @@ def test_listing_that_repeats_its_token_ends(server, operation):
     with pytest.raises(UserError, match=r"not one of an S3 server .*repeats itself.*check AWS_ENDPOINT_URL"):
         operation("s3://bucket/run")
     assert len(server.requests) <= remote._PAGE + 2
+
+
+CLOUD_ANSWERS = {
+    # name: status, headers, body, operations, the kind of the error, words of its message
+    "no container": (
+        404,
+        {},
+        error_xml("ContainerNotFound"),
+        NOT_A_HEAD,
+        UserError,
+        "no (bucket|container) bucket; cre",
+    ),
+    "denied": (
+        403,
+        {},
+        error_xml("AuthorizationFailure"),
+        EVERY,
+        UserError,
+        r"access denied .*credentials and permiss",
+    ),
+    "unknown token": (401, {}, b"", EVERY, UserError, r"access denied \(401"),
+    "bad request": (400, {}, error_xml("InvalidUri"), EVERY, UserError, r"rejected \(400.*(AZURE_STORAGE|GOOGLE_)"),
+    "redirect": (301, {}, b"", EVERY, UserError, "not one of (Azure|Google).*check (AZURE_STORAGE|GOOGLE_)"),
+    "conflict": (409, {}, error_xml("OperationAborted"), (write,), RunError, "conflicts with other writes"),
+    "busy": (503, {}, error_xml("ServerBusy"), EVERY, RunError, r"failed 1 times \(503.*run the same command again"),
+    "garbage instead of a listing": (200, {}, b"<<<not xml", LISTERS, UserError, "not one of (Azure|Google)"),
+    "a web page instead of a listing": (200, {}, b"<html></html>", LISTERS, UserError, "not one of (Azure|Google)"),
+    "an object without an ETag": (200, {}, b"abc", (ObjectFile,), UserError, "not one of (Azure|Google)"),
+}
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [pytest.param(name, operation, id=f"{name}-{operation.__name__}")
+     for name, case in CLOUD_ANSWERS.items() for operation in case[3]],
+)  # fmt: skip
+def test_every_answer_of_another_cloud_gives_one_line_without_secrets(server, monkeypatch, name, operation, scheme):
+    monkeypatch.setattr(BucketStore, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setenv("GOOGLE_BASE_URL", server.url)
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "planted-secret")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{server.url}/account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2021&sig=planted-secret")
+    server.status, server.headers, server.body, _, kind, words = CLOUD_ANSWERS[name]
+    with pytest.raises(kind, match=words) as error:
+        operation(f"{scheme}://bucket/run")
+    line = str(error.value)
+    assert line.startswith(f"{scheme}://bucket/run")
+    assert "\n" not in line
+    assert "planted-secret" not in line
+
+
+@pytest.mark.parametrize("operation", [write, fetch, list_objects, ObjectFile])
+@pytest.mark.parametrize(
+    ("scheme", "settings", "words"),
+    [
+        ("az", {"AZURE_STORAGE_ACCOUNT_NAME": ""}, "AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az", {"AZURE_STORAGE_ENDPOINT": "nonsense"}, "the endpoint nonsense is not a URL; correct"),
+        ("gs", {"GOOGLE_BASE_URL": "http://[::1"}, "correct the location or the settings"),
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/key.json"}, "/nowhere/key.json.*; correct"),
+        ("gs", {"GOOGLE_BASE_URL": "http://127.0.0.1:9", "GOOGLE_BEARER_TOKEN": "t"}, "cannot connect to 127.0.0.1:9"),
+    ],
+)
+def test_invalid_settings_of_another_cloud_are_named(server, monkeypatch, operation, scheme, settings, words):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with pytest.raises((UserError, RunError), match=words) as error:
+        operation(f"{scheme}://bucket/run")
+    assert "\n" not in str(error.value)
 
 
 HTTP_ANSWERS = {

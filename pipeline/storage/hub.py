@@ -51,7 +51,7 @@ def hub_file(uri: str) -> Path:
     Hub that cannot be reached.
     """
     place = _place(uri)
-    download = _library().hf_hub_download
+    download = _library(uri).hf_hub_download
     if not place.file:
         for name in _WEIGHTS:
             try:
@@ -69,7 +69,7 @@ def hub_files(uri: str) -> list[str]:
 
     Raises: as `hub_file` does.
     """
-    place, library = _place(uri), _library()
+    place, library = _place(uri), _library(uri)
     if library.constants.is_offline_mode():
         root = _call(uri, lambda: library.snapshot_download(local_files_only=True, **place.repo))
         found = [str(one.relative_to(root)) for one in Path(root).rglob("*") if one.is_file()]
@@ -82,7 +82,7 @@ def hub_files(uri: str) -> list[str]:
 
 def in_hub_cache(uri: str) -> bool:
     """Whether `hub_file` would have nothing to download."""
-    place, library = _place(uri), _library()
+    place, library = _place(uri), _library(uri)
     names = [place.file] if place.file else _WEIGHTS
     return any(isinstance(library.try_to_load_from_cache(filename=name, **place.repo), str) for name in names)
 
@@ -104,11 +104,13 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _library() -> Any:
+def _library(uri: str) -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError:
-        raise UserError("hf:// locations need huggingface_hub; run: pip install 'diffsmooth[models]'") from None
+        raise UserError(
+            f"{shown(uri)}: needs the package huggingface_hub; run: pip install 'diffsmooth[models]'"
+        ) from None
 
 
 def _call(uri: str, call: Callable[[], T]) -> T:
@@ -132,7 +134,7 @@ def _hub_errors(uri: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise Refused(f"{place}: there is no revision {name}; correct the part after @") from error
     except errors.LocalEntryNotFoundError as error:
-        if _library().constants.is_offline_mode():
+        if _library(uri).constants.is_offline_mode():
             raise Absent(f"{place}: not in the Hub's cache; unset HF_HUB_OFFLINE to download it") from error
         raise RunError(
             f"{place}: cannot reach the Hub; check the network and HF_ENDPOINT, and run the same command again"

@@ -352,7 +352,7 @@ def _meaning(uri: str, error: Exception) -> Exception:
     if "HTTP error" in text:
         return Broken(f"the connection failed; check {cloud.settings}")
     first = one_line(text.partition("\n")[0].partition(" error: ")[2] or text.partition("\n")[0])
-    if any(words in text for words in ("metadata from headers", "invalid list response", "nvalid content ")):
+    if any(words in text for words in ("missing from response", "invalid list response", "nvalid content ")):
         return not_a_store(uri, first)
     return UserError(f"{place}: {first}; correct the location, or {cloud.settings}")
 
