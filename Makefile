@@ -18,6 +18,7 @@ check: $(VENV)/dev
 soak: $(VENV)/dev
 	DIFFSMOOTH_FUZZ=5000 $(BIN)/pytest tests/test_hostile.py tests/test_fuzz.py -k fuzz
 	for seed in 1 2 3 4 5; do $(BIN)/python -m tests.chaos --seed $$seed || exit 1; done
+	for store in gs az; do $(BIN)/python -m tests.chaos --store $$store || exit 1; done
 
 $(VENV)/demo: EXTRAS :=
 $(VENV)/dev: EXTRAS := [dev]

@@ -36,6 +36,9 @@ class StorageCost:
     seconds_to_write_tables: float  # reading included
     seconds_to_extend_tables: float  # by one block per hundred
     seconds_to_resume: float  # from opening the storage to the first task: listing and finding what is missing
+    cpu_ms_to_write: float  # of this process per block, with its encoding
+    cpu_ms_to_list: float
+    cpu_ms_to_read: float  # with its decoding and checks
     mib: float  # peak memory
 
     def describe(self) -> str:
@@ -43,7 +46,9 @@ class StorageCost:
             f"{self.run}: {self.blocks:,} blocks written in {self.seconds_to_write:.1f} s, listed in "
             f"{self.seconds_to_list:.2f} s; a resumed run starts after {self.seconds_to_resume:.2f} s; read in "
             f"{self.seconds_to_read:.1f} s, with the tables written in {self.seconds_to_write_tables:.1f} s, which are "
-            f"extended by 1 % in {self.seconds_to_extend_tables:.1f} s; peak memory {self.mib:,.0f} MiB"
+            f"extended by 1 % in {self.seconds_to_extend_tables:.1f} s; CPU per block: {self.cpu_ms_to_write:.2f} ms "
+            f"to write, {self.cpu_ms_to_list:.3f} ms to list, {self.cpu_ms_to_read:.2f} ms to read; peak memory "
+            f"{self.mib:,.0f} MiB"
         )
 
 
@@ -66,12 +71,14 @@ def bench_storage(uri: str, blocks: int) -> StorageCost:
     store.prepare()
     claim_run(store, run)
     seconds: dict[str, float] = {}
+    cpu_ms: dict[str, float] = {}  # per block
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         seconds[name] = time.perf_counter() - start
+        cpu_ms[name] = 1000 * (time.process_time() - cpu) / blocks
 
     def put(block: Block) -> None:
         label, counts_K = block.sample % _CLASSES, np.zeros(_CLASSES, np.int64)
@@ -98,5 +105,8 @@ def bench_storage(uri: str, blocks: int) -> StorageCost:
         missing=len(missing),
         **seconds,
         seconds_to_resume=seconds["seconds_to_list"] + seconds["seconds_to_find_missing"],
+        cpu_ms_to_write=cpu_ms["seconds_to_write"],
+        cpu_ms_to_list=cpu_ms["seconds_to_list"],
+        cpu_ms_to_read=cpu_ms["seconds_to_read"],
         mib=peak_memory() / 2**20,
     )

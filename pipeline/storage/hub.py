@@ -70,7 +70,7 @@ def hub_files(uri: str) -> list[str]:
     Raises: as `hub_file` does.
     """
     place, library = _place(uri), _library(uri)
-    if library.constants.is_offline_mode():
+    if library.constants.HF_HUB_OFFLINE:
         root = _call(uri, lambda: library.snapshot_download(local_files_only=True, **place.repo))
         found = [str(one.relative_to(root)) for one in Path(root).rglob("*") if one.is_file()]
     else:
@@ -134,7 +134,7 @@ def _hub_errors(uri: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise Refused(f"{place}: there is no revision {name}; correct the part after @") from error
     except errors.LocalEntryNotFoundError as error:
-        if _library(uri).constants.is_offline_mode():
+        if _library(uri).constants.HF_HUB_OFFLINE:
             raise Absent(f"{place}: not in the Hub's cache; unset HF_HUB_OFFLINE to download it") from error
         raise RunError(
             f"{place}: cannot reach the Hub; check the network and HF_ENDPOINT, and run the same command again"
