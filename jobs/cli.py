@@ -780,6 +780,46 @@ def submit(
 
 
 @main.command()
+@click.argument("training", metavar="TRAINING")
+@click.option("--out", help="Folder or s3://BUCKET/PREFIX of the training. [default: trainings/NAME]")
+@click.option("--address", help="Address of the Ray cluster; trains on it. [default: train in this process]")
+@click.option(
+    "--workers", metavar="K[:L]", help="Train on Ray with K workers, or K to L as nodes come and go. [default: this process]"
+)
+@_SET
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@_JSON
+def train(
+    training: str,
+    out: str | None,
+    address: str | None,
+    workers: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Train a denoiser or a classifier, and write a spec that certifies it. Run it again to resume.
+
+    \b
+    diffsmooth train my-training.toml --out trainings/mine
+    diffsmooth certify trainings/mine/certify.toml
+    """
+    from jobs import train as command
+
+    spec = command.load_named_training(training, overrides)
+    home = out or f"trainings/{spec.name}"
+    try:
+        rows = command.train(spec, home, address=address, workers=workers, quiet=quiet or as_json)
+    except Stopped as stopped:
+        click.echo("diffsmooth: stopped; run the same command to resume", err=True)
+        sys.exit(128 + stopped.signal)
+    if as_json:
+        click.echo(json.dumps({"out": home, **rows[-1]}, indent=2))
+    elif not quiet:
+        click.echo(printable(command.closing(spec, home)))
+
+
+@main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a script that lets SHELL complete commands, options and shipped specs.

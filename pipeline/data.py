@@ -1,10 +1,12 @@
 """DATASETS: name -> images in [0, 1], float32 CHW, and labels, by index."""
 
+import gzip
 import hashlib
 import logging
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 # sha256 of the 1000 sorted class names of ILSVRC-2012, joined by newlines; the sorted order is that of the classes
 _IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 _IMAGENET_FOLDERS = {"test": "val", "val": "val", "train": "train"}
+_FASHION_FILES = {"train": ("train", 60_000), "test": ("t10k", 10_000)}  # of a split: prefix and number of images
 _CIFAR10_SIZES = {"test": 10_000, "train": 50_000}
 _CIFAR10_ON_HUB = "hf://datasets/uoft-cs/cifar10/plain_text"
 _CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -82,6 +85,40 @@ def _mnist(data: Data) -> Dataset:
         )
     embedded = str(resources.files("pipeline.embedded") / "mnist.parquet")
     return EncodedImages(ParquetRows([data.path or embedded]), 10, resize=data.resize, crop=data.crop)
+
+
+def _fashion(data: Data) -> Dataset:
+    """Open Fashion-MNIST: the four IDX files of a folder, or the first 1,000 test images, which are embedded."""
+    if data.split not in _FASHION_FILES:
+        raise UserError(f"data.split = {data.split!r}: fashion has {' and '.join(_FASHION_FILES)}; choose one of them")
+    if data.path is None:
+        if data.split != "test":
+            raise UserError(
+                f"data.path is missing, but data.split = {data.split!r} needs the folder of the IDX files; set it to "
+                "that of Debian's package dataset-fashion-mnist, /usr/share/datasets/fashion-mnist"
+            )
+        embedded = str(resources.files("pipeline.embedded") / "fashion.parquet")
+        return EncodedImages(ParquetRows([embedded]), 10, resize=data.resize, crop=data.crop)
+    prefix, count = _FASHION_FILES[data.split]
+    folder = Path(_folder(data))
+    pixels_NHW = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (count, 28, 28))
+    labels_N = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", (count,))
+    return RawImages(pixels_NHW[..., None], labels_N.tolist(), 10)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return the bytes of a compressed IDX file: a header of one word and a word per dimension, then the values."""
+    header = struct.pack(f">{1 + len(shape)}I", 0x800 + len(shape), *shape)
+    try:
+        with gzip.open(path) as file:
+            content = file.read(len(header) + math.prod(shape) + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; set data.path to the folder of the IDX files") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); get the file again") from error
+    if not content.startswith(header) or len(content) != len(header) + math.prod(shape):
+        raise UserError(f"{path}: not an IDX file of {' x '.join(map(str, shape))} bytes; get the file again")
+    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
 
 
 def _cifar10(data: Data) -> Dataset:
@@ -397,6 +434,7 @@ def _in_memory(data: Data, pixels_NHWC: NDArray[Any], labels: NDArray[Any]) -> R
 
 DATASETS: dict[str, Callable[[Data], Dataset]] = {
     "mnist": _mnist,
+    "fashion": _fashion,
     "cifar10": _cifar10,
     "imagenet": _imagenet,
     "imagefolder": _imagefolder,
@@ -410,6 +448,8 @@ def known_facts(data: Data) -> Facts | None:
     """Return the published size, shape and classes of a data set, or None if it must be opened to know them."""
     if data.name == "mnist" and data.path is None and data.resize is None and data.crop is None:
         return Facts(1000, (1, 28, 28), 10)
+    if data.name == "fashion" and data.resize is None and data.crop is None and data.split in _FASHION_FILES:
+        return Facts(1000 if data.path is None else _FASHION_FILES[data.split][1], (1, 28, 28), 10)
     if data.name == "cifar10" and data.split in _CIFAR10_SIZES:
         return Facts(_CIFAR10_SIZES[data.split], (3, 32, 32), 10)
     if data.name == "imagenet" and data.split in _IMAGENET_FOLDERS and data.crop is not None:

@@ -413,18 +413,29 @@ def load_spec(path_or_dict: str | os.PathLike[str] | Mapping[str, Any], override
 
     Raises: UserError, naming key, value, limit and remedy.
     """
+    return read_model(RunSpec, path_or_dict, overrides)
+
+
+def read_model(
+    model: type[_Part],
+    path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    locations: Sequence[tuple[str, str]] = LOCATIONS,
+) -> _Part:
+    """Read and validate a TOML file of any model, as `load_spec` does. `locations` are its keys that hold locations."""
     if isinstance(path_or_dict, Mapping):
         where, raw, folder = "spec", _copy(path_or_dict), Path.cwd()
     else:
         where, folder = os.fspath(path_or_dict), Path(path_or_dict).absolute().parent
         raw = _read_toml(path_or_dict)
-    _resolve_locations(raw, folder)
+    _resolve_locations(raw, folder, locations)
     try:
         for override in overrides:
-            _apply_override(raw, override)
-        return RunSpec.model_validate(raw)
+            _apply_override(raw, override, locations)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {_one_line(error, model)}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; remove inner tables and lists") from None
 
@@ -444,14 +455,14 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
 
-def _resolve_locations(raw: dict[str, Any], folder: Path) -> None:
-    for section, key in LOCATIONS:
+def _resolve_locations(raw: dict[str, Any], folder: Path, locations: Sequence[tuple[str, str]]) -> None:
+    for section, key in locations:
         table = raw.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = resolve(table[key], folder)
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str, locations: Sequence[tuple[str, str]]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override!r} is not of the form section.key=value; write --set smoothing.sigma=0.5")
@@ -463,7 +474,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     changed: dict[str, Any] = {last: value}
     for section in reversed(sections):
         changed = {section: changed}
-    _resolve_locations(changed, Path.cwd())
+    _resolve_locations(changed, Path.cwd(), locations)
     _merge(raw, changed)
 
 
@@ -475,7 +486,7 @@ def _merge(into: dict[str, Any], changed: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     """One of pydantic's findings as one line for a user."""
     findings = error.errors(include_url=False)
     # a value may be a name or a table; then the findings about the table say more than "not one of the names"
@@ -484,7 +495,7 @@ def _one_line(error: ValidationError) -> str:
     path = [str(part) for part in finding["loc"] if part not in ("Normalize", "float", "int") and "[" not in str(part)]
     name, value = ".".join(path)[:300], shortened(finding["input"])
     if finding["type"] == "extra_forbidden":
-        known = known_keys()
+        known = known_keys(model)
         siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         remedy = f"the nearest valid key is {near[0]}" if near else f"valid keys: {', '.join(siblings)}"

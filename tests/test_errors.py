@@ -38,7 +38,7 @@ def errors():
 
 CATALOGUE = list(errors())
 # these pass on other messages of the catalogue, or findings of pydantic, which are tested below
-PASSED_ON = ("{first_problem(error)}", "checkpoint {error}", "{where}: {_one_line(error)}")
+PASSED_ON = ("{first_problem(error)}", "checkpoint {error}", "{where}: {_one_line(error, model)}")
 
 
 def test_the_catalogue_is_complete():

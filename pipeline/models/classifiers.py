@@ -74,18 +74,20 @@ class Architecture(NamedTuple):
 
 
 class MnistCNN(nn.Module):
-    """The classifier of the embedded default, for 1 x 28 x 28 images.
+    """The classifier of the embedded defaults, for 1 x 28 x 28 images.
 
-    Three convolutions of widths 16, 32 and 32 and a linear layer: 17,000 parameters.
+    Three convolutions and a linear layer: 17,000 parameters with the widths for MNIST, 104,000 with those for
+    Fashion-MNIST.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, widths: tuple[int, int, int] = (16, 32, 32)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
-        self.norm1, self.norm2, self.norm3 = nn.BatchNorm2d(16), nn.BatchNorm2d(32), nn.BatchNorm2d(32)
-        self.fc = nn.Linear(32 * 3 * 3, num_classes)
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(1, first, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(second, third, 3, padding=1)
+        self.norm1, self.norm2, self.norm3 = nn.BatchNorm2d(first), nn.BatchNorm2d(second), nn.BatchNorm2d(third)
+        self.fc = nn.Linear(third * 3 * 3, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
@@ -169,6 +171,7 @@ def _cifar_resnet(depth: int) -> Architecture:
 
 CLASSIFIERS: dict[str, Architecture] = {
     "mnist_cnn": Architecture(MnistCNN, Input(_IDENTITY)),
+    "fashion_cnn": Architecture(partial(MnistCNN, widths=(32, 64, 128)), Input(_IDENTITY)),
     **{f"cifar_resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
     "imagenet32_resnet110": _cifar_resnet(110),
     "resnet50": Architecture(_resnet50),

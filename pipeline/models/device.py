@@ -30,7 +30,11 @@ def device_of(spec: RunSpec) -> torch.device:
 
     Raises: UserError if the spec requires a GPU and there is none; the CPU is never used silently.
     """
-    selected = spec.compute.device
+    return available_device(spec.compute.device)
+
+
+def available_device(selected: str) -> torch.device:
+    """Return the device for compute.device = `selected`: cuda, cpu or auto. Raises: UserError, as `device_of` does."""
     if selected != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", 0)
     if selected == "cuda":
@@ -54,11 +58,11 @@ def device_facts(device: torch.device) -> DeviceFacts:
         device=f"{device.type} {name}",
         tf32=torch.backends.cuda.matmul.allow_tf32,
         cudnn_benchmark=torch.backends.cudnn.benchmark,
-        versions={"python": platform.python_version(), **_versions()},
+        versions={"python": platform.python_version(), **package_versions()},
     )
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     versions = {name: version(name) for name in _PACKAGES}
     for name in _OPTIONAL_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

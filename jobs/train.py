@@ -1,0 +1,86 @@
+"""The command train: trains a network, in this process or on Ray, and says where the results are."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from jobs.console import note
+from jobs.specs import SPECS
+from jobs.watch import stop_on_signals
+from pipeline.errors import UserError
+from pipeline.models.device import available_device
+from pipeline.storage.store import open_store
+from pipeline.training.checkpoint import Row
+from pipeline.training.loop import Report, run_training
+from pipeline.training.settings import TrainingSpec, load_training
+from pipeline.training.world import World
+
+logger = logging.getLogger(__name__)
+
+TRAININGS = SPECS / "training"
+
+
+def find_training(name: str) -> Path:
+    """Return the path of a training: a file, or the name of one that ships with the package."""
+    shipped, path = TRAININGS / f"{name}.toml", Path(name)
+    if path.is_file() or not shipped.is_file():
+        if not path.exists():
+            names = ", ".join(sorted(path.stem for path in TRAININGS.glob("*.toml")))
+            raise UserError(f"{name}: no such training; give the path of a TOML file or a shipped name: {names}")
+        return path
+    return shipped
+
+
+def load_named_training(name: str, overrides: tuple[str, ...]) -> TrainingSpec:
+    return load_training(find_training(name), overrides)
+
+
+def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> list[Row]:
+    """Train in this process. Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C, resumable."""
+    stopped: list[int] = []
+    device = available_device(spec.compute.device)
+    with _progress(spec, quiet) as show, stop_on_signals(stopped.append):
+        return run_training(
+            spec, open_store(home), device=device, world=World(), on_step=show,
+            stopped_by=lambda: stopped[0] if stopped else None,
+        )  # fmt: skip
+
+
+@contextmanager
+def _progress(spec: TrainingSpec, quiet: bool) -> Iterator[Callable[[Report], None]]:
+    """Show a progress bar on stderr, and a line of metrics at each checkpoint."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(spec.name, total=spec.training.steps, loss=float("nan"))
+
+        def show(report: Report) -> None:
+            bar.update(task, completed=report.step, loss=report.loss)
+            if report.row is not None and not quiet:
+                note(describe(report.row))
+
+        yield show
+
+
+def describe(row: Row) -> str:
+    """Return a row of metrics as one line."""
+    rest = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items() if name not in ("step", "seconds"))
+    return f"step {int(row['step'])}: {', '.join(rest)}, {row['seconds']:.0f} s"
+
+
+def train(spec: TrainingSpec, home: str, *, address: str | None, workers: str | None, quiet: bool) -> list[Row]:
+    """Train in this process, or on Ray if workers or a cluster are given; return the metrics."""
+    return train_here(spec, home, quiet=quiet)
+
+
+def closing(spec: TrainingSpec, home: str) -> str:
+    """Return what to do next."""
+    wrote = f"{home}: weights.safetensors, provenance.json, metrics.csv, loss.png"
+    if spec.classifier is None:
+        return f"{wrote}\ncertify.toml needs a classifier; add the table [classifier] and run the same command again"
+    return f"{wrote}, certify.toml\nnext: diffsmooth certify {home}/certify.toml"

@@ -1,0 +1,1 @@
+"""Training of denoisers and base classifiers: settings, losses, the loop, and what it writes."""

@@ -1,0 +1,125 @@
+"""What a training leaves behind: metrics, a picture of the loss, the weights, their provenance, a spec for certify."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.models.classifiers import resolve_classifier
+from pipeline.models.denoisers import resolve_denoiser
+from pipeline.models.device import package_versions
+from pipeline.spec import Classifier
+from pipeline.storage.store import FolderStore, Store
+from pipeline.training.batches import Split
+from pipeline.training.checkpoint import Identity, Row
+from pipeline.training.settings import TrainingSpec
+
+WEIGHTS = "weights.safetensors"
+
+
+def identity_of(spec: TrainingSpec, split: Split) -> Identity:
+    """Return what a resumed training must agree with."""
+    start: dict[str, str] = {}
+    denoised = spec.classifier_loss is not None and spec.classifier_loss.images == "denoised"
+    if spec.denoiser.checkpoint is not None and (spec.task == "denoiser" or denoised):
+        start |= resolve_denoiser(spec.run_spec(spec.smoothing.sigma)).ids()
+    if spec.classifier is not None and spec.classifier.checkpoint is not None and spec.task == "classifier":
+        start |= resolve_classifier(spec.run_spec(spec.smoothing.sigma)).ids()
+    return Identity(
+        spec=spec.identity(), data_id=split.train.data_id, validation_id=split.validation.data_id, start=start
+    )
+
+
+def write_metrics(store: Store, name: str, rows: Sequence[Row]) -> None:
+    """Write metrics.csv and loss.png anew."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows({**row, "step": int(row["step"])} for row in rows)
+    store.replace("metrics.csv", text.getvalue().encode())
+    if rows:
+        store.replace("loss.png", _picture(name, rows))
+
+
+def _picture(name: str, rows: Sequence[Row]) -> bytes:
+    """Draw the losses above, and the accuracies below if there are any."""
+    steps = [row["step"] for row in rows]
+    accuracies = [column for column in rows[-1] if "accuracy" in column]
+    figure = Figure(figsize=(6, 6 if accuracies else 3.5), layout="constrained")
+    axes = figure.subplots(2 if accuracies else 1, 1, sharex=True, squeeze=False)[:, 0]
+    for column in ("loss", "validation_loss"):
+        if column in rows[-1]:
+            axes[0].plot(steps, [row[column] for row in rows], marker=".", label=column.replace("_", " "))
+    axes[0].set_ylabel("loss")
+    axes[0].set_title(name)
+    for column in accuracies:
+        axes[1].plot(steps, [row[column] for row in rows], marker=".", label=column.replace("_", " "))
+    if accuracies:
+        axes[1].set_ylabel("validation accuracy")
+    axes[-1].set_xlabel("step")
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+
+def write_outcome(
+    store: Store, spec: TrainingSpec, split: Split, average: Mapping[str, Tensor], rows: Sequence[Row]
+) -> None:
+    """Write the averaged weights, their provenance, and certify.toml if the spec names both networks."""
+    weights = save({name: one.detach().cpu().contiguous() for name, one in average.items()})
+    store.replace(WEIGHTS, weights)
+    provenance = {
+        "name": spec.name,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "identity": identity_of(spec, split).model_dump(mode="json"),
+        "metrics": rows[-1] if rows else {},
+        "versions": package_versions(),
+    }
+    store.replace("provenance.json", json.dumps(provenance, indent=2).encode())
+    if (text := certify_toml(store, spec, split)) is not None:
+        store.replace("certify.toml", text.encode())
+
+
+def certify_toml(store: Store, spec: TrainingSpec, split: Split) -> str | None:
+    """Return the spec that certifies the trained network on the validation images; None without a classifier."""
+    here = WEIGHTS if isinstance(store, FolderStore) else f"{store.uri}/{WEIGHTS}"
+    denoiser, classifier = spec.denoiser, spec.classifier
+    if classifier is None:
+        return None
+    if spec.task == "denoiser":
+        denoiser = denoiser.model_copy(update={"checkpoint": here, "sha256": None})
+    else:
+        classifier = Classifier.model_validate({**classifier.model_dump(), "checkpoint": here, "sha256": None})
+    tables = {
+        "data": split.held_out,
+        "denoiser": denoiser,
+        "classifier": classifier,
+        "smoothing": spec.smoothing,
+        "compute": spec.compute,
+    }
+    parts = [f"# Written by diffsmooth train. Certifies {spec.name} on its validation images.\n", f"name = {json.dumps(spec.name)}"]
+    for name, table in tables.items():
+        lines = list(_toml(name, table.model_dump(mode="json", exclude_none=True, exclude_unset=name != "compute")))
+        parts.extend(lines if len(lines) > 1 else [])
+    return "\n".join(parts) + "\n"
+
+
+def _toml(name: str, table: Mapping[str, Any]) -> list[str]:
+    """Return a table of TOML, with its inner tables after its values."""
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = [f"\n[{name}]"]
+    lines += [f"{json.dumps(key) if '.' in key else key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items() if key not in inner]
+    for key, value in inner.items():
+        if value:
+            lines += _toml(f"{name}.{key}", value)
+    return lines
