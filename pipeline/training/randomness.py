@@ -7,23 +7,22 @@ Shapes: B images.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def generator(seed: int, purpose: str, *counter: int) -> np.random.Generator:
-    """Return a generator of its own for up to three counters; the low counter word counts its values."""
+def _philox(seed: int, purpose: str) -> np.random.Philox:
     digest = hashlib.blake2b(f"training:{purpose}:{seed}".encode(), digest_size=16).digest()
-    key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, *counter, *[0] * (3 - len(counter))]))
+    return np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Return the order of `size` images in an epoch."""
-    return generator(seed, "order", epoch).permutation(size)
+    philox = _philox(seed, "order")
+    return np.random.Generator(philox.advance(epoch << 128)).permutation(size)
 
 
 class Randomness:
@@ -48,6 +47,11 @@ class Randomness:
         rows = [source.random(count, dtype=np.float32) for source in self._sources(purpose)]
         return torch.from_numpy(np.stack(rows))
 
-    def _sources(self, purpose: str) -> list[np.random.Generator]:
-        name = f"{self._purpose}:{purpose}"
-        return [generator(self._seed, name, position, self._copy) for position in self._positions]
+    def _sources(self, purpose: str) -> Iterator[np.random.Generator]:
+        """Yield a generator at the start of each row's values; the low counter word counts the values of a row."""
+        philox = _philox(self._seed, f"{self._purpose}:{purpose}")
+        generator, state = np.random.Generator(philox), philox.state
+        for position in self._positions:
+            state["state"]["counter"][:] = (0, position, self._copy, 0)
+            philox.state = state  # ten times faster than another Philox
+            yield generator
