@@ -164,7 +164,7 @@ class Cluster:
             hint = "" if actors else "; use --actors K to request K GPUs instead of one"
             logger.warning("the cluster at %s has no GPU yet; waiting for nodes with GPUs%s", address, hint)
         some_gpu = "GPU" in ray.cluster_resources() or "label_selector" in suitable.options
-        on_gpu = device == "cuda" or (device == "auto" and some_gpu)
+        self.on_gpu = on_gpu = device == "cuda" or (device == "auto" and some_gpu)
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
         self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads, **suitable.options}

@@ -784,7 +784,9 @@ def submit(
 @click.option("--out", help="Folder or s3://BUCKET/PREFIX of the training. [default: trainings/NAME]")
 @click.option("--address", help="Address of the Ray cluster; trains on it. [default: train in this process]")
 @click.option(
-    "--workers", metavar="K[:L]", help="Train on Ray with K workers, or K to L as nodes come and go. [default: this process]"
+    "--workers",
+    metavar="K[:L]",
+    help="Train on Ray with K workers, or K to L as nodes come and go. [default: this process]",
 )
 @_SET
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
@@ -809,12 +811,12 @@ def train(
     spec = command.load_named_training(training, overrides)
     home = out or f"trainings/{spec.name}"
     try:
-        rows = command.train(spec, home, address=address, workers=workers, quiet=quiet or as_json)
+        row = command.train(spec, home, address=address, workers=workers, quiet=quiet or as_json)
     except Stopped as stopped:
         click.echo("diffsmooth: stopped; run the same command to resume", err=True)
         sys.exit(128 + stopped.signal)
     if as_json:
-        click.echo(json.dumps({"out": home, **rows[-1]}, indent=2))
+        click.echo(json.dumps({"out": home, **row}, indent=2))
     elif not quiet:
         click.echo(printable(command.closing(spec, home)))
 

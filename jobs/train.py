@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from cluster.driver import Cluster
+from cluster.trainer import Workers, train_on_ray
 from jobs.console import note
 from jobs.specs import SPECS
 from jobs.watch import stop_on_signals
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
 from pipeline.models.device import available_device
 from pipeline.storage.store import open_store
 from pipeline.training.checkpoint import Row
-from pipeline.training.loop import Report, run_training
+from pipeline.training.loop import Report, check_training, run_training
 from pipeline.training.settings import TrainingSpec, load_training
 from pipeline.training.world import World
 
@@ -40,15 +41,16 @@ def load_named_training(name: str, overrides: tuple[str, ...]) -> TrainingSpec:
     return load_training(find_training(name), overrides)
 
 
-def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> list[Row]:
+def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> Row:
     """Train in this process. Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C, resumable."""
     stopped: list[int] = []
     device = available_device(spec.compute.device)
     with _progress(spec, quiet) as show, stop_on_signals(stopped.append):
-        return run_training(
+        rows = run_training(
             spec, open_store(home), device=device, world=World(), on_step=show,
             stopped_by=lambda: stopped[0] if stopped else None,
         )  # fmt: skip
+    return rows[-1]
 
 
 @contextmanager
@@ -73,9 +75,25 @@ def describe(row: Row) -> str:
     return f"step {int(row['step'])}: {', '.join(rest)}, {row['seconds']:.0f} s"
 
 
-def train(spec: TrainingSpec, home: str, *, address: str | None, workers: str | None, quiet: bool) -> list[Row]:
-    """Train in this process, or on Ray if workers or a cluster are given; return the metrics."""
-    return train_here(spec, home, quiet=quiet)
+def train(spec: TrainingSpec, home: str, *, address: str | None, workers: str | None, quiet: bool) -> Row:
+    """Train in this process, or on Ray if workers or a cluster are given; return the last metrics.
+
+    Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C, resumable.
+    """
+    if address is None and workers is None:
+        return train_here(spec, home, quiet=quiet)
+    count = Workers.parse(workers or "1")
+    check_training(spec, open_store(home))
+
+    def stop(signal: int) -> None:
+        raise Stopped(signal)
+
+    cluster = Cluster(address=address, device=spec.compute.device, actors=count.most, verbose=False)
+    with cluster, stop_on_signals(stop):
+        row = train_on_ray(spec, home, cluster, count)
+    if not quiet:
+        note(describe(row))
+    return row
 
 
 def closing(spec: TrainingSpec, home: str) -> str:

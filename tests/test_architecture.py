@@ -63,6 +63,24 @@ ARROWS = {
     "pipeline.compare": "certify curve",
     "pipeline.results": "attacks certify curve gap orders planning records run sampling seal storage.store votes",
     "pipeline.report": "curve gap orders tables",
+    "pipeline.training.settings": "records spec",
+    "pipeline.training.randomness": "",
+    "pipeline.training.world": "",
+    "pipeline.training.losses": "models.edm",
+    "pipeline.training.batches": ("data images spec training.randomness training.settings"),
+    "pipeline.training.checkpoint": "records storage.store training.settings",
+    "pipeline.training.tasks": (
+        "models.classifiers models.denoisers models.edm models.fused models.weights training.batches training.losses "
+        "training.randomness training.settings"
+    ),
+    "pipeline.training.outcome": (
+        "models.classifiers models.denoisers models.device spec storage.store training.batches training.checkpoint "
+        "training.settings"
+    ),
+    "pipeline.training.loop": (
+        "storage.store training.batches training.checkpoint training.outcome training.settings training.tasks "
+        "training.world"
+    ),
     "cluster.scheduler": "",
     "cluster.allocation": "cluster.scheduler",
     "cluster.worker": "attacks data images models.device noise run smoothing spec storage.store votes",
@@ -71,12 +89,27 @@ ARROWS = {
     "cluster.driver": (
         "cluster.allocation cluster.attacker cluster.ray_private cluster.scheduler cluster.worker sampling votes"
     ),
+    "cluster.trainer": (
+        "cluster.driver storage.store training.checkpoint training.loop training.settings training.world"
+    ),
 }
-TORCH = {"pipeline.smoothing", "pipeline.search", "pipeline.foreign", "pipeline.models"}  # in pipeline/
-RAY = {"cluster.driver", "cluster.ray_private", "jobs.submit"}
+TORCH = {"pipeline.smoothing", "pipeline.search", "pipeline.foreign", "pipeline.models", "pipeline.training"}
+RAY = {"cluster.driver", "cluster.ray_private", "cluster.trainer", "jobs.submit"}
 COMMANDS = {
     f"jobs.{name}"
-    for name in ("analyze", "attack", "audit", "certify", "compare", "curve", "plan", "report", "seal", "submit")
+    for name in (
+        "analyze",
+        "attack",
+        "audit",
+        "certify",
+        "compare",
+        "curve",
+        "plan",
+        "report",
+        "seal",
+        "submit",
+        "train",
+    )
 }
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 # the spot watcher runs where only the standard library is installed

@@ -5,6 +5,7 @@ Shapes: B images, C H W image.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,9 @@ class Images:
         spread = range(0, len(self), max(1, len(self) // _LOOKED_AT))
         labels = {label for _, label in map(self._read, spread)}
         if UNLABELLED in labels:
-            raise UserError("data: a sample has no label, but task = 'classifier' needs labels; use a labelled data set")
+            raise UserError(
+                "data: a sample has no label, but task = 'classifier' needs labels; use a labelled data set"
+            )
         if len(labels) < 2:
             raise UserError(f"data: all samples have label {min(labels)}; use images of at least 2 classes")
 
@@ -138,7 +141,7 @@ def shards_of(step: int, batch: int, shards: int) -> list[range]:
     """Return the positions of each shard of a step's batch."""
     start = step * batch
     bounds = [start + batch * shard // shards for shard in range(shards + 1)]
-    return [range(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [range(low, high) for low, high in pairwise(bounds)]
 
 
 class TrainingBatches:
@@ -178,7 +181,7 @@ def validation_batches(images: Images, seed: int, rank: int, workers: int, size:
 
 
 def augment(x_BCHW: Tensor, names: Sequence[Augmentation], random: Randomness) -> Tensor:
-    """Return changed images: mirrored, shifted by up to an eighth of the side, or rotated, scaled and sheared a little."""
+    """Return images that are mirrored, shifted by up to an eighth of the side, or rotated, scaled and sheared."""
     for name in names:
         if name == "flip":
             mirrored_B = random.uniform("flip")[:, 0] < 0.5

@@ -1,8 +1,8 @@
 """Checkpoints: the whole state of a training after a step, as one object that appears complete or not at all.
 
-    OUT/training.json                 the spec and the images: put-if-absent, compared on every resume
-    OUT/checkpoints/<step>.safetensors   network, average, optimizer and metrics; put-if-absent, never changed
-    OUT/metrics.csv, loss.png         derived from the newest checkpoint
+OUT/training.json                 the spec and the images: put-if-absent, compared on every resume
+OUT/checkpoints/<step>.safetensors   network, average, optimizer and metrics; put-if-absent, never changed
+OUT/metrics.csv, loss.png         derived from the newest checkpoint
 """
 
 from typing import NamedTuple

@@ -40,6 +40,10 @@ def decay(settings: Training, step: int) -> float:
     return min(settings.ema, (1 + step) / (10 + step))
 
 
+class Diverged(RunError):
+    """The loss or the gradient of a step is not finite, in all workers alike."""
+
+
 class Trainer:
     """The state of a training, and the steps that change it."""
 
@@ -58,7 +62,7 @@ class Trainer:
     def take_step(self, batches: Sequence[Batch]) -> float:
         """Train on this worker's shards of one batch; return the loss over all shards.
 
-        Raises: RunError if the loss or the gradient is not finite. The state is then that of the step before.
+        Raises: Diverged if the loss or the gradient is not finite. The state is then that of the step before.
         """
         started = time.monotonic()
         settings, network = self._settings, self.task.network
@@ -84,7 +88,7 @@ class Trainer:
         if not (math.isfinite(float(total)) and math.isfinite(float(norm))):
             for one, old in zip(statistics, before, strict=True):
                 one.copy_(old)
-            raise RunError(self._diverged(float(total)))
+            raise Diverged(self._diverged(float(total)))
         for one, new in zip(statistics, moved, strict=True):
             one.copy_(new)
         for group in self._optimizer.param_groups:
@@ -244,10 +248,21 @@ def run_training(
     return trainer.rows
 
 
+def check_training(spec: TrainingSpec, store: Store) -> None:
+    """Open the images, build the networks and claim the storage, so that no worker starts for a mistake.
+
+    Raises: UserError, RunError.
+    """
+    split = open_images(spec)
+    make_task(spec, torch.device("cpu"), split.train.shape, split.train.num_classes)
+    store.prepare()
+    claim(store, identity_of(spec, split))
+
+
 def _save(store: Store, trainer: Trainer, world: World) -> None:
     if world.rank == 0:
         checkpoint.write(store, trainer.state())
-        write_metrics(store, trainer.spec.name, trainer.rows)
+        write_metrics(store, trainer.rows)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,17 @@
 """The losses that trainings minimise, as functions of logits or predictions.
 
-With M noisy copies x_i of each image, F the softmax of the logits and mean F = 1/M sum_i F(x_i):
+With M noisy copies x_i of each image, F the softmax of the logits and mean F = 1/M sum_i F(x_i) (numbers: arXiv):
 
-    cross entropy   1/M sum_i CE(F(x_i), y)                            Cohen et al. 2019, arXiv 1902.02918, section 3.3
-    consistency     lambda 1/M sum_i KL(mean F || F(x_i)) + eta H(mean F)           Jeong and Shin 2020, arXiv 2006.04062
+    cross entropy   1/M sum_i CE(F(x_i), y)                            Cohen et al. 2019, 1902.02918, section 3.3
+    consistency     lambda 1/M sum_i KL(mean F || F(x_i)) + eta H(mean F)           Jeong and Shin 2020, 2006.04062
     MACER           1[right] lambda sigma/2 max(0, gamma - margin), with                    Zhai et al. 2020, 2001.02378
                     margin = Phi^-1(z_y) - Phi^-1(max z_other), z = mean softmax(beta logits)
-    confidence      1/M sum_i 1[x_i right] CE(F(x_i), y)                                FT-CADIS (Jang et al., TMLR 2024)
+    confidence      1/M sum_i 1[x_i right] CE(F(x_i), y)                                FT-CADIS: Jang et al., TMLR 2024
                     + lambda 1[all right] max_i KL(mean F || F(x_i + eta_i)), eta_i from PGD in an l2 ball
     similarity      mean over pairs of one class of 1 - cos + mean over pairs of two classes of max(0, cos - margin),
                     on expected features (ours: the paper, imavis 2024.105272, has no public code)
-    eps             E |eps(x_t, t) - eps|^2                                           Ho et al. 2020, arXiv 2006.11239, (14)
-    EDM             E |F(c_in z) - (x - c_skip z) / c_out|^2                   Karras et al. 2022, arXiv 2206.00364, (8)
+    eps             E |eps(x_t, t) - eps|^2                                           Ho et al. 2020, 2006.11239, (14)
+    EDM             E |F(c_in z) - (x - c_skip z) / c_out|^2                   Karras et al. 2022, 2206.00364, (8)
 
 Shapes: M copies, B images, C H W image, K classes, D features.
 """
@@ -45,9 +45,7 @@ def consistency(logits_MBK: Tensor, *, weight: float, entropy: float) -> Tensor:
     return weight * divergence_MB(mean_BK, logits_MBK).mean() + entropy * entropy_B.mean()
 
 
-def macer(
-    logits_MBK: Tensor, label_B: Tensor, sigma_B: Tensor, *, weight: float, gamma: float, beta: float
-) -> Tensor:
+def macer(logits_MBK: Tensor, label_B: Tensor, sigma_B: Tensor, *, weight: float, gamma: float, beta: float) -> Tensor:
     """Return the hinge on the certified radius of the images that the soft vote gets right, averaged over all images.
 
     `sigma_B` is the noise of each image, in [0, 1] pixel units.
@@ -91,7 +89,13 @@ def masked_adversarial(logits_MBK: Tensor, attacked_MBK: Tensor, label_B: Tensor
 
 
 def attack(
-    network: Callable[[Tensor], Tensor], x_BCHW: Tensor, mean_BK: Tensor, *, radius: float, steps: int, start_BCHW: Tensor
+    network: Callable[[Tensor], Tensor],
+    x_BCHW: Tensor,
+    mean_BK: Tensor,
+    *,
+    radius: float,
+    steps: int,
+    start_BCHW: Tensor,
 ) -> Tensor:
     """Return images within l2 `radius` of x that maximise KL(mean || softmax(network)), by normalised gradient steps.
 
@@ -137,9 +141,7 @@ def eps_loss(
     return F.mse_loss(predict(x_t_BCHW, t_B), eps_BCHW)
 
 
-def edm_loss(
-    predict: Callable[[Tensor, Tensor], Tensor], x_BCHW: Tensor, level_B: Tensor, eps_BCHW: Tensor
-) -> Tensor:
+def edm_loss(predict: Callable[[Tensor, Tensor], Tensor], x_BCHW: Tensor, level_B: Tensor, eps_BCHW: Tensor) -> Tensor:
     """Return EDM's loss, with its weights, for images on [-1, 1] and noise levels on that scale.
 
     `predict(c_in z, c_noise_B)` is the network.

@@ -36,16 +36,14 @@ def identity_of(spec: TrainingSpec, split: Split) -> Identity:
     )
 
 
-def write_metrics(store: Store, name: str, rows: Sequence[Row]) -> None:
-    """Write metrics.csv and loss.png anew."""
+def write_metrics(store: Store, rows: Sequence[Row]) -> None:
+    """Write metrics.csv anew."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows({**row, "step": int(row["step"])} for row in rows)
     store.replace("metrics.csv", text.getvalue().encode())
-    if rows:
-        store.replace("loss.png", _picture(name, rows))
 
 
 def _picture(name: str, rows: Sequence[Row]) -> bytes:
@@ -75,7 +73,10 @@ def _picture(name: str, rows: Sequence[Row]) -> bytes:
 def write_outcome(
     store: Store, spec: TrainingSpec, split: Split, average: Mapping[str, Tensor], rows: Sequence[Row]
 ) -> None:
-    """Write the averaged weights, their provenance, and certify.toml if the spec names both networks."""
+    """Write the averaged weights, a picture of the loss, the provenance, and certify.toml if there is a classifier."""
+    write_metrics(store, rows)
+    if rows:
+        store.replace("loss.png", _picture(spec.name, rows))
     weights = save({name: one.detach().cpu().contiguous() for name, one in average.items()})
     store.replace(WEIGHTS, weights)
     provenance = {
@@ -107,7 +108,10 @@ def certify_toml(store: Store, spec: TrainingSpec, split: Split) -> str | None:
         "smoothing": spec.smoothing,
         "compute": spec.compute,
     }
-    parts = [f"# Written by diffsmooth train. Certifies {spec.name} on its validation images.\n", f"name = {json.dumps(spec.name)}"]
+    parts = [
+        f"# Written by diffsmooth train. Certifies {spec.name} on its validation images.\n",
+        f"name = {json.dumps(spec.name)}",
+    ]
     for name, table in tables.items():
         lines = list(_toml(name, table.model_dump(mode="json", exclude_none=True, exclude_unset=name != "compute")))
         parts.extend(lines if len(lines) > 1 else [])
@@ -118,7 +122,11 @@ def _toml(name: str, table: Mapping[str, Any]) -> list[str]:
     """Return a table of TOML, with its inner tables after its values."""
     inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
     lines = [f"\n[{name}]"]
-    lines += [f"{json.dumps(key) if '.' in key else key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items() if key not in inner]
+    lines += [
+        f"{json.dumps(key) if '.' in key else key} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in table.items()
+        if key not in inner
+    ]
     for key, value in inner.items():
         if value:
             lines += _toml(f"{name}.{key}", value)

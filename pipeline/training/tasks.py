@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.models import edm
-from pipeline.models.classifiers import Logits, resolve_classifier
+from pipeline.models.classifiers import Logits, Prepared, resolve_classifier
 from pipeline.models.denoisers import (
     Denoiser,
     DiffusionDenoiser,
@@ -66,17 +66,18 @@ class ClassifierTask:
     """A classifier of clean, noisy or denoised images."""
 
     def __init__(self, spec: TrainingSpec, device: torch.device, shape: Shape, num_classes: int) -> None:
-        assert spec.classifier is not None and spec.classifier_loss is not None
+        assert spec.classifier is not None
+        assert spec.classifier_loss is not None
         self._device, self._losses = device, spec.classifier_loss
         section = spec.classifier
         if section.checkpoint is None:
             section = section.model_copy(update={"checkpoint": _random_weights(spec)})
         run = spec.model_copy(update={"classifier": section}).run_spec(0.5)
-        self._model = resolve_classifier(run).load(device, shape[0], num_classes)
-        if not isinstance(self._model, nn.Module):
+        model = resolve_classifier(run).load(device, shape[0], num_classes)
+        if not isinstance(model, nn.Module):
             raise UserError(f"classifier.arch = {section.arch!r} cannot be trained; it must be a torch.nn.Module")
-        self._model.requires_grad_(True)
-        self.network = getattr(self._model, "network", self._model)
+        self._model = model.requires_grad_(True)
+        self.network = model.network if isinstance(model, Prepared) else model
         self._denoisers = _denoisers(spec, self._losses, device, shape)
         self._features: list[Tensor] = []
         linear = [one for one in self.network.modules() if isinstance(one, nn.Linear)]
@@ -205,8 +206,8 @@ class DenoiserTask:
             self._classify = resolve_classifier(spec.run_spec(0.5)).load(device, shape[0], num_classes)
 
     def _unet(self, spec: TrainingSpec, device: torch.device, shape: Shape) -> nn.Module:
-        section = spec.denoiser
-        assert section.unet is not None
+        section, settings = spec.denoiser, spec.denoiser.unet
+        assert settings is not None
         if section.checkpoint is None:
             section = section.model_copy(update={"checkpoint": _random_weights(spec)})
         network = OpenAIUNet.of(spec.model_copy(update={"denoiser": section}).run_spec(self._sigma)).load(device, shape)
@@ -215,7 +216,7 @@ class DenoiserTask:
             last = network.out[2]
             assert isinstance(last, nn.Conv2d)
             nn.init.zeros_(last.weight)
-        self._abar = alphas_cumprod(section.unet.schedule, section.unet.steps)
+        self._abar = alphas_cumprod(settings.schedule, settings.steps)
         return network
 
     def loss(self, batch: Batch) -> Tensor:
@@ -234,7 +235,7 @@ class DenoiserTask:
         return self.network(scaled_BCHW, self.network.condition(c_noise_B))
 
     def _timesteps(self, random: Randomness) -> Tensor:
-        """Return timesteps: for a share of the images log-uniform in sigma, for the others uniform over the schedule."""
+        """Return timesteps: log-uniform in sigma for a share of the images, uniform for the others."""
         settings, ratio_T = self._losses, torch.from_numpy((1 / self._abar - 1) ** 0.5).float()
         which_B, place_B = random.uniform("timestep", 2).unbind(1)
         sigma_B = settings.low * (settings.high / settings.low) ** place_B
