@@ -70,12 +70,12 @@ ARROWS = {
     "pipeline.training.batches": ("data images spec training.randomness training.settings"),
     "pipeline.training.checkpoint": "records storage.store training.settings",
     "pipeline.training.tasks": (
-        "models.classifiers models.denoisers models.edm models.fused models.weights training.batches training.losses "
-        "training.randomness training.settings"
+        "models.classifiers models.denoisers models.edm models.fused models.own models.weights training.batches "
+        "training.losses training.randomness training.settings"
     ),
     "pipeline.training.outcome": (
-        "models.classifiers models.denoisers models.device spec storage.store training.batches training.checkpoint "
-        "training.settings"
+        "models.classifiers models.denoisers models.device models.own spec storage.store training.batches "
+        "training.checkpoint training.settings"
     ),
     "pipeline.training.loop": (
         "storage.store training.batches training.checkpoint training.outcome training.settings training.tasks "

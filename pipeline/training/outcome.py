@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.models.classifiers import resolve_classifier
 from pipeline.models.denoisers import resolve_denoiser
 from pipeline.models.device import package_versions
+from pipeline.models.own import is_own
 from pipeline.spec import Classifier
 from pipeline.storage.store import FolderStore, Store
 from pipeline.training.batches import Split
@@ -29,7 +30,8 @@ def identity_of(spec: TrainingSpec, split: Split) -> Identity:
     denoised = spec.classifier_loss is not None and spec.classifier_loss.images == "denoised"
     if spec.denoiser.checkpoint is not None and (spec.task == "denoiser" or denoised):
         start |= resolve_denoiser(spec.run_spec(spec.smoothing.sigma)).ids()
-    if spec.classifier is not None and spec.classifier.checkpoint is not None and spec.task == "classifier":
+    used = spec.classifier if spec.task == "classifier" else None
+    if used is not None and (used.checkpoint is not None or is_own(used.arch)):
         start |= resolve_classifier(spec.run_spec(spec.smoothing.sigma)).ids()
     return Identity(
         spec=spec.identity(), data_id=split.train.data_id, validation_id=split.validation.data_id, start=start

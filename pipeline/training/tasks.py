@@ -24,6 +24,7 @@ from pipeline.models.denoisers import (
     timesteps,
 )
 from pipeline.models.fused import use_fast_group_norms
+from pipeline.models.own import is_own
 from pipeline.models.weights import RANDOM, build
 from pipeline.training import losses
 from pipeline.training.batches import Batch
@@ -70,13 +71,15 @@ class ClassifierTask:
         assert spec.classifier_loss is not None
         self._device, self._losses = device, spec.classifier_loss
         section = spec.classifier
-        if section.checkpoint is None:
+        if section.checkpoint is None and not is_own(section.arch):
             section = section.model_copy(update={"checkpoint": _random_weights(spec)})
         run = spec.model_copy(update={"classifier": section}).run_spec(0.5)
-        model = resolve_classifier(run).load(device, shape[0], num_classes)
+        with torch.random.fork_rng(devices=[]):  # an own function may draw its initial weights
+            torch.default_generator.manual_seed(spec.training.seed % 2**63)
+            model = resolve_classifier(run).load(device, shape[0], num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"classifier.arch = {section.arch!r} cannot be trained; it must be a torch.nn.Module")
-        self._model = model.requires_grad_(True)
+        self._model = model.to(device).requires_grad_(True)
         self.network = model.network if isinstance(model, Prepared) else model
         self._denoisers = _denoisers(spec, self._losses, device, shape)
         self._features: list[Tensor] = []
