@@ -6,6 +6,7 @@ in the training's own storage, so that after a failure, with as many workers as 
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.train.torch import TorchTrainer, get_device
 from cluster.driver import Cluster
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.storage.store import open_store
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Row
 from pipeline.training.loop import Diverged, Report, run_training
 from pipeline.training.settings import TrainingSpec
@@ -67,13 +69,15 @@ def train_on_ray(spec: TrainingSpec, home: str, cluster: Cluster, workers: Worke
             ),
         )  # fmt: skip
         try:
-            result = trainer.fit()
+            trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
-    metrics = result.metrics or {}
-    if "diverged" in metrics:
-        raise RunError(str(metrics["diverged"]))
-    return metrics
+    last = checkpoint.read(store, checkpoint.newest_step(store)).history
+    if last.step < spec.training.steps:  # the only reason for which workers end early without an error
+        raise RunError(
+            f"the training diverged after the checkpoint of step {last.step}; use a lower training.learning_rate"
+        )
+    return last.rows[-1]
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -86,14 +90,9 @@ def _work(config: dict[str, Any]) -> None:
         if report.row is not None:
             ray.train.report(report.row)
 
-    try:
-        rows = run_training(
-            TrainingSpec.model_validate_json(config["spec"]), open_store(config["home"]), device=device, world=world,
-            on_step=on_step,
-        )  # fmt: skip
-        ray.train.report(rows[-1])
-    except Diverged as error:  # in all workers at the same step: another try would end in the same way
-        ray.train.report({"diverged": str(error)})
+    spec = TrainingSpec.model_validate_json(config["spec"])
+    with suppress(Diverged):  # in all workers at the same step: another try would end in the same way
+        run_training(spec, open_store(config["home"]), device=device, world=world, on_step=on_step)
 
 
 def _cause(error: Exception) -> Exception:

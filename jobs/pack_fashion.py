@@ -1,7 +1,7 @@
 """Packs the embedded default for Fashion-MNIST: pipeline/embedded/{fashion.parquet, fashion.safetensors}.
 
 The images are the first 1,000 of the official test split, in their order. The weights are those of the trainings
-`fashion-denoiser` and `fashion-classifier-SIGMA`, each in its folder below --trainings, which used training images only.
+`fashion-denoiser` and `fashion-classifier-SIGMA`, each in its folder below --trainings. They used training images only.
 
     for name in denoiser classifier-0.00 classifier-0.25 classifier-0.50 classifier-1.00
     do diffsmooth train fashion-$name
