@@ -1,1 +1,1 @@
-"""The embedded default: held-out MNIST images and small trained weights, made by jobs/train_embedded.py."""
+"""The embedded defaults: test images and small trained weights, made by jobs/train_embedded.py and pack_fashion.py."""
