@@ -72,7 +72,7 @@ class Images:
         labels = {label for _, label in map(self._read, spread)}
         if UNLABELLED in labels:
             raise UserError(
-                "data: a sample has no label, but task = 'classifier' needs labels; use a labelled data set"
+                "data.path: a sample has no label, but task = 'classifier' needs labels; use a labelled data set"
             )
         if len(labels) < 2:
             raise UserError(f"data: all samples have label {min(labels)}; use images of at least 2 classes")
