@@ -51,7 +51,8 @@ def test_two_workers_of_which_one_is_killed_give_the_weights_of_one_process(ray_
     one, two = (load_file(f"{folder}/weights.safetensors") for folder in (alone, home))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+        if not name.endswith("num_batches_tracked"):  # a worker counts its own shards only
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_more_workers_than_shards_are_refused():
