@@ -94,7 +94,7 @@ class Chaos:
             self.nodes = [self.new_node() for _ in range(2)]
         (folder / "spec.toml").write_text(to_toml(spec))
         self.command = [sys.executable, "-m", "jobs.cli", "certify", str(folder / "spec.toml"), "--out", home]
-        self.command += ["--address", self.cluster.address, "--actors", "3", "--batch-size", str(BATCH), "--json"]
+        self.command += ["--address", self.cluster.address, "--actors", "2", "--batch-size", str(BATCH), "--json"]
         self.log, self.rng = log.open("wb"), rng
         self.drivers = [self.new_driver() for _ in range(2)]
         self.done: Counter[str] = Counter()

@@ -71,7 +71,7 @@ def test_embedded_files_exist():
 
 @pytest.mark.parametrize("name", ["", "none.pt", "../data.py", "/etc/passwd", "__init__.py", "a\0b", 5000 * "a"])
 def test_other_embedded_names_are_refused(name):
-    with pytest.raises(UserError, match=r"no such embedded file; use one of embedded:mnist\.parquet") as error:
+    with pytest.raises(UserError, match=r"no such embedded file; use one of .*embedded:mnist\.parquet") as error:
         embedded_path(EMBEDDED + name)
     assert "\0" not in str(error.value)
     assert len(str(error.value)) < 1000
