@@ -92,9 +92,8 @@ def test_a_compiled_f_is_attacked_through_its_uncompiled_gradients(made, tmp_pat
 def test_networks_in_bf16_are_attacked(tmp_path):
     settings = ["precision=bf16", "m=2", "n0=50", "n=100", "block.selection=50", "block.estimation=100"]
     spec = load_named("mnist-diffsmooth-0.50", [f"smoothing.{one}" for one in settings])
-    attack, (one,) = attack_alone(
-        spec, make_run(spec, tmp_path / "run", samples=4), range(3, 4), eps=[4.0], steps=6, draws=16
-    )
+    store, search = make_run(spec, tmp_path / "run", samples=1), {"eps": [4.0], "refine": 0, "steps": 4, "draws": 8}
+    attack, (one,) = attack_alone(spec, store, range(3, 4), **search, n0=50, n=100)
     assert 0 < one.upper(attack.alpha) < 4.01
 
 
