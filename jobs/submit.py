@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import ray
 import requests
+import tomli_w
 from pydantic import BaseModel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -385,17 +386,8 @@ def _ship_spec(file: Path, name: str, folder: Path, here: bool) -> str:
         if isinstance(location, str) and is_relative(location):
             raw[section][key] = str(file.resolve().parent / location)
             _warn_if_not_sent(f"{section}.{key}", raw[section][key], here)
-    text = "\n".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in raw.items())
-    (folder / f"{name}.toml").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.toml").write_text(tomli_w.dumps(raw), encoding="utf-8")
     return f"{name}.toml"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _ship_own_functions(specs: Sequence[RunSpec], folder: Path) -> None:

@@ -2,13 +2,12 @@
 
 import io
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -130,15 +129,8 @@ def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
 
 
 def to_toml(spec: RunSpec) -> str:
-    """A spec as the text of a TOML file, each table inline."""
-
-    def value(one: Any) -> str:
-        if isinstance(one, dict):
-            return "{" + ", ".join(f"{key} = {value(inner)}" for key, inner in one.items()) + "}"
-        return json.dumps(one)
-
-    tables = spec.model_dump(exclude_none=True)
-    return "\n".join(f"{name} = {value(table)}" for name, table in tables.items())
+    """A spec as the text of a TOML file."""
+    return tomli_w.dumps(spec.model_dump(mode="json", exclude_none=True))
 
 
 def in_training_mode(spec: RunSpec, device: torch.device) -> Model:

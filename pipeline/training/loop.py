@@ -73,8 +73,7 @@ class Trainer:
         moved = [torch.zeros_like(one) for one in statistics]
         total = torch.zeros(1, device=self._device)
         for batch in batches:
-            for one, old in zip(statistics, before, strict=True):
-                one.copy_(old)
+            _set(statistics, before)
             with self._own_randomness(batch), self._autocast():
                 loss = self.task.loss(batch)
             share = len(batch.x_BCHW) / settings.batch
@@ -86,11 +85,9 @@ class Trainer:
         self._world.add_up([*gradients, *moved, total])
         norm = nn.utils.clip_grad_norm_(self._parameters, settings.clip)
         if not (math.isfinite(float(total)) and math.isfinite(float(norm))):
-            for one, old in zip(statistics, before, strict=True):
-                one.copy_(old)
+            _set(statistics, before)
             raise Diverged(self._diverged(float(total)))
-        for one, new in zip(statistics, moved, strict=True):
-            one.copy_(new)
+        _set(statistics, moved)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(settings, self.step)
         self._optimizer.step()
@@ -203,6 +200,11 @@ class Trainer:
         self._loss_sum, self._loss_count = history.loss_sum, history.loss_count
 
 
+def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for one, value in zip(tensors, values, strict=True):
+        one.copy_(value)
+
+
 class Report(NamedTuple):
     """What the loop says after a step."""
 
@@ -227,9 +229,11 @@ def run_training(
     split = open_images(spec)
     task = make_task(spec, device, split.train.shape, split.train.num_classes)
     trainer = Trainer(spec, task, device, world)
+    identity = None
     if world.rank == 0:
         store.prepare()
-        claim(store, identity_of(spec, split))
+        identity = identity_of(spec, split)
+        claim(store, identity)
     if newest := world.from_first(newest_step(store) if world.rank == 0 else 0):
         trainer.restore(checkpoint.read(store, newest))
     with torch_settings(spec.training.precision):
@@ -243,8 +247,8 @@ def run_training(
             if (signal := stopped_by()) is not None and trainer.step < spec.training.steps:
                 _save(store, trainer, world)
                 raise Stopped(signal)
-    if world.rank == 0:
-        write_outcome(store, spec, split, trainer.average, trainer.rows)
+    if identity is not None:
+        write_outcome(store, spec, split, identity, trainer.average, trainer.rows)
     return trainer.rows
 
 

@@ -5,8 +5,8 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import tomli_w
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor
@@ -39,7 +39,7 @@ def identity_of(spec: TrainingSpec, split: Split) -> Identity:
 
 
 def write_metrics(store: Store, rows: Sequence[Row]) -> None:
-    """Write metrics.csv anew."""
+    """Write metrics.csv, in place of an older one."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -73,7 +73,12 @@ def _picture(name: str, rows: Sequence[Row]) -> bytes:
 
 
 def write_outcome(
-    store: Store, spec: TrainingSpec, split: Split, average: Mapping[str, Tensor], rows: Sequence[Row]
+    store: Store,
+    spec: TrainingSpec,
+    split: Split,
+    identity: Identity,
+    average: Mapping[str, Tensor],
+    rows: Sequence[Row],
 ) -> None:
     """Write the averaged weights, a picture of the loss, the provenance, and certify.toml if there is a classifier."""
     write_metrics(store, rows)
@@ -84,7 +89,7 @@ def write_outcome(
     provenance = {
         "name": spec.name,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "identity": identity_of(spec, split).model_dump(mode="json"),
+        "identity": identity.model_dump(mode="json"),
         "metrics": rows[-1] if rows else {},
         "versions": package_versions(),
     }
@@ -110,26 +115,9 @@ def certify_toml(store: Store, spec: TrainingSpec, split: Split) -> str | None:
         "smoothing": spec.smoothing,
         "compute": spec.compute,
     }
-    parts = [
-        f"# Written by diffsmooth train. Certifies {spec.name} on its validation images.\n",
-        f"name = {json.dumps(spec.name)}",
-    ]
-    for name, table in tables.items():
-        lines = list(_toml(name, table.model_dump(mode="json", exclude_none=True, exclude_unset=name != "compute")))
-        parts.extend(lines if len(lines) > 1 else [])
-    return "\n".join(parts) + "\n"
-
-
-def _toml(name: str, table: Mapping[str, Any]) -> list[str]:
-    """Return a table of TOML, with its inner tables after its values."""
-    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    lines = [f"\n[{name}]"]
-    lines += [
-        f"{json.dumps(key) if '.' in key else key} = {json.dumps(value, ensure_ascii=False)}"
-        for key, value in table.items()
-        if key not in inner
-    ]
-    for key, value in inner.items():
-        if value:
-            lines += _toml(f"{name}.{key}", value)
-    return lines
+    given = {
+        name: table.model_dump(mode="json", exclude_none=True, exclude_unset=name != "compute")
+        for name, table in tables.items()
+    }
+    head = f"# Written by diffsmooth train. Certifies {spec.name} on its validation images.\n\n"
+    return head + tomli_w.dumps({"name": spec.name, **{name: table for name, table in given.items() if table}})

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -195,10 +197,11 @@ def _right(logits_BK: Tensor, label_B: Tensor) -> float:
 class DenoiserTask:
     """A diffusion model that predicts noise, or EDM's network."""
 
+    _abar: NDArray[np.float64]  # of a diffusion model: the share of the image at each timestep
+
     def __init__(self, spec: TrainingSpec, device: torch.device, shape: Shape, num_classes: int) -> None:
         self._device, self._losses = device, spec.denoiser_loss or DenoiserLoss()
         self._sigma = spec.smoothing.sigma  # at which the denoised image is measured
-        self._abar = alphas_cumprod("linear", 1000)
         if spec.denoiser.arch == "edm":
             self.network = _edm_network(spec, self._losses, device, shape)
         else:
