@@ -24,7 +24,7 @@ from pipeline.planning import Plan, read_plan, settle_plan
 from pipeline.records import MOST_BYTES, parse_record
 from pipeline.run import Run, read_run
 from pipeline.sampling import Sampler
-from pipeline.seal import Seal, add_seal, read_seals
+from pipeline.seal import Seal, add_seal, newest_seal
 from pipeline.storage.store import Store, open_store
 from pipeline.votes import (
     OnDamage,
@@ -304,9 +304,8 @@ class StoredRun:
             raise RunError(
                 f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
             )
-        seals = {} if rebuild else read_seals(self.store)
-        sealed = seals[max(seals, key=int)].entries if seals else {}
-        tables = write_tables(self.store, self.run, sealed)
+        seal = None if rebuild else newest_seal(self.store)
+        tables = write_tables(self.store, self.run, {} if seal is None else seal.entries)
         votes = tables.votes
         result = self.result(votes, name)
         self._write(result)

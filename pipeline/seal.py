@@ -97,8 +97,17 @@ def signature_key(name: str) -> str:
 
 def read_seals(store: Store) -> dict[str, Seal]:
     """The seals of a run by name, the earliest first. Raises: RunError for one that is damaged."""
-    names = [match[1] for key in store.keys("seals") if (match := _NAME.fullmatch(key))]
-    return {name: _read_seal(store, name) for name in sorted(names, key=int)}
+    return {name: _read_seal(store, name) for name in _names(store)}
+
+
+def newest_seal(store: Store) -> Seal | None:
+    """The last seal of a run, without reading the earlier ones. Raises: RunError if it is damaged."""
+    names = _names(store)
+    return _read_seal(store, names[-1]) if names else None
+
+
+def _names(store: Store) -> list[str]:
+    return sorted((match[1] for key in store.keys("seals") if (match := _NAME.fullmatch(key))), key=int)
 
 
 def _read_seal(store: Store, name: str) -> Seal:

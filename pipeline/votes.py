@@ -346,13 +346,18 @@ def read_derived(store: Store, key: str, columns: Sequence[str], most_rows: int)
     """
     data = store.read(key)
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        check_declared(file.metadata, most_rows)
-        return file.read(columns=list(columns)).to_pandas()[list(columns)]
+        return _open_derived(data, most_rows).read(columns=list(columns)).to_pandas()[list(columns)]
     except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
         raise RunError(
             f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it"
         ) from error
+
+
+def _open_derived(data: bytes, most_rows: int) -> pq.ParquetFile:
+    """A derived table, unread. Raises: ValueError if it declares more than `most_rows` rows; what pyarrow raises."""
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    check_declared(file.metadata, most_rows)
+    return file
 
 
 def check_declared(metadata: pq.FileMetaData, most_rows: int) -> None:
@@ -392,16 +397,16 @@ def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.Mappi
     stored = read_blocks(store, run, committed.difference(known), images=images)
     tables = kept
     if stored:
-        facts = [(*one.block, one.label, one.metadata.device, one.metadata.sample_sha256, one.sha256) for one in stored]
-        new = Tables(to_table(stored), pd.DataFrame(facts, columns=_BLOCKS_SCHEMA.names))
+        rows = [(*one.block, one.label, one.metadata.device, one.metadata.sample_sha256, one.sha256) for one in stored]
+        new = Tables(to_table(stored), pd.DataFrame(rows, columns=_BLOCKS_SCHEMA.names))
         votes, blocks = (pd.concat([a, b], ignore_index=True) if len(a) else b for a, b in zip(kept, new, strict=True))
         tables = Tables(
             votes.sort_values([*BLOCK_COLUMNS, "class"], ignore_index=True),
             blocks.sort_values(BLOCK_COLUMNS, ignore_index=True),
         )
-    facts_of_table = TableFacts(votes_id=run.votes_id, devices=dict(Counter(tables.blocks["device"])))
-    store.replace(TABLE_KEY, _encoded(tables.votes, SCHEMA, facts_of_table))
-    store.replace(BLOCKS_KEY, _encoded(tables.blocks, _BLOCKS_SCHEMA, facts_of_table))
+    facts = TableFacts(votes_id=run.votes_id, devices=dict(Counter(tables.blocks["device"])))
+    store.replace(TABLE_KEY, _encoded(tables.votes, SCHEMA, facts))
+    store.replace(BLOCKS_KEY, _encoded(tables.blocks, _BLOCKS_SCHEMA, facts))
     return tables
 
 
@@ -412,9 +417,8 @@ def _sealed_rows(store: Store, run: Run, committed: set[Block], sealed: Mapping[
     if votes.empty:
         return nothing
     try:
-        file = pq.ParquetFile(pa.BufferReader(store.read(BLOCKS_KEY)), page_checksum_verification=True)
-        check_declared(file.metadata, len(committed))
-        blocks = file.read().select(_BLOCKS_SCHEMA.names).cast(_BLOCKS_SCHEMA).to_pandas()
+        table = _open_derived(store.read(BLOCKS_KEY), len(committed)).read()
+        blocks = table.select(_BLOCKS_SCHEMA.names).cast(_BLOCKS_SCHEMA).to_pandas()
     except Exception:  # it is derived: the blocks are read instead
         return nothing
     known = _blocks_of(blocks)
@@ -451,9 +455,7 @@ def _read_table(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataF
     """votes.parquet and its devices if they agree with the run and its blocks, else an empty table."""
     nothing: tuple[pd.DataFrame, dict[str, int]] = to_table([]), {}
     try:
-        file = pq.ParquetFile(pa.BufferReader(store.read(TABLE_KEY)), page_checksum_verification=True)
-        check_declared(file.metadata, len(committed) * run.num_classes)
-        stored = file.read()
+        stored = _open_derived(store.read(TABLE_KEY), len(committed) * run.num_classes).read()
         facts = parse_record(TableFacts, stored.schema.metadata[_METADATA_KEY])
         votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
         drawn = votes.groupby(BLOCK_COLUMNS)["votes"].sum()
