@@ -1,4 +1,4 @@
-"""Allocation: what SLURM and `ray symmetric-run` tell a driver about where it runs, and the option --part."""
+"""Allocation: what the machine, SLURM and `ray symmetric-run` say about where a driver runs, and the option --part."""
 
 import os
 import re
@@ -29,6 +29,11 @@ def part_of(option: str | None, environment: Mapping[str, str]) -> Part:
     if 0 <= first <= task <= last and count > 0:
         return Part((task - first) / (last - first + 1), count)
     return Part(secrets.SystemRandom().random())
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def address_of_symmetric_run() -> str | None:

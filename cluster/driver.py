@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
-from cluster.allocation import address_of_symmetric_run
+from cluster.allocation import address_of_symmetric_run, cores
 from cluster.attacker import load_worker
 from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from cluster.scheduler import Scheduler, SetAside
@@ -87,7 +87,7 @@ class _Actor:
 class Update(NamedTuple):
     """What the driver reports while it casts."""
 
-    draws: int  # of the committed blocks, whoever cast them
+    draws: int  # of the committed blocks, also of those that other drivers cast
     in_flight: int  # those of `draws` whose task has not finished yet
     draws_wanted: int  # of all blocks handed out so far
     cast: int  # draws cast and stored by this call
@@ -500,7 +500,7 @@ class _Metrics:
 def _connect(address: str, actors: int | None, verbose: bool) -> None:
     """Attach to a cluster, or start a local one."""
     local: dict[str, Any] = (
-        {"num_cpus": max(actors or 0, _cores()), "include_dashboard": False} if address == "local" else {}
+        {"num_cpus": max(actors or 0, cores()), "include_dashboard": False} if address == "local" else {}
     )
     if not verbose:
         redirect_worker_output(lambda line: logger.warning("Ray: %s", line))
@@ -559,10 +559,6 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -1,6 +1,5 @@
 """Probe: how fast this machine's CPU computes f, from a few batches of random images."""
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.allocation import cores
 from pipeline.data import Facts
 from pipeline.locations import EMBEDDED
 from pipeline.models.own import is_own
@@ -59,7 +59,7 @@ def probe_cpu(spec: RunSpec, facts: Facts) -> CpuRate:
     finally:
         torch.set_num_threads(threads)
     return CpuRate(
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         draws_per_second_and_core=rate,
         batch_size=batch_size,
         random_weights=random_weights,

@@ -1,9 +1,7 @@
 """The command train: trains a network, in this process or on Ray, and says where the results are."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -11,9 +9,9 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from cluster.driver import Cluster
 from cluster.trainer import Workers, train_on_ray
 from jobs.console import note
-from jobs.specs import SPECS
+from jobs.specs import SPECS, find_spec
 from jobs.watch import stop_on_signals
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import Stopped
 from pipeline.models.device import available_device
 from pipeline.storage.store import open_store
 from pipeline.training.checkpoint import Row
@@ -21,24 +19,10 @@ from pipeline.training.loop import Report, check_training, run_training
 from pipeline.training.settings import TrainingSpec, load_training
 from pipeline.training.world import World
 
-logger = logging.getLogger(__name__)
-
-TRAININGS = SPECS / "training"
-
-
-def find_training(name: str) -> Path:
-    """Return the path of a training: a file, or the name of one that ships with the package."""
-    shipped, path = TRAININGS / f"{name}.toml", Path(name)
-    if path.is_file() or not shipped.is_file():
-        if not path.exists():
-            names = ", ".join(sorted(path.stem for path in TRAININGS.glob("*.toml")))
-            raise UserError(f"{name}: no such training; give the path of a TOML file or a shipped name: {names}")
-        return path
-    return shipped
-
 
 def load_named_training(name: str, overrides: tuple[str, ...]) -> TrainingSpec:
-    return load_training(find_training(name), overrides)
+    """The training in a file, or the one of this name that ships with the package. Raises: UserError."""
+    return load_training(find_spec(name, SPECS / "training", "training"), overrides)
 
 
 def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> Row:

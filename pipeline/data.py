@@ -129,14 +129,12 @@ def _cifar10(data: Data) -> Dataset:
             "data.resize and data.crop are for images of different sizes, but cifar10's are all 32 x 32; remove them"
         )
     if data.path is None and not (cache_folder() / "cifar10").is_dir():
-        data = data.model_copy(update={"path": _CIFAR10_ON_HUB})
         try:
-            return _cifar10_on_hub(data)
+            return _cifar10_on_hub(_CIFAR10_ON_HUB, data.split)
         except (UserError, RunError) as error:
             logger.warning("cannot read cifar10 from the Hugging Face Hub: %s; downloading its archive", error)
-            data = data.model_copy(update={"path": None})
     if data.path is not None and on_hub(data.path):
-        return _cifar10_on_hub(data)
+        return _cifar10_on_hub(data.path, data.split)
     from torchvision.datasets import CIFAR10
 
     given = Path(data.path) if data.path is not None and not is_remote(data.path) else None
@@ -152,16 +150,15 @@ def _cifar10(data: Data) -> Dataset:
     return RawImages(images.data, images.targets, 10)
 
 
-def _cifar10_on_hub(data: Data) -> Dataset:
+def _cifar10_on_hub(path: str, split: str) -> Dataset:
     """Open CIFAR-10 as Parquet. Its samples have the same sha256 as those of the archive: it covers the pixels.
 
     Raises: UserError for other classes, another number of images, and images that are not 32 x 32 in colour.
     """
-    assert data.path is not None
-    rows = ParquetRows(_parquet_files(data.path, data.split))
+    rows = ParquetRows(_parquet_files(path, split))
     if rows.class_names != _CIFAR10_CLASSES:
         raise UserError(
-            f"{data.path}: its classes are {rows.class_names}, not those of CIFAR-10 in their order, so labels could "
+            f"{path}: its classes are {rows.class_names}, not those of CIFAR-10 in their order, so labels could "
             "be wrong; use another source of cifar10"
         )
     images = EncodedImages(rows, 10, always_rgb=True)
@@ -169,7 +166,7 @@ def _cifar10_on_hub(data: Data) -> Dataset:
     for index in range(len(rows)):
         image_CHW, label, _ = images[index]
         if image_CHW.shape != (3, 32, 32):
-            raise UserError(f"{data.path}: image {index} is not 32 x 32 pixels; use another source of cifar10")
+            raise UserError(f"{path}: image {index} is not 32 x 32 pixels; use another source of cifar10")
         pixels_NHWC[index] = np.rint(image_CHW * 255).transpose(1, 2, 0)
         labels.append(label)
     return RawImages(pixels_NHWC, labels, 10)

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
-from tests.s3_servers import KEY, SECRET, credentials, free_ports, serve, wait_for
+from tests.s3_servers import CREDENTIALS, credentials, free_ports, serve, wait_for
 
 _ACCOUNT, _ACCOUNT_KEY = "testaccount", base64.b64encode(b"a key for tests").decode()
 
@@ -45,8 +45,7 @@ class StoreServer:
         if self.scheme == "az":
             keys = {"AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": _ACCOUNT_KEY}
             return {"AZURE_STORAGE_ENDPOINT": place, **keys}
-        keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-        return {"AWS_ENDPOINT_URL": place, **keys}
+        return {"AWS_ENDPOINT_URL": place, **CREDENTIALS}
 
     def use(self, environment: pytest.MonkeyPatch, url: str = "") -> None:
         if self.scheme == "s3":

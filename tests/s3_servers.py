@@ -25,12 +25,13 @@ import boto3
 import pytest
 
 KEY, SECRET = "testing-key", "testing-secret"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def credentials(environment: pytest.MonkeyPatch) -> None:
     """Give boto3 the servers' credentials. A test that changes them resets boto3.DEFAULT_SESSION, which keeps them."""
-    for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("DEFAULT_REGION", "us-east-1")):
-        environment.setenv(f"AWS_{name}", value)
+    for name, value in CREDENTIALS.items():
+        environment.setenv(name, value)
     environment.setattr(boto3, "DEFAULT_SESSION", _session())
 
 

@@ -11,13 +11,16 @@ from pipeline.spec import RunSpec, load_spec
 SPECS = Path(__file__).parent
 
 
-def find_spec(name: str) -> Path:
-    """The path of a spec: a file, or the name of one that ships with the package."""
-    shipped, path = SPECS / f"{name}.toml", Path(name)
+def find_spec(name: str, folder: Path = SPECS, kind: str = "spec") -> Path:
+    """The path of a spec: a file, or the name of one that ships with the package in `folder`.
+
+    Raises: UserError, which says that there is no such `kind`.
+    """
+    shipped, path = folder / f"{name}.toml", Path(name)
     if path.is_file() or not shipped.is_file():
         if not path.exists():
-            names = ", ".join(sorted(path.stem for path in SPECS.glob("*.toml")))
-            raise UserError(f"{name}: no such spec; give the path of a TOML file or a shipped name: {names}")
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+            raise UserError(f"{name}: no such {kind}; give the path of a TOML file or a shipped name: {names}")
         return path
     return shipped
 
