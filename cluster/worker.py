@@ -64,7 +64,7 @@ class Progress(NamedTuple):
     """How far an attempt at a task is."""
 
     attempt: str
-    draws: int = 0  # of the task's blocks that are committed, whoever cast them
+    draws: int = 0  # of the task's blocks that are committed, by any attempt
     stored: int = 0  # draws that this attempt computed and stored
 
 

@@ -65,6 +65,6 @@ def _tell(event: str, *facts: Any) -> None:
 
 def _report(name: str, what: str, error: Exception) -> None:
     logger.warning(
-        "the hook %r of %s %s (%s: %s); mend or uninstall its package", name, GROUP, what, type(error).__name__,
+        "the hook %r of %s %s (%s: %s); correct or uninstall its package", name, GROUP, what, type(error).__name__,
         first_line(error),
     )  # fmt: skip

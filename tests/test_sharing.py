@@ -35,7 +35,7 @@ ORDERS = {
 
 
 def votes_of(block: Block) -> Votes:
-    """The same votes whoever casts them; samples differ in how often f returns class 0."""
+    """Votes that do not depend on the driver; samples differ in how often f returns class 0."""
     for_top = block.draws * (60 + 7 * block.sample % 40) // 100
     return Votes(block, 0, {0: for_top, 1: block.draws - for_top})
 
@@ -140,7 +140,7 @@ def test_drivers_compute_few_blocks_twice(mode, drivers, known, kill):
     shares = []
     for seed in range(3):
         shared = simulate(ORDERS[mode], drivers, known=known, kill=kill, seed=seed)
-        assert shared.stored == alone.stored  # whoever casts them, the same blocks become needed
+        assert shared.stored == alone.stored  # the same blocks become needed, whichever driver casts them
         shares.append(shared.twice / len(alone.stored))
     assert statistics.mean(shares) <= 0.1
 
@@ -223,6 +223,6 @@ def test_two_workers_share_a_run_in_real_storage(raw_spec, tmp_path):
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(drive, [Part(0.0, 2), Part(0.5, 2)]))
     for brought, _ in done:
-        assert sorted(brought) == blocks  # each driver gets the votes of every block once, whoever cast it
+        assert sorted(brought) == blocks  # each driver gets the votes of every block once, its own or not
     assert sum(twice for _, twice in done) <= 0.15 * len(blocks)  # two blocks each where they meet, of 24
     assert list_blocks(store, run.block) == set(blocks)

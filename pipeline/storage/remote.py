@@ -475,8 +475,8 @@ def check_version(expected: str, found: str | None) -> None:
 def list_pages(uri: str, client: Client, prefix: str) -> "Iterator[Sequence[ObjectMeta]]":
     """The objects below a prefix, some at a time. Raises: UserError, RunError.
 
-    A store that repeats a page would otherwise be listed for ever. A server that answers everything with a web page
-    has no objects; it is recognised because a name that nobody has used exists there.
+    Without these checks, a store that repeats a page would be listed for ever, and a server that answers every request
+    with a web page would look like an empty store. Such a server claims to have an object with a random name.
     """
     found: set[str] = set()
 
