@@ -74,7 +74,7 @@ ARROWS = {
         "training.losses training.randomness training.settings"
     ),
     "pipeline.training.outcome": (
-        "models.classifiers models.denoisers models.device models.own spec storage.store training.batches "
+        "models.classifiers models.denoisers models.device models.own storage.store training.batches "
         "training.checkpoint training.settings"
     ),
     "pipeline.training.loop": (

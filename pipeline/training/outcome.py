@@ -15,7 +15,6 @@ from pipeline.models.classifiers import resolve_classifier
 from pipeline.models.denoisers import resolve_denoiser
 from pipeline.models.device import package_versions
 from pipeline.models.own import is_own
-from pipeline.spec import Classifier
 from pipeline.storage.store import FolderStore, Store
 from pipeline.training.batches import Split
 from pipeline.training.checkpoint import Identity, Row
@@ -104,10 +103,11 @@ def certify_toml(store: Store, spec: TrainingSpec, split: Split) -> str | None:
     denoiser, classifier = spec.denoiser, spec.classifier
     if classifier is None:
         return None
+    trained = {"checkpoint": here, "sha256": None}
     if spec.task == "denoiser":
-        denoiser = denoiser.model_copy(update={"checkpoint": here, "sha256": None})
+        denoiser = denoiser.model_copy(update=trained)
     else:
-        classifier = Classifier.model_validate({**classifier.model_dump(), "checkpoint": here, "sha256": None})
+        classifier = classifier.model_copy(update=trained)
     tables = {
         "data": split.held_out,
         "denoiser": denoiser,
