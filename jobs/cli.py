@@ -13,6 +13,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def main() -> None:
     """Certify image classifiers against l2 attacks with DiffSmooth and its relatives, on Ray.
 
     \b
-    diffsmooth certify mnist             run the demo: no GPU, no download
-    diffsmooth report runs/mnist         write everything about a run into one HTML file
+    diffsmooth certify fashion           run the demo: no GPU, no download
+    diffsmooth report runs/fashion       write everything about a run into one HTML file
     """
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
@@ -653,6 +654,8 @@ def plan(
 )
 @click.option("--simulate", is_flag=True, help="Simulate ImageNet on 8 to 1,024 spot GPUs, without Ray.")
 @click.option("--sampling", is_flag=True, help="Simulate how many draws the sampling modes save.")
+@click.option("--suite", type=click.Choice(["gpu", "cpu"]), help="Measure several networks, in under 9 minutes.")
+@click.option("--output", metavar="FILE", help="With --suite: also write all figures as JSON.")
 @click.option("--storage", metavar="URI", help="Write blocks below URI, and time listing, resuming and reading.")
 @click.option(
     "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
@@ -665,11 +668,18 @@ def bench(spec: str | None, as_json: bool, **options: Any) -> None:
 
     \b
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
+    diffsmooth bench --suite gpu --output gpu.json
     diffsmooth bench --storage s3://BUCKET/bench --blocks 100000
     """
-    others = [f"--{name}" for name in ("simulate", "sampling", "storage") if options[name]]
+    others = [f"--{name}" for name in ("simulate", "sampling", "suite", "storage") if options[name]]
     if len(chosen := [*([] if spec is None else [spec]), *others]) > 1:
         raise UserError(f"{' and '.join(chosen)} are separate benchmarks; choose one")
+    suite, output = options.pop("suite"), options.pop("output")
+    if output is not None and suite is None:
+        raise UserError(f"--output {output} belongs to --suite; add --suite gpu, or use --json")
+    if suite is not None:
+        _bench_suite(suite, output, as_json, options["overrides"])
+        return
     if spec is not None:
         _bench_spec(spec, as_json, **options)
         return
@@ -694,6 +704,31 @@ def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ..
         click.echo(json.dumps(figures.to_json(), indent=2))
     else:
         print_speed(figures, Console())
+
+
+def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+    from rich.console import Console
+
+    from jobs.bench.suite import SUITES, print_suite, run_suite
+    from jobs.console import note
+    from jobs.places import writing
+
+    with ExitStack() as stack:
+        path = None if output is None else Path(stack.enter_context(writing("--output", output)))
+        if path is not None:
+            path.touch()  # a path that cannot be written is refused now
+        specs = SUITES[name].settings(overrides)
+        figures = run_suite(
+            specs,
+            on_row=lambda row: note(f"{row.name}, {row.precision}{', compiled' if row.compiled else ''}: measured"),
+        )
+        text = json.dumps(figures.to_json(), indent=2)
+        if path is not None:
+            path.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        print_suite(figures, Console())
 
 
 def _bench_part(*, simulate: bool, sampling: bool, storage: str | None, **options: Any) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.bench.literal import Literal
 from jobs.bench.modes import describe_modes, simulate_modes
 from jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
+from jobs.bench.suite import SUITES, print_suite, run_suite
 from jobs.cli import SPECS, main
 from pipeline.data import open_dataset
 from pipeline.smoothing import build_base_classifier
@@ -140,3 +141,57 @@ def test_modes_save_draws_within_their_allowed_loss():
         assert costs[population, "grid"].acr_lost is None
         assert costs[population, "grid"].worst_points_lost < 2
     assert len(describe_modes(list(costs.values())).splitlines()) == 1 + len(costs)
+
+
+SMALL = [
+    "compute.device=cpu", "compute.compile=false", "denoiser.arch=unet",
+    "denoiser.unet={model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_factors=[2], num_heads=1, "
+    "num_groups=4, schedule='cosine', steps=100}",
+    "classifier.arch=cifar_resnet20", "classifier.normalize=none",
+]  # fmt: skip
+
+
+def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (8,)})
+    specs = SUITES["gpu"].settings(SMALL)
+    assert [spec.smoothing.precision for spec in specs][:6] == ["bf16"] * 6
+    chosen = [spec for spec in specs if "cifar10" in spec.name and spec.smoothing.precision in ("fp32", "bf16")][1:3]
+    rows = []
+    suite = run_suite(chosen, effort=QUICK, on_row=rows.append)
+    assert rows == suite.rows
+    for row in suite.rows:
+        assert row.reason is None, row
+        assert row.figures.draws_per_second["pipeline"] > 0
+        assert ("literal" in row.figures.draws_per_second) == (row.precision == "fp32")
+    console = Console(file=io.StringIO())
+    print_suite(suite, console)
+    assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 2
+    json.dumps(suite.to_json(), allow_nan=False)
+
+
+def test_a_suite_says_why_a_row_has_no_figures(monkeypatch):
+    specs = SUITES["cpu"].settings(["compute.compile=false"])[:2]
+
+    def fail(*_, **__):
+        raise RuntimeError("the compiler failed\nat some place")
+
+    monkeypatch.setattr("jobs.bench.suite.bench_speed", fail)
+    assert [row.reason for row in run_suite(specs).rows] == ["RuntimeError: the compiler failed"] * 2
+    suite = run_suite(specs, seconds=-1)
+    assert [row.reason for row in suite.rows] == ["not started within -1 s"] * 2
+    console = Console(file=io.StringIO())
+    print_suite(suite, console)
+    assert "fashion-diffsmooth-0.50, fp32, eager: not started" in console.file.getvalue()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_mistakes_with_suites_are_refused(tmp_path):
+    for arguments, message in (
+        (["--suite", "gpu"], "sees no GPU"),
+        (["--suite", "cpu", "--output", str(tmp_path / "none" / "x.json")], "cannot write it"),
+        (["--output", "x.json", "--simulate"], "add --suite"),
+        (["mnist", "--suite", "cpu"], "choose one"),
+    ):
+        answer = CliRunner().invoke(main, ["bench", *arguments])
+        assert answer.exit_code == 2, answer.output
+        assert message in answer.output

@@ -37,7 +37,7 @@ from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from jobs.probe import with_weights_at_hand
 from pipeline.block import Block
 from pipeline.data import known_facts, open_dataset, sample_indices
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.images import UNLABELLED, Sample
 from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
 from pipeline.models.device import device_of
@@ -116,6 +116,7 @@ class SpeedFigures:
     peak_gflop_per_second: float
     share_of_peak: float | None
     peak_memory_bytes: dict[str, int]
+    watts: float | None  # of the GPU while the pipeline runs; None if NVML does not tell it
     agreement: dict[str, Agreement]  # by what the pipeline is compared with: "literal" or a precision
     sweep: list[Rate]
 
@@ -271,11 +272,13 @@ def bench_speed(
     precisions: Sequence[str] = (),
     threads: int = 1,
     effort: Effort = _EFFORT,
+    with_literal: bool = True,
 ) -> SpeedFigures:
     """Measure a spec. Weights and images that are not on this machine are random; nothing is downloaded.
 
     By default the batch sizes depend on the device. `precisions` are measured in addition to the spec's own; `threads`
-    are those of a CPU. Raises: UserError for a spec that cannot be certified and for a missing device.
+    are those of a CPU. Without `with_literal`, the published algorithm is left out. Raises: UserError for a spec that
+    cannot be certified and for a missing device.
     """
     check_base_classifier(spec)
     device = device_of(spec)
@@ -286,11 +289,11 @@ def bench_speed(
     spec, random_weights = with_weights_at_hand(spec)
     samples, num_classes, random_images = _samples(spec)
     ours = _Pipeline(spec, device, samples, num_classes)
-    literal = _literal(ours, num_classes)
+    literal = _literal(ours, num_classes) if with_literal else None
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
     for side in sides:
         side.tune(meter)
-    rounds, memory = _alternate(sides, meter)
+    rounds, memory, watts = _alternate(sides, meter)
     best = {side.name: side.best_size for side in sides}
     shares = ours.shares(best["pipeline"], sides[1].batches(effort.seconds), clock)
     sweep = [rate for side in sides for rate in side.sweep()]
@@ -325,6 +328,7 @@ def bench_speed(
         peak_gflop_per_second=peak / 1e9,
         share_of_peak=None if achieved is None else achieved / peak,
         peak_memory_bytes=memory,
+        watts=watts,
         agreement=agreements,
         sweep=sweep,
     )
@@ -347,10 +351,12 @@ def _ratio(rounds: Sequence[Mapping[str, float]], other: str) -> float:
     return statistics.median(one["pipeline"] / one[other] for one in rounds)
 
 
-def _alternate(sides: Sequence[_Side], meter: _Meter) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """Return the rates of the sides in each round, measured in alternating order, and the peak memory of each side."""
+def _alternate(sides: Sequence[_Side], meter: _Meter) -> tuple[list[dict[str, float]], dict[str, int], float | None]:
+    """Return the rates of the sides in each round, measured in alternating order, the peak memory of each side, and the
+    power that the pipeline took in the last round."""
     rounds: list[dict[str, float]] = []
     memory: dict[str, int] = {}
+    watts = None
     for index in range(meter.effort.rounds):
         rates = {}
         for side in sides if index % 2 == 0 else reversed(sides):
@@ -358,8 +364,21 @@ def _alternate(sides: Sequence[_Side], meter: _Meter) -> tuple[list[dict[str, fl
                 torch.cuda.reset_peak_memory_stats()
             rates[side.name] = side.rate(side.best_size, side.batches(meter.effort.seconds), meter.clock)
             memory[side.name] = _peak_memory()
+            if side.name == "pipeline":
+                watts = _watts()
         rounds.append(rates)
-    return rounds, memory
+    return rounds, memory, watts
+
+
+def _watts() -> float | None:
+    """Return the GPU's mean power over the last second, as NVML tells it."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.power_draw() / 1000
+    except Exception as error:  # the package of NVML is missing, or the GPU does not tell
+        logger.info("the power is unknown (%s)", first_line(error))
+        return None
 
 
 def _peak_memory() -> int:

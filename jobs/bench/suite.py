@@ -1,0 +1,170 @@
+"""`diffsmooth bench --suite`: the published networks on a GPU, or the embedded ones on a CPU, in all precisions.
+
+Each row is a spec in one precision, compiled (on a GPU with CUDA graphs) or not. The rows that matter most come first;
+those that do not start before the time is over have no figures. Neither has a row that fails, for example because its
+network does not fit the memory: it says why.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.bench.speed import Effort, SpeedFigures, bench_speed
+from jobs.specs import load_named
+from pipeline.errors import UserError, first_line
+from pipeline.models.device import device_facts, device_of
+from pipeline.spec import RunSpec
+
+SUITE_SECONDS = 500.0
+
+_EFFORT = Effort(rounds=3, seconds=1.0, agreement_draws=1000)
+_BATCH_SIZES = {"cpu": (16, 64, 256), "cuda": (64, 256, 1024)}
+_RESNET50 = ("name=imagenet-diffsmooth-0.50-resnet50", "classifier.arch=resnet50", "classifier.normalize=imagenet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, the most important first."""
+
+    device: str
+    specs: tuple[tuple[str, tuple[str, ...]], ...]  # name and overrides
+    precisions: tuple[str, ...]
+
+    def settings(self, overrides: Sequence[str] = ()) -> list[RunSpec]:
+        """The spec of each row. Raises: UserError."""
+        return [
+            load_named(
+                name,
+                [f"compute.device={self.device}", f"smoothing.precision={precision}",
+                 f"compute.compile={str(compiled).lower()}", *own, *overrides],
+            )
+            for precision in self.precisions
+            for compiled in (True, False)
+            for name, own in self.specs
+        ]  # fmt: skip
+
+
+SUITES = {
+    "gpu": Suite(
+        device="cuda",
+        specs=(
+            ("cifar10-diffsmooth-0.50", ()),
+            ("imagenet-diffsmooth-0.50", ()),
+            ("imagenet-diffsmooth-0.50", _RESNET50),
+        ),
+        precisions=("bf16", "fp32", "tf32", "fp16"),
+    ),
+    "cpu": Suite(
+        device="cpu",
+        specs=(("fashion-diffsmooth-0.50", ()), ("fashion-dds-0.50", ()), ("fashion-cohen-0.50", ())),
+        precisions=("fp32", "bf16"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of one spec, or the reason why there are none."""
+
+    name: str
+    precision: str
+    compiled: bool
+    figures: SpeedFigures | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFigures:
+    """What a suite measured, and where."""
+
+    device: str
+    versions: dict[str, str]
+    seconds: float
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run_suite(
+    specs: Sequence[RunSpec],
+    *,
+    seconds: float = SUITE_SECONDS,
+    effort: Effort = _EFFORT,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> SuiteFigures:
+    """Measure specs one after another; none is started after `seconds`. Raises: UserError for a missing device."""
+    started, device = time.monotonic(), device_of(specs[0])
+    rows = []
+    for spec in specs:
+        row = Row(name=spec.name, precision=spec.smoothing.precision, compiled=spec.compute.compile)
+        if time.monotonic() - started > seconds:
+            row = dataclasses.replace(row, reason=f"not started within {seconds:g} s")
+        else:
+            row = _measure(row, spec, device, effort)
+        rows.append(row)
+        on_row(row)
+    facts = device_facts(device)
+    return SuiteFigures(
+        device=facts.device, versions=facts.versions, seconds=round(time.monotonic() - started, 1), rows=rows
+    )
+
+
+def _measure(row: Row, spec: RunSpec, device: torch.device, effort: Effort) -> Row:
+    """Fill in a row. The published algorithm, which has one precision, is measured once for each network."""
+    plain = row.precision == "fp32" and not row.compiled
+    try:
+        figures = bench_speed(spec, batch_sizes=_BATCH_SIZES[device.type], effort=effort, with_literal=plain)
+        return dataclasses.replace(row, figures=figures)
+    except UserError as error:
+        return dataclasses.replace(row, reason=str(error))
+    except Exception as error:  # whatever a compiler or a driver raises: the other rows are still of use
+        return dataclasses.replace(row, reason=f"{type(error).__name__}: {first_line(error)}")
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def print_suite(suite: SuiteFigures, console: Console) -> None:
+    """Print the figures as a table, and below it the reasons of rows without figures."""
+    console.width = max(console.width, 170)
+    versions = ", ".join(f"{name} {version}" for name, version in suite.versions.items())
+    table = Table(box=box.SIMPLE_HEAD, title=f"{suite.device}; {versions}; {suite.seconds:g} s", title_justify="left")
+    for heading in ("spec", "precision", "compiled", "batch", "draws/s", "over bare", "over published", "TFLOP/s",
+                    "of peak", "memory, GB", "J/draw", "warm-up, s"):  # fmt: skip
+        left = heading in ("spec", "precision", "compiled")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in suite.rows:
+        if row.figures is not None:
+            table.add_row(escape(row.name), row.precision, "yes" if row.compiled else "no", *_cells(row.figures))
+    console.print(table)
+    for row in suite.rows:
+        if row.reason is not None:
+            how = "compiled" if row.compiled else "eager"
+            console.print(f"{row.name}, {row.precision}, {how}: {row.reason}", markup=False, highlight=False)
+
+
+def _cells(one: SpeedFigures) -> list[str]:
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rate = one.draws_per_second["pipeline"]
+    return [
+        str(one.batch_size["pipeline"]),
+        f"{rate:,.4g}",
+        f"{one.pipeline_over_bare:.3f}",
+        shown(one.pipeline_over_literal, ".2f"),
+        shown(None if one.gflop_per_second is None else one.gflop_per_second / 1000, ".3g"),
+        shown(one.share_of_peak, ".0%"),
+        f"{one.peak_memory_bytes['pipeline'] / 1e9:.2f}",
+        shown(None if one.watts is None else one.watts / rate, ".3g"),
+        f"{one.warm_up_seconds['pipeline']:.1f}",
+    ]
