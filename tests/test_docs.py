@@ -127,9 +127,9 @@ def test_the_layout_in_contributing_is_complete():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, ray_session) -> Path:
-    """A folder that holds the run of `make demo`, reduced to three samples."""
+    """A folder that holds a run of MNIST with three samples."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("mnist", "mnist-cohen-0.50", "mnist-dds-0.50", "mnist-diffsmooth-0.50"):
+    for name in ("fashion", "mnist", "mnist-cohen-0.50", "mnist-dds-0.50", "mnist-diffsmooth-0.50"):
         shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', (SPECS / f"{name}.toml").read_text(), flags=re.M)
         # a file has priority over the shipped spec of the same name
         (folder / name).write_text(shorter.replace('device = "auto"', 'device = "cpu"'))
@@ -187,7 +187,7 @@ def runnable(page: Path) -> Iterator[CodeBlock]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(runnable(page))], ids=lambda page: page.stem)
 def test_every_block_of_a_page_runs(page, demo, tmp_path, monkeypatch):
-    """The blocks run in the order of the page, in a folder that holds the run of `make demo`."""
+    """The blocks run in the order of the page, in a folder that holds a run of MNIST."""
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
