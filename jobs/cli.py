@@ -568,6 +568,32 @@ def report(
 
 
 @main.command()
+@click.argument("run")
+@click.argument("place", metavar="hf://datasets/ORG/NAME")
+@click.option(
+    "--commit", "--no-pr", "directly", is_flag=True, help="Commit to the repository instead of opening a pull request."
+)
+@click.option(
+    "--model", metavar="hf://ORG/NAME", help="Also open a pull request that adds the results to this model's page."
+)
+@click.option("--no-attacks", is_flag=True, help="Leave out attacks, which contain perturbed images of the data set.")
+@click.option("--dry-run", metavar="FOLDER", help="Write what would be published to a new folder; upload nothing.")
+@_JSON
+def publish(run: str, place: str, no_attacks: bool, as_json: bool, **options: Any) -> None:
+    """Publish a complete RUN, so that anyone can audit it: votes, certificates, seals, a report and a card.
+
+    \b
+    diffsmooth publish runs/mnist hf://datasets/ORG/NAME
+    diffsmooth publish runs/mnist hf://datasets/ORG/NAME --dry-run published
+    diffsmooth audit hf://datasets/ORG/NAME
+    """
+    from jobs import publish as command
+
+    done = command.publish(run, place, attacks=not no_attacks, **options)
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else printable(str(done)), nl=as_json)
+
+
+@main.command()
 @_SPECS
 @click.option(
     "--gpu",

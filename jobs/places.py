@@ -68,7 +68,7 @@ def writing(option: str, path: str) -> Iterator[str]:
 def parse_source(text: str) -> Source:
     """Parse [NAME=]PLACE[@SIGMA]; a file or folder that has the whole text as its name is taken as such."""
     label, equals, place = text.partition("=")
-    if _exists(text) or not equals or "/" in label:
+    if os.path.exists(text) or not equals or "/" in label:
         label, place = "", text
     elif not label:
         raise UserError(f"{text}: there is no name before the '='; write NAME={place}")

@@ -2,24 +2,18 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from jobs.console import report_incomplete
 from jobs.gallery import attack_exhibits, gallery
 from jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
-from pipeline.orders import stored_hash
-from pipeline.report import Exhibit, RunReport, render_report
+from pipeline.report import Exhibit, RunReport, facts_of, render_report
 from pipeline.results import StoredResult, comparison_notes, read_result
-from pipeline.run import SECRET_SEED, run_sha256
 from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, votes_id
-from pipeline.votes import StoredBlock
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +51,7 @@ def report(
             certificates=one.result.certificates,
             order=one.result.order,
             noise_grid=one.result.run.spec.smoothing.noise_grid,
-            facts=_facts(one),
+            facts=facts_of(one),
             spec=json.dumps(one.result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
             exhibits=[*exhibits, *attack_exhibits(one.attacks, one.gap, each)],
             gap=one.gap,
@@ -108,61 +102,3 @@ def _made(spec: RunSpec, one: StoredResult) -> bool:
 
 def _gallery(spec: RunSpec, one: StoredResult, each: int) -> list[Exhibit]:
     return gallery(one.result.run.seeded(spec), any_device(spec), one.result.certificates, one.votes, each)
-
-
-def _facts(one: StoredResult) -> dict[str, str]:
-    """What a reader needs to check the claim, or to repeat it."""
-    result, summary, blocks = one.result, one.result.summary(), one.blocks
-    run, order, smoothing = result.run, result.order, result.run.spec.smoothing
-    used, all_of_n = summary.draws_used, summary.draws_at_n
-    return {
-        "run": result.run_uri,
-        "order": f"{result.name}: {order.certificate}, {order.mode}, n0 = {order.n0:,}, n = {order.n:,}, "
-        f"alpha = {order.total_alpha:g}",
-        "votes_id": run.votes_id,
-        "sha256 of run.json": run_sha256(one.stored.store),
-        "commitment (sha256 of the first order)": stored_hash(one.stored.store, next(iter(one.stored.orders))),
-        "sigma, m, local_sigma": f"{smoothing.sigma:g}, {smoothing.m}, {smoothing.local_sigma:g}",
-        "seed of the noise, of the local copies": f"{smoothing.seed}, {smoothing.local_seed}",
-        "assumption about the seed": "drawn at random for this run"
-        if int(run.seed) >= SECRET_SEED
-        else "fixed: f and the images must have been chosen without looking at runs with this seed",
-        "precision": smoothing.precision,
-        "weights": ", ".join(f"{name} {sha256}" for name, sha256 in run.spec.weights.items()) or "none",
-        "samples": f"{len(result.certificates):,} in the order, {result.curve.incomplete:,} of them incomplete",
-        "draws behind these certificates": f"{used:,}; n0 + n draws of each sample would be {all_of_n:,}"
-        + (f", {1 - used / all_of_n:.0%} saved" if used < all_of_n else ""),
-        "blocks stored": f"{len(blocks):,}",
-        "device hours": _hours(blocks),
-        "versions": _versions(blocks),
-        **_attack_facts(one),
-    }
-
-
-def _attack_facts(one: StoredResult) -> dict[str, str]:
-    """The settings of each attack, and what it took."""
-    if one.attacks is None:
-        return {}
-    return {
-        f"attack {attack_id}": f"{len(one.attacks.samples[attack_id]):,} samples, eps "
-        f"{', '.join(f'{eps:g}' for eps in attack.eps)}, {attack.steps} steps of {attack.draws} draws, n0 = "
-        f"{attack.n0:,}, n = {attack.n:,}, alpha = {attack.alpha:g}, seed {attack.seed}, "
-        f"{np.mean([sample.metadata.seconds for sample in one.attacks.samples[attack_id]]):.3g} s per sample"
-        for attack_id, attack in one.attacks.settings.items()
-    }
-
-
-def _hours(blocks: Sequence[StoredBlock]) -> str:
-    seconds: Counter[str] = Counter()
-    for one in blocks:
-        seconds[one.metadata.device] += one.metadata.seconds  # type: ignore[assignment]  # a Counter of floats
-    return ", ".join(f"{device}: {total / 3600:.3g}" for device, total in sorted(seconds.items()))
-
-
-def _versions(blocks: Sequence[StoredBlock]) -> str:
-    """Each package with every version that cast a block."""
-    found: dict[str, set[str]] = {}
-    for one in blocks:
-        for package, version in one.metadata.versions.items():
-            found.setdefault(package, set()).add(version)
-    return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in sorted(found.items()))

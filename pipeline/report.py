@@ -1,12 +1,13 @@
 """Curves, certificates, facts and pictures of runs -> one self-contained HTML file.
 
-It reads no run and casts no votes: jobs/report.py collects what is shown here.
+It opens no run and casts no votes: the commands `report` and `publish` collect what is shown here.
 """
 
 import base64
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,11 @@ from plotly.offline import get_plotlyjs
 
 from pipeline.curve import BAND, COLOURS, GROWN, RHO, Curve, grid, shown_acr
 from pipeline.gap import Gap
-from pipeline.orders import Order
+from pipeline.orders import Order, stored_hash
+from pipeline.results import StoredResult
+from pipeline.run import SECRET_SEED, run_sha256
 from pipeline.tables import render
+from pipeline.votes import StoredBlock
 
 _BINS = 30  # of the histogram
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
@@ -112,6 +116,64 @@ def _content_security_policy(scripts: Sequence[str]) -> str:
 def _scripts(part: str) -> list[str]:
     """The contents of the script elements of an embedded figure."""
     return re.findall(r"<script[^>]*>(.*?)</script>", part, re.DOTALL)
+
+
+def facts_of(one: StoredResult, place: str | None = None) -> dict[str, str]:
+    """What a reader needs to check the claim, or to repeat it; `place` is where the reader finds the run."""
+    result, summary, blocks = one.result, one.result.summary(), one.blocks
+    run, order, smoothing = result.run, result.order, result.run.spec.smoothing
+    used, all_of_n = summary.draws_used, summary.draws_at_n
+    return {
+        "run": place or result.run_uri,
+        "order": f"{result.name}: {order.certificate}, {order.mode}, n0 = {order.n0:,}, n = {order.n:,}, "
+        f"alpha = {order.total_alpha:g}",
+        "votes_id": run.votes_id,
+        "sha256 of run.json": run_sha256(one.stored.store),
+        "commitment (sha256 of the first order)": stored_hash(one.stored.store, next(iter(one.stored.orders))),
+        "sigma, m, local_sigma": f"{smoothing.sigma:g}, {smoothing.m}, {smoothing.local_sigma:g}",
+        "seed of the noise, of the local copies": f"{smoothing.seed}, {smoothing.local_seed}",
+        "assumption about the seed": "drawn at random for this run"
+        if int(run.seed) >= SECRET_SEED
+        else "fixed: f and the images must have been chosen without looking at runs with this seed",
+        "precision": smoothing.precision,
+        "weights": ", ".join(f"{name} {sha256}" for name, sha256 in run.spec.weights.items()) or "none",
+        "samples": f"{len(result.certificates):,} in the order, {result.curve.incomplete:,} of them incomplete",
+        "draws behind these certificates": f"{used:,}; n0 + n draws of each sample would be {all_of_n:,}"
+        + (f", {1 - used / all_of_n:.0%} saved" if used < all_of_n else ""),
+        "blocks stored": f"{len(blocks):,}",
+        "device hours": _hours(blocks),
+        "versions": _versions(blocks),
+        **_attack_facts(one),
+    }
+
+
+def _attack_facts(one: StoredResult) -> dict[str, str]:
+    """The settings of each attack, and what it took."""
+    if one.attacks is None:
+        return {}
+    return {
+        f"attack {attack_id}": f"{len(one.attacks.samples[attack_id]):,} samples, eps "
+        f"{', '.join(f'{eps:g}' for eps in attack.eps)}, {attack.steps} steps of {attack.draws} draws, n0 = "
+        f"{attack.n0:,}, n = {attack.n:,}, alpha = {attack.alpha:g}, seed {attack.seed}, "
+        f"{np.mean([sample.metadata.seconds for sample in one.attacks.samples[attack_id]]):.3g} s per sample"
+        for attack_id, attack in one.attacks.settings.items()
+    }
+
+
+def _hours(blocks: Sequence[StoredBlock]) -> str:
+    seconds: Counter[str] = Counter()
+    for one in blocks:
+        seconds[one.metadata.device] += one.metadata.seconds  # type: ignore[assignment]  # a Counter of floats
+    return ", ".join(f"{device}: {total / 3600:.3g}" for device, total in sorted(seconds.items()))
+
+
+def _versions(blocks: Sequence[StoredBlock]) -> str:
+    """Each package with every version that cast a block."""
+    found: dict[str, set[str]] = {}
+    for one in blocks:
+        for package, version in one.metadata.versions.items():
+            found.setdefault(package, set()).add(version)
+    return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in sorted(found.items()))
 
 
 def guarantee(run: RunReport) -> list[str]:

@@ -97,16 +97,17 @@ def signature_key(name: str) -> str:
 
 def read_seals(store: Store) -> dict[str, Seal]:
     """The seals of a run by name, the earliest first. Raises: RunError for one that is damaged."""
-    return {name: _read_seal(store, name) for name in _names(store)}
+    return {name: _read_seal(store, name) for name in seal_names(store)}
 
 
 def newest_seal(store: Store) -> Seal | None:
     """The last seal of a run, without reading the earlier ones. Raises: RunError if it is damaged."""
-    names = _names(store)
+    names = seal_names(store)
     return _read_seal(store, names[-1]) if names else None
 
 
-def _names(store: Store) -> list[str]:
+def seal_names(store: Store) -> list[str]:
+    """The names of the seals of a run, the earliest first."""
     return sorted((match[1] for key in store.keys("seals") if (match := _NAME.fullmatch(key))), key=int)
 
 

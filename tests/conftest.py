@@ -150,6 +150,10 @@ def home(made: tuple[RunSpec, Store], tmp_path: Path) -> str:
 
 @pytest.fixture
 def raw_spec(images: Path) -> dict[str, Any]:
+    return raw_half_space_spec(images)
+
+
+def raw_half_space_spec(images: Path) -> dict[str, Any]:
     """A spec of the half-space classifier on those images: sigma 0.25, blocks of 50 and 100."""
     return {
         "name": "half-space",
@@ -158,3 +162,7 @@ def raw_spec(images: Path) -> dict[str, Any]:
         "smoothing": {"sigma": 0.25, "n0": 50, "n": 200, "block": {"selection": 50, "estimation": 100}},
         "compute": {"device": "cpu"},
     }
+
+
+def half_space_spec(images: Path) -> RunSpec:
+    return load_spec(raw_half_space_spec(images))

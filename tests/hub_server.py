@@ -1,5 +1,9 @@
-"""A double of the Hugging Face Hub on 127.0.0.1: repositories with revisions, gated ones, listings, byte ranges."""
+"""A double of the Hugging Face Hub on 127.0.0.1.
 
+Repositories with revisions, gated ones, listings, byte ranges, commits and pull requests.
+"""
+
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -25,6 +29,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)  # each next download breaks after this many bytes
+    received: list[bytes] = field(default_factory=list)  # bodies of requests that write
 
     def commit(self, repository: str, revision: str) -> str:
         return hashlib.sha1(repr(sorted(self.repositories[repository][revision].items())).encode()).hexdigest()
@@ -32,6 +37,8 @@ class Hub:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path).strip("/")
         self.requests.append(f"{request.command} {path}")
+        if request.command == "POST":
+            return self.write(request, path)
         is_listing, separator = path.startswith("api/"), "/tree/" if path.startswith("api/") else "/resolve/"
         repository, _, rest = path.removeprefix("api/").removeprefix("models/").partition(separator)
         revisions = self.repositories.get(repository)
@@ -40,7 +47,9 @@ class Hub:
         if repository in self.gated and request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(request, 401, "GatedRepo")
         named = {self.commit(repository, name): name for name in revisions}
-        revision, _, file = rest.partition("/")
+        pull_requests = [name for name in revisions if rest.startswith(f"{name}/")]
+        revision = pull_requests[0] if pull_requests else rest.partition("/")[0]
+        file = rest.removeprefix(revision).removeprefix("/")
         revision = named.get(revision, revision)
         if revision not in revisions:
             return self.refuse(request, 404, "RevisionNotFound")
@@ -60,6 +69,35 @@ class Hub:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         return self.send(request, 206 if start else 200, headers, content[start:])
 
+    def write(self, request: BaseHTTPRequestHandler, path: str) -> None:
+        """Answer the requests of a commit; it needs the token."""
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.received.append(body)
+        if path == "api/validate-yaml":
+            return self.send(request, 200, {}, b'{"errors": [], "warnings": []}')
+        repository, _, action = path.removeprefix("api/").removeprefix("models/").rpartition("/main")[0].rpartition("/")
+        if repository not in self.repositories:
+            return self.refuse(request, 404, "RepoNotFound")
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.refuse(request, 403, "Forbidden")
+        if action == "preupload":
+            names = [one["path"] for one in json.loads(body)["files"]]
+            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self.send(request, 200, {}, json.dumps({"files": files}).encode())
+        revisions = self.repositories[repository]
+        lines = [json.loads(line) for line in body.splitlines()]
+        added = {
+            one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in lines if one["key"] == "file"
+        }
+        answer, revision = {"success": True}, "main"
+        if "create_pr=1" in request.path:
+            revision = f"refs/pr/{len(revisions)}"
+            answer["pullRequestUrl"] = f"{self.url}/{repository}/discussions/{len(revisions)}"
+        revisions[revision] = {**revisions["main"], **added}
+        commit = self.commit(repository, revision)
+        answer |= {"commitOid": commit, "commitUrl": f"{self.url}/{repository}/commit/{commit}"}
+        return self.send(request, 200, {}, json.dumps(answer).encode())
+
     def refuse(
         self, request: BaseHTTPRequestHandler, status: int, code: str, headers: dict[str, str] | None = None
     ) -> None:
@@ -70,7 +108,7 @@ class Hub:
         for name, value in {"Content-Length": str(len(body)), "Connection": "close", **headers}.items():
             request.send_header(name, value)
         request.end_headers()
-        if request.command == "GET":
+        if request.command != "HEAD":
             request.wfile.write(body[: self.cuts.pop(0)] if self.cuts else body)
 
 
@@ -83,7 +121,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def handle_any(self) -> None:
             one.answer(self)
 
-        do_GET = do_HEAD = handle_any
+        do_GET = do_HEAD = do_POST = handle_any
 
         def log_message(self, *_: object) -> None:
             pass

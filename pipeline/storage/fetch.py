@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import in_store, is_remote, shown, split_object
 from pipeline.storage.hub import hub_file, in_hub_cache, on_hub
-from pipeline.storage.local import Absent, is_regular, open_regular, read_regular
+from pipeline.storage.local import Absent, check_size, is_regular, open_regular, read_regular
 from pipeline.storage.remote import (
     CALL_SECONDS,
     CONNECT_SECONDS,
@@ -133,6 +133,29 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
                 _download(uri, path, sha256)
                 return path
     return _checked(path, uri, sha256, f"delete {path} to download it again")
+
+
+def read_web(uri: str, limit: int) -> bytes:
+    """The bytes of a small file at an http(s):// URI, at most `limit`, always from the server.
+
+    Raises: Absent, UserError, RunError.
+    """
+    for attempt in range(_TRIES):
+        try:
+            with closing(paced(_from_http(uri, 0, None), CALL_SECONDS, READ_SECONDS)) as items:
+                answer, content = next(items), bytearray()
+                assert isinstance(answer, _Answer)
+                for chunk in items:
+                    assert isinstance(chunk, bytes)
+                    content += chunk
+                    check_size(uri, len(content), limit)
+            if answer.total in (None, len(content)):
+                return bytes(content)
+            reason = Broken(f"the server sent {len(content)} of {answer.total} bytes")
+        except Broken as error:
+            reason = error
+        time.sleep(_FIRST_PAUSE * 2**attempt)
+    raise RunError(f"{shown(uri)}: cannot be read: {reason}; check the network and run the same command again")
 
 
 def remedy(uri: str) -> str:

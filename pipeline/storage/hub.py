@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -59,9 +59,21 @@ def hub_file(uri: str) -> Path:
             except Absent:
                 continue
         raise Absent(f"{shown(uri)}: contains neither {' nor '.join(_WEIGHTS)}; write hf://ORG/REPO/FILE")
-    path = _call(uri, lambda: download(filename=place.file, endpoint=_endpoint(), **place.repo))
-    logger.info("%s is commit %s", shown(uri), Path(path).parts[-1 - len(Path(place.file).parts)])
-    return Path(path)
+    path = Path(_call(uri, lambda: download(filename=place.file, endpoint=_endpoint(), **place.repo)))
+    logger.info("%s is in commit %s", shown(uri), _commit(place, path))
+    return path
+
+
+def pinned(uri: str, path: Path) -> str:
+    """The hf:// URI of a FILE in the commit that `path`, which `hub_file` returned for it, belongs to."""
+    place = _place(uri)
+    kind = "datasets/" if place.repo["repo_type"] == "dataset" else ""
+    return f"hf://{kind}{place.repo['repo_id']}@{_commit(place, path)}/{place.file}"
+
+
+def _commit(place: _Place, path: Path) -> str:
+    """The commit in whose folder of the cache a file is."""
+    return path.parts[-1 - len(Path(place.file).parts)]
 
 
 def hub_files(uri: str) -> list[str]:
@@ -78,6 +90,47 @@ def hub_files(uri: str) -> list[str]:
     start = f"{place.file}/" if place.file else ""
     base = uri.rstrip("/").removesuffix(f"/{place.file}") if place.file else uri.rstrip("/")
     return sorted(f"{base}/{name}" for name in found if name.startswith(start))
+
+
+def check_repository(uri: str, *, of_data: bool) -> None:
+    """Raise UserError unless an hf:// URI names a repository of the given kind, and perhaps a folder in it."""
+    if (_place(uri).repo["repo_type"] == "dataset") != of_data:
+        kind, written = ("data set", "hf://datasets/ORG/NAME") if of_data else ("model", "hf://ORG/NAME")
+        raise UserError(f"{shown(uri)}: not the repository of a {kind}; write {written}")
+
+
+def page_of(uri: str) -> str:
+    """The web page of a repository."""
+    place = _place(uri)
+    kind = "datasets/" if place.repo["repo_type"] == "dataset" else ""
+    return f"https://huggingface.co/{kind}{place.repo['repo_id']}"
+
+
+def commit_files(uri: str, files: Mapping[str, Path], message: str, *, as_pull_request: bool) -> str:
+    """Add files to a repository, below the folder that `uri` names; returns the page of the pull request or commit.
+
+    `files` are their names in the repository. Raises: UserError for a repository that does not exist or may not be
+    written, RunError for a Hub that cannot be reached.
+    """
+    place, library = _place(uri), _library(uri)
+    start = f"{place.file}/" if place.file else ""
+    added = [library.CommitOperationAdd(f"{start}{name}", str(path)) for name, path in files.items()]
+    repo_id, repo_type, revision = (place.repo[key] for key in ("repo_id", "repo_type", "revision"))
+
+    def commit() -> str:
+        try:
+            done = library.HfApi(endpoint=_endpoint()).create_commit(
+                repo_id, added, commit_message=message, repo_type=repo_type, revision=revision,
+                create_pr=as_pull_request,
+            )  # fmt: skip
+        except library.errors.RepositoryNotFoundError as error:
+            raise Refused(
+                f"{shown(uri)}: there is no {repo_type} {repo_id}, or the token does not see it; create it (hf repos "
+                f"create {repo_id} --type {repo_type}), and set HF_TOKEN to a token that may write"
+            ) from error
+        return str(done.pr_url or done.commit_url)
+
+    return _call(uri, commit, "written")
 
 
 def in_hub_cache(uri: str) -> bool:
@@ -113,13 +166,13 @@ def _library(uri: str) -> Any:
         ) from None
 
 
-def _call(uri: str, call: Callable[[], T]) -> T:
-    with _hub_errors(uri):
+def _call(uri: str, call: Callable[[], T], done: str = "downloaded") -> T:
+    with _hub_errors(uri, done):
         return call()
 
 
 @contextmanager
-def _hub_errors(uri: str) -> Iterator[None]:
+def _hub_errors(uri: str, done: str) -> Iterator[None]:
     """Translate the errors of huggingface_hub. Raises: Absent, Refused, UserError, RunError."""
     place, errors = shown(uri), importlib.import_module("huggingface_hub.errors")
     name, token = _place(uri).name, "set HF_TOKEN, or run: hf auth login"
@@ -149,6 +202,6 @@ def _hub_errors(uri: str) -> Iterator[None]:
             raise Refused(f"{place}: access denied ({status}); {token}") from error
         reason = f"the Hub answered {status}" if status else f"{type(error).__name__}: {first_line(error)}"
         raise RunError(
-            f"{place}: cannot be downloaded ({reason}); check the network, HF_ENDPOINT and the disk, and run the same "
+            f"{place}: cannot be {done} ({reason}); check the network, HF_ENDPOINT and the disk, and run the same "
             "command again"
         ) from error

@@ -1,10 +1,14 @@
-"""Files of this node: only regular files are read, and the operating system's errors are translated in one place."""
+"""Files of this node: only regular files are read, and the operating system's errors are translated in one place.
+
+Also what all kinds of storage say of an object that exists, and of one that does not.
+"""
 
 import errno
 import io
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import shown
@@ -12,6 +16,14 @@ from pipeline.locations import shown
 
 class Absent(FileNotFoundError, UserError):
     """There is no such file or object."""
+
+
+class Entry(NamedTuple):
+    """An object of a listing."""
+
+    key: str  # path below the run, with slashes
+    size: int  # bytes
+    modified: float  # seconds since the epoch
 
 
 # What the user can do about an error that a path of another kind would not have

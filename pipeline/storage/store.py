@@ -9,22 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import obstore
 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.locations import in_store, is_remote, shown, split_object
-from pipeline.storage.local import Absent, check_size, is_regular, read_regular, translated
+from pipeline.storage.hub import on_hub
+from pipeline.storage.local import Absent, Entry, check_size, is_regular, read_regular, translated
+from pipeline.storage.published import INDEX, PublishedStore
 from pipeline.storage.remote import Broken, Changed, Conflict, call_store, connect, in_parallel, list_pages
 
 T = TypeVar("T")
-
-
-class Entry(NamedTuple):
-    key: str  # path below the run, with slashes
-    size: int  # bytes
-    modified: float  # seconds since the epoch
 
 
 class FolderStore:
@@ -307,20 +303,29 @@ class MemoryStore:
         return {key for key in keys if key in self._objects}
 
 
-Store = FolderStore | BucketStore | MemoryStore
+Store = FolderStore | BucketStore | MemoryStore | PublishedStore
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
-    """The storage at `uri`; nothing is written yet. Raises: UserError for an unknown kind of storage."""
+    """The storage at `uri`; nothing is written yet. Raises: UserError for an unknown kind of storage.
+
+    hf:// and https:// locations, and folders with an index, are published runs, which are read-only.
+    """
     text = os.fspath(uri)
     if in_store(text):
         return BucketStore(text)
+    if on_hub(text) or text.startswith(("https://", "http://")):
+        return PublishedStore(text)
     if is_remote(text):
         raise UserError(
             f"{shown(text)}: not a kind of storage that can hold a run; give a folder, s3://BUCKET/PREFIX, "
-            "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+            "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, or the hf:// or https:// location of a published run"
         )
-    return FolderStore(text)
+    store = FolderStore(text)
+    with suppress(UserError, RunError):  # a path that cannot be read is refused when it is used
+        if store.exists(INDEX):
+            return PublishedStore(text)
+    return store
 
 
 def _sync_folder(folder: Path) -> None:
