@@ -17,7 +17,7 @@ import torch
 
 from pipeline.attacks import Attack
 from pipeline.block import Block
-from pipeline.data import Dataset, open_dataset, sample_indices
+from pipeline.data import Dataset, hub_location, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.images import UNLABELLED, Sample
 from pipeline.models.device import device_facts, device_of
@@ -25,6 +25,7 @@ from pipeline.noise import Noise, check_known_answers
 from pipeline.run import read_run
 from pipeline.smoothing import BaseClassifier, CastBlock, CastOptions, build_base_classifier, cast_votes, weights_ids
 from pipeline.spec import RunSpec, votes_id
+from pipeline.storage.hub import cached_commits, on_hub
 from pipeline.storage.store import Store, open_store
 from pipeline.votes import BlockMetadata, Votes, block_key, encode_block, read_blocks
 
@@ -91,6 +92,7 @@ class Worker:
         if compiled or (setup.batch_size is None and self._device.type != "cpu"):
             self._warm_up()
         self._facts = device_facts(self._device)
+        self._commits = cached_commits(hub_locations(setup.spec))
         self.progress = Progress("")  # of the latest attempt; another thread may read it at any time
 
     @classmethod
@@ -192,6 +194,7 @@ class Worker:
             precision=setup.spec.smoothing.precision,
             compiled=setup.spec.compute.compile,
             batch_size=self.batch_size,
+            commits=self._commits,
             sample_sha256=sample.sha256,
             attempt=attempt,
             seconds=seconds,
@@ -247,6 +250,12 @@ class Worker:
             predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
             right += sum(k == sample.label for k, sample in zip(predicted_B, batch, strict=True))
         return CleanAccuracy(right, len(samples), self._f.num_classes)
+
+
+def hub_locations(spec: RunSpec) -> list[str]:
+    """The locations of weights and data that are on the Hugging Face Hub."""
+    weights = (spec.denoiser.checkpoint, spec.classifier.checkpoint)
+    return [one for one in (*weights, hub_location(spec.data)) if one is not None and on_hub(one)]
 
 
 def to_compute(blocks: Sequence[Block], found: Set[Block], share: bool) -> list[Block]:

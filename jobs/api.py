@@ -301,7 +301,7 @@ class OpenRun:
 
 
 def open_run(uri: str) -> OpenRun:
-    """Open a folder or s3://BUCKET/PREFIX that certify wrote. Raises: UserError if there is no run."""
+    """Open a folder or s3://BUCKET/PREFIX that certify wrote, or a published run. Raises: UserError."""
     return OpenRun(uri)
 
 

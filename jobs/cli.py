@@ -497,8 +497,8 @@ def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) ->
 def curve(sources: tuple[str, ...], **layout: Any) -> None:
     """Compare runs and published logs in one table and one picture.
 
-    A folder or s3://BUCKET/PREFIX is a run; a file is a log in Cohen's layout. NAME=PATH names a curve, LOG@SIGMA gives
-    the sigma of a log.
+    A folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME is a run, a file is a log in Cohen's layout. NAME=PATH names
+    a curve, LOG@SIGMA gives the sigma of a log.
 
     \b
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png

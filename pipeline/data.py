@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.images import UNLABELLED, EncodedImages, Sample
 from pipeline.locations import in_store, is_remote, require_set
-from pipeline.sources import IMAGE_ENDINGS, ImageFiles, ParquetRows
+from pipeline.sources import IMAGE_ENDINGS, ImageFiles, ParquetRows, Reordered
 from pipeline.spec import Data
 from pipeline.storage.fetch import cache_folder, fetch, node_lock
 from pipeline.storage.hub import hub_files, on_hub
@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 # sha256 of the 1000 sorted class names of ILSVRC-2012, joined by newlines; the sorted order is that of the classes
 _IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 _IMAGENET_FOLDERS = {"test": "val", "val": "val", "train": "train"}
+_IMAGENET_ON_HUB = "hf://datasets/ILSVRC/imagenet-1k"
+_IMAGENET_HUB_SPLITS = {"test": "validation", "val": "validation", "train": "train"}
+# classes with the same name in WordNet: what they may be called instead of as in torchvision
+_AMBIGUOUS_CLASSES = {134: {"crane"}, 517: {"crane2", "crane machine"}, 639: {"maillot"}}
 _FASHION_FILES = {"train": ("train", 60_000), "test": ("t10k", 10_000)}  # of a split: prefix and number of images
 _CIFAR10_SIZES = {"test": 10_000, "train": 50_000}
 _CIFAR10_ON_HUB = "hf://datasets/uoft-cs/cifar10/plain_text"
@@ -222,6 +226,16 @@ def _imagenet(data: Data) -> Dataset:
             f"data.split = {data.split!r}: imagenet has the splits test (its validation images, also called val) and "
             "train; choose one of them"
         )
+    if data.path is None:
+        try:
+            return _imagenet_on_hub(_IMAGENET_ON_HUB, data)
+        except (UserError, RunError) as error:
+            raise UserError(
+                f"data.path is missing, and imagenet cannot be read from the Hugging Face Hub: {error}; or set "
+                "data.path to the folder of its class folders"
+            ) from error
+    if on_hub(data.path):
+        return _imagenet_on_hub(data.path, data)
     root = _folder(data)
     if (root / _IMAGENET_FOLDERS[data.split]).is_dir():
         root /= _IMAGENET_FOLDERS[data.split]
@@ -247,6 +261,45 @@ def _imagenet(data: Data) -> Dataset:
         raise UserError(f"{root}: the class folders contain no images ({', '.join(IMAGE_ENDINGS)}); add them")
     logger.info("imagenet: classes 0 %s to 999 %s, %s images in %s", classes[0], classes[-1], f"{len(files):,}", root)
     return EncodedImages(files, 1000, resize=data.resize, crop=data.crop, always_rgb=True)
+
+
+def _imagenet_on_hub(path: str, data: Data) -> Dataset:
+    """Open ILSVRC-2012 as Parquet, in the order of the class folders, so that both sources give the same samples.
+
+    Raises: UserError for other classes, and for images without file names, whose order would be another one.
+    """
+    rows = ParquetRows(_parquet_files(path, _IMAGENET_HUB_SPLITS[data.split]))
+    if (wrong := _wrong_imagenet_class(rows.class_names or [])) is not None:
+        raise UserError(
+            f"{path}: {wrong}, so labels could be wrong; use another copy of ImageNet, or data.name = 'parquet'"
+        )
+    order = rows.order_of_folders()
+    if order is None:
+        raise UserError(
+            f"{path}: the images have no file names or no labels, so their order could differ from that of the class "
+            "folders; use another copy of ImageNet, or data.name = 'parquet'"
+        )
+    logger.info("imagenet: %s images of 1000 classes in %s, in the order of class folders", f"{len(order):,}", path)
+    return EncodedImages(Reordered(rows, order), 1000, resize=data.resize, crop=data.crop, always_rgb=True)
+
+
+def _wrong_imagenet_class(names: Sequence[str]) -> str | None:
+    """What is wrong with the names of the classes and their order; None if nothing is.
+
+    The names are the 1000 WordNet ids, or lists of synonyms, of which torchvision uses the first.
+    """
+    if len(names) != 1000:
+        return f"it has {len(names)} named classes instead of 1000"
+    if hashlib.sha256("\n".join(names).encode()).hexdigest() == _IMAGENET_CLASSES:
+        return None
+    from torchvision.models import ResNet50_Weights
+
+    known = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    for index, (name, expected) in enumerate(zip(names, known, strict=True)):
+        first = name.partition(",")[0].strip()
+        if first not in {expected, *_AMBIGUOUS_CLASSES.get(index, ())}:
+            return f"its class {index} is {first[:60]!r}, but that of ILSVRC-2012 is {expected!r}"
+    return None
 
 
 def _imagefolder(data: Data) -> Dataset:
@@ -470,6 +523,15 @@ def open_dataset(data: Data) -> Dataset:
         raise UserError(
             f"data.path = {shown!r}: {error.strerror or error}; correct the path or its permissions"
         ) from error
+
+
+def hub_location(data: Data) -> str | None:
+    """The hf:// location that a data set is read from, if it is."""
+    if data.path is not None:
+        return data.path if on_hub(data.path) else None
+    if data.name == "cifar10" and (cache_folder() / "cifar10").is_dir():
+        return None
+    return {"cifar10": _CIFAR10_ON_HUB, "imagenet": _IMAGENET_ON_HUB}.get(data.name)
 
 
 def dataset_id(data: Dataset) -> str:

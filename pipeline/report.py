@@ -137,6 +137,7 @@ def facts_of(one: StoredResult, place: str | None = None) -> dict[str, str]:
         else "fixed: f and the images must have been chosen without looking at runs with this seed",
         "precision": smoothing.precision,
         "weights": ", ".join(f"{name} {sha256}" for name, sha256 in run.spec.weights.items()) or "none",
+        **_commits(blocks),
         "samples": f"{len(result.certificates):,} in the order, {result.curve.incomplete:,} of them incomplete",
         "draws behind these certificates": f"{used:,}; n0 + n draws of each sample would be {all_of_n:,}"
         + (f", {1 - used / all_of_n:.0%} saved" if used < all_of_n else ""),
@@ -158,6 +159,12 @@ def _attack_facts(one: StoredResult) -> dict[str, str]:
         f"{np.mean([sample.metadata.seconds for sample in one.attacks.samples[attack_id]]):.3g} s per sample"
         for attack_id, attack in one.attacks.settings.items()
     }
+
+
+def _commits(blocks: Sequence[StoredBlock]) -> dict[str, str]:
+    """The commits of the Hugging Face Hub that weights and data were read from."""
+    found = sorted({pair for one in blocks for pair in one.metadata.commits.items()})
+    return {"commits on the Hub": ", ".join(f"{place} {commit}" for place, commit in found)} if found else {}
 
 
 def _hours(blocks: Sequence[StoredBlock]) -> str:

@@ -6,6 +6,7 @@ A source returns the stored bytes and the label of a sample by its index.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ _MOST_CLASSES = 1_000_000  # a larger label is a mistake, and would allocate mem
 _MOST_SAMPLES = 2**31 - 1  # votes store the index as int32
 _MOST_DECODED = 2_000_000_000  # bytes of a row group; a small file can decode to far more than its size
 _DECODED_ROWS = 16  # rows that are decoded at a time
+_CLASS_IN_NAME = re.compile(r"_n\d{8}(?=\.\w+$)")
 
 
 class Source(Protocol):
@@ -178,6 +180,25 @@ class ParquetRows:
     def place(self, index: int) -> str:
         return self._names[self._groups[self._group(index)][0]]
 
+    def order_of_folders(self) -> list[int] | None:
+        """The rows by class, then by the file names of the images, as in class folders; None without labels or names.
+
+        The copy on the Hub appends the class to a name (ILSVRC2012_val_00000293_n01440764.JPEG).
+        """
+        schema = self._files[0].schema_arrow
+        cell = schema.field(self._image).type
+        if not (self._has_labels and pa.types.is_struct(cell) and cell.get_field_index("path") >= 0):
+            return None
+        columns = [f"{self._image}.path", "label"]
+        tables = [self._read(number, lambda file: file.read(columns=columns)) for number in range(len(self._files))]
+        table = pa.concat_tables(tables)
+        labels, cells = table.column("label").to_pylist(), table.column(self._image).to_pylist()
+        names = [None if cell is None or cell["path"] is None else str(cell["path"]) for cell in cells]
+        if len(table) != len(self) or None in labels or None in names:
+            return None
+        files = [_CLASS_IN_NAME.sub("", str(name).rpartition("/")[2]) for name in names]
+        return sorted(range(len(table)), key=lambda row: (labels[row], files[row]))
+
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes in Hugging Face's metadata, if any."""
@@ -212,6 +233,22 @@ class ParquetRows:
     def _read(self, number: int, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         with _parquet_errors(self._names[number]):
             return read(self._files[number])
+
+
+class Reordered:
+    """A source with its samples in another order."""
+
+    def __init__(self, source: Source, order: Sequence[int]) -> None:
+        self._source, self._order = source, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        return self._source[self._order[index]]
+
+    def place(self, index: int) -> str:
+        return self._source.place(self._order[index])
 
 
 def _open_parquet(name: str) -> pq.ParquetFile:

@@ -89,6 +89,7 @@ class BlockMetadata(BaseModel):
     tf32: bool = False
     cudnn_benchmark: bool = False
     compiled: bool = False
+    commits: dict[str, str] = {}  # hf:// location of weights or data -> the commit that was read
 
 
 class StoredBlock(NamedTuple):

@@ -85,7 +85,7 @@ ARROWS = {
     ),
     "cluster.scheduler": "",
     "cluster.allocation": "cluster.scheduler",
-    "cluster.worker": "attacks data images models.device noise run smoothing spec storage.store votes",
+    "cluster.worker": "attacks data images models.device noise run smoothing spec storage.hub storage.store votes",
     "cluster.attacker": "cluster.worker attacks foreign images run search smoothing votes",
     "cluster.ray_private": "",
     "cluster.driver": (

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import time
+from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
@@ -17,10 +18,13 @@ from pipeline import data as data_module
 from pipeline.data import RawImages, dataset_id, open_dataset
 from pipeline.errors import RunError, UserError
 from pipeline.models.files import first_file, weights_id
-from pipeline.spec import Data
+from pipeline.report import facts_of
+from pipeline.results import read_result
+from pipeline.spec import Data, load_spec
 from pipeline.storage.fetch import at_hand, fetch
-from pipeline.storage.hub import hub_files
+from pipeline.storage.hub import cached_commits, hub_files
 from tests.hub_server import TOKEN
+from tests.models import make_run
 
 OLD, NEW = b"the first weights", b"the second weights"
 
@@ -111,11 +115,11 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_the_environment(model, monk
         fetch("hf://org/net/a/net.pt")
 
 
-def parquet(pixels_NHWC, labels, names, column="img"):
+def parquet(pixels_NHWC, labels, names, column="img", files=None):
     images = []
-    for pixels_HWC in pixels_NHWC:
+    for index, pixels_HWC in enumerate(pixels_NHWC):
         Image.fromarray(pixels_HWC).save(file := io.BytesIO(), "PNG")
-        images.append({"bytes": file.getvalue(), "path": None})
+        images.append({"bytes": file.getvalue(), "path": files and files[index]})
     label = {"names": names, "_type": "ClassLabel"}
     described = {"info": {"features": {column: {"_type": "Image"}, "label": label}}}
     table = pa.table({column: images, "label": labels}).replace_schema_metadata({"huggingface": json.dumps(described)})
@@ -176,3 +180,95 @@ def test_cifar10_comes_from_its_archive_if_the_hub_fails(hub, monkeypatch, tmp_p
         open_dataset(Data(name="cifar10"))
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]
     assert "cannot read cifar10 from the Hugging Face Hub: " in caplog.text
+
+
+@pytest.fixture(scope="module")
+def wordnet():
+    """The classes of ILSVRC-2012: their ids, and their names on the Hub."""
+    timm = pytest.importorskip("timm")
+    folder = Path(timm.__file__).parent / "data" / "_info"
+    ids = (folder / "imagenet_synsets.txt").read_text().split()
+    lines = (folder / "imagenet_synset_to_lemma.txt").read_text().splitlines()
+    names = dict(line.split("\t") for line in lines) | {"n03126707": "crane2"}
+    return ids, [names[one] for one in ids]
+
+
+CLASSES_OF_IMAGES = [999, 0, 5, 0, 999, 0]
+FILES = ["val_3", "val_2", "val_9", "val_10", "val_1", "val_1"]  # .JPEG; val_10 comes before val_2
+
+
+@pytest.fixture
+def imagenet(hub, wordnet, tmp_path):
+    """Six images as class folders, and on the Hub in another order."""
+    ids, names = wordnet
+    pixels, labels = PIXELS[:6], CLASSES_OF_IMAGES
+    for one in ids:
+        (tmp_path / "val" / one).mkdir(parents=True)
+    for index, label in enumerate(labels):
+        Image.fromarray(pixels[index]).save(tmp_path / "val" / ids[label] / f"{FILES[index]}.JPEG", "PNG")
+    files = [f"{name}_{ids[label]}.JPEG" for name, label in zip(FILES, labels, strict=True)]
+    hub.repositories["datasets/ILSVRC/imagenet-1k"] = {
+        "main": {
+            f"data/validation-0000{part}-of-00002.parquet": parquet(
+                pixels[part::2], labels[part::2], names, "image", files[part::2]
+            )
+            for part in range(2)
+        }
+    }
+    return tmp_path
+
+
+def test_imagenet_of_the_hub_is_the_same_data_set_as_the_class_folders(imagenet):
+    folders = open_dataset(Data(name="imagenet", path=str(imagenet), resize=36, crop=32))
+    for path in (None, "hf://datasets/ILSVRC/imagenet-1k"):
+        found = open_dataset(Data(name="imagenet", path=path, resize=36, crop=32))
+        assert [found[index].sha256 for index in range(6)] == [folders[index].sha256 for index in range(6)]
+        assert [found[index].label for index in range(6)] == [0, 0, 0, 5, 999, 999]
+        assert dataset_id(found) == dataset_id(folders)
+
+
+def test_imagenet_with_other_classes_or_without_names_is_refused(imagenet, hub, wordnet):
+    ids, names = wordnet
+    swapped = [names[1], names[0], *names[2:]]
+    file = "data/validation-00000-of-00001.parquet"
+    cases = [
+        (
+            parquet(PIXELS[:2], [0, 1], swapped, "image", ["a.JPEG", "b.JPEG"]),
+            "its class 0 is 'goldfish', but .*'tench'",
+        ),
+        (parquet(PIXELS[:2], [0, 1], names[:10], "image", ["a.JPEG", "b.JPEG"]), "it has 10 named classes instead of"),
+        (parquet(PIXELS[:2], [0, 1], names, "image"), "the images have no file names"),
+    ]
+    for content, words in cases:
+        hub.repositories["datasets/ILSVRC/imagenet-1k"] = {"main": {file: content}}
+        with pytest.raises(UserError, match=words):
+            open_dataset(Data(name="imagenet", path="hf://datasets/ILSVRC/imagenet-1k"))
+    content = parquet(PIXELS[:2], [0, 1], ids, "image", ["b.JPEG", "a.JPEG"])
+    hub.repositories["datasets/ILSVRC/imagenet-1k"] = {"main": {file: content}}
+    assert len(open_dataset(Data(name="imagenet"))) == 2
+
+
+def test_gated_imagenet_needs_a_token(imagenet, hub, monkeypatch):
+    hub.gated.add("datasets/ILSVRC/imagenet-1k")
+    with pytest.raises(
+        UserError, match=r"data.path is missing.*gated; accept its conditions.*HF_TOKEN.*or set data.path"
+    ):
+        open_dataset(Data(name="imagenet"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(open_dataset(Data(name="imagenet"))) == 6
+
+
+def test_blocks_record_the_commits_that_were_read(hub, raw_spec, images, tmp_path):
+    hub.repositories["datasets/org/set"] = {"main": {"test-00000-of-00001.parquet": images.read_bytes()}}
+    uri = "hf://datasets/org/set"
+    run_of_folder = make_run(load_spec(raw_spec), tmp_path / "a", samples=1)
+    raw_spec["data"]["path"] = uri
+    run_of_hub = make_run(load_spec(raw_spec), tmp_path / "b", samples=1)
+    found, other = read_result(run_of_hub.uri), read_result(run_of_folder.uri)
+    assert {tuple(one.metadata.commits.items()) for one in found.blocks} == {
+        ((uri, hub.commit("datasets/org/set", "main")),)
+    }
+    assert facts_of(found)["commits on the Hub"] == f"{uri} {hub.commit('datasets/org/set', 'main')}"
+    assert found.result.run.votes_id == other.result.run.votes_id
+    assert "commits on the Hub" not in facts_of(other)
+    assert cached_commits([f"{uri}@v9", "hf://org/none"]) == {}

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -74,6 +74,22 @@ def pinned(uri: str, path: Path) -> str:
 def _commit(place: _Place, path: Path) -> str:
     """The commit in whose folder of the cache a file is."""
     return path.parts[-1 - len(Path(place.file).parts)]
+
+
+def cached_commits(uris: Iterable[str]) -> dict[str, str]:
+    """The commit that this node's cache has of each hf:// URI, without asking the Hub; those it lacks are left out."""
+    found = {}
+    for uri in filter(on_hub, uris):
+        place, library = _place(uri), _library(uri)
+        revision = place.repo["revision"] or "main"
+        folder = Path(library.constants.HF_HUB_CACHE, library.file_download.repo_folder_name(
+            repo_id=place.repo["repo_id"], repo_type=place.repo["repo_type"]
+        ))  # fmt: skip
+        if (folder / "snapshots" / revision).is_dir():
+            found[uri] = revision
+        elif (named := folder / "refs" / revision).is_file():
+            found[uri] = named.read_text().strip()
+    return found
 
 
 def hub_files(uri: str) -> list[str]:
