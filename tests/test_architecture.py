@@ -115,8 +115,7 @@ COMMANDS = {
     )
 }
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
-# the spot watcher runs where only the standard library is installed
-PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources", "cluster.aws.spot_watcher"}
+PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources"}
 
 
 def modules() -> dict[str, Path]:
@@ -164,9 +163,11 @@ def test_a_module_imports_exactly_what_the_table_says(module):
 
 def test_the_table_is_complete_and_in_reading_order():
     listed = list(ARROWS)
-    assert set(listed) == {
-        name for name in MODULES if name.startswith(("pipeline.", "cluster.")) and MODULES[name].stem != "__init__"
-    } - EVERYWHERE - {"cluster.aws.spot_watcher"}
+    assert (
+        set(listed)
+        == {name for name in MODULES if name.startswith(("pipeline.", "cluster.")) and MODULES[name].stem != "__init__"}
+        - EVERYWHERE
+    )
     for index, module in enumerate(listed):
         earlier = {name.removeprefix("pipeline.") for name in listed[:index]}
         assert set(ARROWS[module].split()) <= earlier, f"{module} imports a module that comes after it"

@@ -1,10 +1,15 @@
-"""ray-cluster.yaml, checked offline against Ray's schema, EC2's parameter model and a bootstrap on moto."""
+"""The clusters on AWS and Google Cloud, and SkyPilot's job, checked offline.
+
+ray-cluster.yaml: by Ray's schema, EC2's parameter model and a bootstrap on moto. cluster/gcp: by Ray's schema, and by
+evaluating its IAM conditions. cluster/skypilot: by the fields that SkyPilot's schema has.
+"""
 
 import copy
 import fnmatch
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import boto3
@@ -14,6 +19,7 @@ import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
+from jobs.cli import main
 from pipeline.attacks import Attack
 from pipeline.spec import load_spec
 from pipeline.storage import store as storage
@@ -22,6 +28,7 @@ from tests.models import make_run
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
 TYPES = CONFIG["available_node_types"]
+GCP = yaml.safe_load((ROOT / "cluster/gcp/ray-cluster.gcp.yaml").read_text())
 WORKERS = {name: one for name, one in TYPES.items() if name != CONFIG["head_node_type"]}
 
 
@@ -39,14 +46,16 @@ def check_ec2(node_config) -> str:
     return ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape).generate_report()
 
 
-def test_ray_accepts_the_configuration():
-    check_schema(CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, GCP], ids=["aws", "gcp"])
+def test_ray_accepts_the_configuration(config):
+    check_schema(config)
 
 
+@pytest.mark.parametrize("config", [CONFIG, GCP], ids=["aws", "gcp"])
 @pytest.mark.parametrize("change", [{"idle_timeout": 5}, {"head_node_type": "nobody"}, {"max_workers": "many"}])
-def test_schema_check_finds_mistakes(change):
+def test_schema_check_finds_mistakes(config, change):
     with pytest.raises(Exception, match=r"idle_timeout|nobody|many|head_node_type"):
-        check_schema({**CONFIG, **change})
+        check_schema({**config, **change})
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -155,7 +164,9 @@ def allows(action: str, key: str, *, conditional: bool = False) -> bool:
     return False
 
 
-def test_the_nodes_can_write_what_a_run_writes_and_replace_only_derived_files(raw_spec, tmp_path, monkeypatch):
+@pytest.fixture
+def written(raw_spec, tmp_path, monkeypatch):
+    """The keys that a run and an attack create, and those that they replace."""
     created, replaced = [], []
     for method, keys in (("put_if_absent", created), ("replace", replaced)):
         original = getattr(storage.FolderStore, method)
@@ -172,11 +183,16 @@ def test_the_nodes_can_write_what_a_run_writes_and_replace_only_derived_files(ra
     attack = Attack(attack="pgd", eps=[1.0], votes_id="0" * 32)
     created += [f"runs/experiment/a/{key}" for key in (attack.key, attack.sample_key(3))]
     replaced.append(f"runs/experiment/a/{attack.table_key}")
+    return created, [*replaced, "runs/a/progress.json", "runs/a/cascade.json"]
+
+
+def test_the_nodes_can_write_what_a_run_writes_and_replace_only_derived_files(written):
+    created, replaced = written
     for key in created:
         assert allows("s3:PutObject", key, conditional=True), key
         assert not allows("s3:PutObject", key), key
         assert allows("s3:DeleteObject", key) == ("/probe-" in key)
-    for key in [*replaced, "runs/a/progress.json", "runs/a/cascade.json"]:
+    for key in replaced:
         assert allows("s3:PutObject", key), key
     for key in ("models/net.pt", "data/test.parquet", "runs/a/run.json"):
         assert allows("s3:GetObject", key)
@@ -208,3 +224,113 @@ def test_the_heads_policy_is_limited_to_this_cluster():
     for one in WORKERS.values():
         assert any(fnmatch.fnmatch(one["node_config"]["InstanceType"], pattern) for pattern in allowed)
     assert launch["Condition"]["StringEquals"] == {"aws:RequestTag/ray-cluster-name": CONFIG["cluster_name"]}
+
+
+# Google Cloud
+
+GCP_TYPES = GCP["available_node_types"]
+GCP_WORKERS = {name: one for name, one in GCP_TYPES.items() if name != GCP["head_node_type"]}
+# what CEL, the language of IAM conditions, is used for, and the same in Python
+CEL = (
+    (r"resource\.(name|type)\.startsWith\((\"[^\"]*\")\)", r"\1.startswith(\2)"),
+    (r"resource\.(name|type)\.endsWith\((\"[^\"]*\")\)", r"\1.endswith(\2)"),
+    (r"resource\.(name|type)\.extract\(\"([^\"{]*)\{rest\}\"\)", r'\1.partition("\2")[2]'),
+    (r"resource\.(name|type)", r"\1"),
+    (r"&&", "and"),
+    (r"\|\|", "or"),
+)
+
+
+def gcp(name: str) -> dict:
+    return yaml.safe_load((ROOT / "cluster/gcp" / name).read_text())
+
+
+def applies(condition: str, name: str, type: str = "storage.googleapis.com/Object") -> bool:
+    """Whether a role applies to a resource by its condition."""
+    expression = gcp(condition)["expression"]
+    for pattern, python in CEL:
+        expression = re.sub(pattern, python, expression)
+    return bool(eval(expression, {"__builtins__": {}}, {"name": name, "type": type}))
+
+
+def test_the_nodes_on_google_cloud_replace_only_derived_files(written):
+    """An object that exists is replaced by whoever may create and delete it."""
+    assert set(gcp("worker-role.yaml")["includedPermissions"]) == {
+        f"storage.objects.{one}" for one in ("create", "get", "list")
+    }
+    assert gcp("derived-role.yaml")["includedPermissions"] == ["storage.objects.delete"]
+    created, replaced = written
+    for key in created:
+        assert applies("derived-condition.yaml", f"projects/_/buckets/BUCKET/objects/{key}") == ("/probe-" in key), key
+    for key in replaced:
+        assert applies("derived-condition.yaml", f"projects/_/buckets/BUCKET/objects/{key}"), key
+    for key in ("models/curve.csv", "data/test.parquet", "runs/a/seals/001.sha256", "runs/a/attacks/x/attack.json"):
+        assert not applies("derived-condition.yaml", f"projects/_/buckets/BUCKET/objects/{key}")
+    assert not applies("derived-condition.yaml", "projects/_/buckets/OTHER/objects/runs/a/votes.parquet")
+
+
+def test_the_head_on_google_cloud_is_limited_to_nodes_of_this_cluster():
+    permissions = gcp("head-role.yaml")["includedPermissions"]
+    assert all(one.startswith("compute.") and "*" not in one for one in permissions)
+    zone = "projects/PROJECT/zones/us-central1-a"
+    instance, disk = "compute.googleapis.com/Instance", "compute.googleapis.com/Disk"
+    ours = f"ray-{GCP['cluster_name']}-worker-1a2b3c4d-compute"  # as Ray names its nodes
+    assert applies("head-condition.yaml", f"{zone}/instances/{ours}", instance)
+    assert applies("head-condition.yaml", f"{zone}/disks/{ours}", disk)
+    assert applies(
+        "head-condition.yaml", "projects/PROJECT/regions/r/subnetworks/diffsmooth", "compute.googleapis.com/Subnetwork"
+    )
+    for name in ("database", "ray-other-worker-1a2b3c4d-compute"):
+        assert not applies("head-condition.yaml", f"{zone}/instances/{name}", instance)
+        assert not applies("head-condition.yaml", f"{zone}/disks/{name}", disk)
+
+
+def test_the_cluster_on_google_cloud_follows_good_practice():
+    head = GCP_TYPES[GCP["head_node_type"]]
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert "scheduling" not in head["node_config"]  # on demand
+    assert len({one["node_config"]["machineType"] for one in GCP_WORKERS.values()}) >= 3
+    for one in GCP_WORKERS.values():
+        assert one["resources"]["GPU"] == 1
+        assert one["labels"]["ray.io/accelerator-type"]  # for certify --accelerator
+        assert one["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    accounts = {name: one["node_config"]["serviceAccounts"][0]["email"] for name, one in GCP_TYPES.items()}
+    assert {email.partition("@")[0] for email in accounts.values()} == {"diffsmooth-head", "diffsmooth-worker"}
+    assert [name for name, email in accounts.items() if email.startswith("diffsmooth-head")] == [GCP["head_node_type"]]
+    for one in GCP_TYPES.values():  # else Ray takes the first network, which may be open to the internet
+        assert one["node_config"]["networkInterfaces"][0]["subnetwork"].endswith("/diffsmooth")
+
+
+def test_both_clouds_use_one_image_and_the_same_commands():
+    for key in ("cluster_name", "docker", "file_mounts", "rsync_exclude", "rsync_filter", "setup_commands"):
+        assert GCP[key] == CONFIG[key], key
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert GCP[key] == CONFIG[key], key
+
+
+# SkyPilot
+
+SKY = yaml.safe_load((ROOT / "cluster/skypilot/certify.yaml").read_text())
+
+
+def test_the_job_of_skypilot_resumes_but_not_after_a_user_error():
+    resources = SKY["resources"]
+    assert resources["use_spot"] is True
+    assert len(resources["accelerators"]) >= 3
+    assert set(resources["accelerators"].values()) == {1}
+    codes = resources["job_recovery"]["recover_on_exit_codes"]
+    assert codes == [1, 143]
+    assert "max_restarts_on_errors" not in resources["job_recovery"]  # it would also restart after status 2
+    # the fields of SkyPilot 0.14 that the file may use; anything else is a typo
+    assert set(SKY) <= {"name", "workdir", "resources", "envs", "secrets", "setup", "run"}
+    assert set(resources) <= {"accelerators", "use_spot", "cpus", "memory", "disk_size", "image_id", "job_recovery"}
+    assert resources["image_id"] == f"docker:{CONFIG['docker']['image']}"
+
+
+def test_the_command_of_the_job_parses_and_gets_the_signals():
+    variables = {name for name in ("SPEC", "OUT") if SKY["envs"][name] is None}  # null: must be given
+    assert variables == {"SPEC", "OUT"}
+    *_, line = SKY["run"].strip().splitlines()
+    words = shlex.split(line.replace("$SPEC", "mnist").replace("$OUT", "s3://BUCKET/run"))
+    assert words[:3] == ["exec", "diffsmooth", "certify"]
+    main.commands["certify"].make_context("certify", words[3:])

@@ -28,6 +28,8 @@ def test_schema_accepts_the_manifest():
     [
         ("spec", "backoffLimit", "backofLimit"),
         ("spec", "activeDeadlineSeconds", "activeDeadlineSecond"),
+        ("spec.deletionStrategy", "deletionRules", "deletionRule"),
+        ("spec.deletionStrategy.deletionRules.0.condition", "ttlSeconds", "ttlSecondsAfterFinished"),
         ("spec.rayClusterSpec", "enableInTreeAutoscaling", "enableInTreeAutoScaling"),
         ("spec.rayClusterSpec.autoscalerOptions", "version", "autoscalerVersion"),
         ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "maxReplica"),
@@ -55,7 +57,6 @@ def test_schema_catches_wrong_types(value):
 
 
 def test_manifest_follows_good_practice():
-    assert SPEC["shutdownAfterJobFinishes"]
     assert SPEC["backoffLimit"] > 0
     assert CLUSTER["enableInTreeAutoscaling"]
     assert CLUSTER["headGroupSpec"]["rayStartParams"].items() >= {"num-cpus": "0", "num-gpus": "0"}.items()
@@ -69,6 +70,25 @@ def test_manifest_follows_good_practice():
     (workers,) = CLUSTER["workerGroupSpecs"]
     assert workers["minReplicas"] == 0
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_every_end_of_the_job_deletes_the_cluster():
+    rules = SPEC["deletionStrategy"]["deletionRules"]
+    ends = {(one["condition"].get("jobStatus"), one["condition"].get("jobDeploymentStatus")) for one in rules}
+    assert ends == {("SUCCEEDED", None), ("FAILED", None), (None, "Failed")}
+    assert {one["policy"] for one in rules} == {"DeleteCluster"}  # the autoscaler would restore deleted workers
+    with pytest.raises(jsonschema.ValidationError, match="should not be valid under"):
+        jsonschema.validate({**JOB, "spec": {**SPEC, "shutdownAfterJobFinishes": True}}, SCHEMA)
+
+
+def test_a_node_is_drained_before_kubernetes_kills_its_pod():
+    from ray._private import ray_constants
+
+    (workers,) = CLUSTER["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    env = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+    drain = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S < drain < pod["terminationGracePeriodSeconds"]
 
 
 PODS = [group["template"] for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])]

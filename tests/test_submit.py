@@ -14,11 +14,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import requests
 from click.testing import CliRunner, Result
 from ray.job_submission import JobStatus
 
-from cluster.aws.spot_watcher import find_node_id
 from jobs import submit as submission
 from jobs.cli import main
 from jobs.submit import JobServer, _exit_status, _ship_module, wait
@@ -71,7 +69,7 @@ def head():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < limit, log.read_text()
             time.sleep(0.2)
-    yield SimpleNamespace(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{gcs}", temp=temp)
+    yield SimpleNamespace(address=f"http://127.0.0.1:{dashboard}", temp=temp)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
@@ -138,11 +136,6 @@ def test_mistake_that_only_the_cluster_finds_has_status_2(head, spec_file, tmp_p
     ended = submit(*arguments)
     assert ended.exit_code == 2, ended.output
     assert "the job ended with exit status 2: data.samples" in caplog.text
-
-
-def test_spot_watcher_finds_its_node(head):
-    (node,) = requests.get(f"{head.address}/nodes?view=summary", timeout=10).json()["data"]["summary"]
-    assert find_node_id(head.gcs) == node["raylet"]["nodeId"]
 
 
 # Without a cluster
