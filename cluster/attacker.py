@@ -4,7 +4,7 @@ Its blocks stand for whole samples; their draws are the forward passes of f that
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -28,9 +28,9 @@ from pipeline.smoothing import CastOptions
 from pipeline.votes import Votes
 
 
-def load_worker(setup: Setup) -> Worker:
-    """The worker that a run needs. Raises: UserError as `Worker.load`."""
-    return Worker.load(setup) if setup.attack is None else Attacker.load(setup)
+def load_worker(setup: Setup, known: Mapping[str, bytes]) -> Worker:
+    """The worker that a run needs; `known` are artefacts of compilations. Raises: UserError as `Worker.load`."""
+    return Worker.load(setup, known) if setup.attack is None else Attacker.load(setup, known)
 
 
 def block_of(sample: int, attack: Attack) -> Block:

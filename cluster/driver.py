@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
+from cluster import compiled
 from cluster.allocation import address_of_symmetric_run, cores
 from cluster.attacker import load_worker
 from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
@@ -50,11 +52,14 @@ class _RemoteWorker:
     def __init__(self) -> None:
         self._worker: Worker | None = None
 
-    def load(self, setup: Setup) -> str:
-        """Returns the id of the node that the actor is on."""
+    def load(self, setup: Setup, known: dict[str, bytes]) -> "_Loaded":
+        """Load the models; `known` are artefacts of compilations."""
         self._worker = None  # free the models of an earlier run first
-        self._worker = load_worker(setup)
-        return ray.get_runtime_context().get_node_id()
+        self._worker = load_worker(setup, known)
+        return _Loaded(ray.get_runtime_context().get_node_id(), self._worker.compiled_key)
+
+    def compiled(self) -> bytes | None:
+        return compiled.save()
 
     def check(self) -> CleanAccuracy:
         assert self._worker is not None
@@ -73,6 +78,13 @@ class _RemoteWorker:
 _REMOTE: Any = ray.remote(  # Ray's annotations lack concurrency_groups
     max_restarts=-1, max_task_retries=0, concurrency_groups={"progress": 1}
 )(_RemoteWorker)  # type: ignore[call-overload]
+
+
+class _Loaded(NamedTuple):
+    """What an actor reports when it has loaded its models."""
+
+    node: str  # the id of the node that it is on
+    compiled_key: str | None  # None if f is not compiled
 
 
 @dataclass(eq=False)
@@ -283,6 +295,8 @@ class _Cast:
         self._first_task: float | None = None
         self._draws = self._draws_wanted = 0  # of finished tasks; of all tasks
         self._in_flight = _InFlight()
+        self._compiled = compiled.read_known(work.setup.votes_id) if work.setup.spec.compute.compile else {}
+        self._compiled_ref = ray.put(self._compiled)  # one copy for all actors
         self._add(work.blocks)
 
     def run(self) -> Outcome:
@@ -375,25 +389,43 @@ class _Cast:
         except RayActorError:
             self._await_ready(actor)  # it has no device yet, or its node is gone
         else:
-            self._pending[actor.handle.load.remote(self._setup)] = (actor, self._loaded)
+            self._pending[actor.handle.load.remote(self._setup, self._compiled_ref)] = (actor, self._loaded)
         return []
 
     def _loaded(self, actor: _Actor, future: Any) -> list[Votes]:
         try:
-            actor.node = ray.get(future)
+            loaded: _Loaded = ray.get(future)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
             self._count_failed_start(error)
             self._await_ready(actor)
             return []
-        self._failed_starts = 0
+        self._failed_starts, actor.node = 0, loaded.node
+        if loaded.compiled_key and loaded.compiled_key not in self._compiled:
+            self._compiled[loaded.compiled_key] = b""  # only the first actor on such a device is asked
+            self._pending[actor.handle.compiled.remote()] = (actor, partial(self._keep_compiled, loaded.compiled_key))
         if self._checked:
             self._idle.append(actor)
         else:  # the other actors start their tasks meanwhile
             self._checked = True
             self._checking += 1
             self._pending[actor.handle.check.remote()] = (actor, self._accuracy_measured)
+        return []
+
+    def _keep_compiled(self, key: str, actor: _Actor, future: Any) -> list[Votes]:
+        """Keep what the first actor has compiled, for actors that start later and for the next call."""
+        try:
+            artefacts: bytes | None = ray.get(future)
+        except RayError as error:  # if the actor died, its next task reports it
+            logger.warning("the compiled f of %s is not kept (%s)", actor.name, _line(error))
+            artefacts = None
+        if artefacts:
+            self._compiled[key] = artefacts
+            self._compiled_ref = ray.put(self._compiled)
+            compiled.store(key, artefacts)
+        else:
+            del self._compiled[key]
         return []
 
     def _accuracy_measured(self, actor: _Actor, future: Any) -> list[Votes]:

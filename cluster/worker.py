@@ -10,11 +10,13 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
+from cluster import compiled
 from pipeline.attacks import Attack
 from pipeline.block import Block
 from pipeline.data import Dataset, hub_location, open_dataset, sample_indices
@@ -88,16 +90,15 @@ class Worker:
         self._noise = Noise.of(setup.spec.smoothing)
         # reduced when memory runs out
         self.batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
-        compiled = setup.spec.compute.compile
-        if compiled or (setup.batch_size is None and self._device.type != "cpu"):
+        if setup.spec.compute.compile or (setup.batch_size is None and self._device.type != "cpu"):
             self._warm_up()
         self._facts = device_facts(self._device)
         self._commits = cached_commits(hub_locations(setup.spec))
         self.progress = Progress("")  # of the latest attempt; another thread may read it at any time
 
     @classmethod
-    def load(cls, setup: Setup) -> Self:
-        """A worker with the f, the data and the storage that the spec names.
+    def load(cls, setup: Setup, known: Mapping[str, bytes] = MappingProxyType({})) -> Self:
+        """A worker with the f, the data and the storage that the spec names; `known` are artefacts of compilations.
 
         Raises: UserError if something cannot be loaded, or is not what the run was made with.
         """
@@ -114,8 +115,15 @@ class Worker:
         data = open_dataset(spec.data)
         f = build_base_classifier(spec, device, data)
         if spec.compute.compile:
+            compiled.load(known, compiled.key_of(setup.votes_id, device_facts(device).device))
             f.compile()
         return cls(setup, f, data, open_store(setup.run_uri))
+
+    @property
+    def compiled_key(self) -> str | None:
+        """The key of the artefacts of f's compilation; None if f is not compiled."""
+        setup = self._setup
+        return compiled.key_of(setup.votes_id, self._facts.device) if setup.spec.compute.compile else None
 
     def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
         """Cast and commit the votes of the blocks that are not committed yet.

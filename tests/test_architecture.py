@@ -85,11 +85,15 @@ ARROWS = {
     ),
     "cluster.scheduler": "",
     "cluster.allocation": "cluster.scheduler",
-    "cluster.worker": "attacks data images models.device noise run smoothing spec storage.hub storage.store votes",
+    "cluster.compiled": "storage.fetch storage.local",
+    "cluster.worker": (
+        "cluster.compiled attacks data images models.device noise run smoothing spec storage.hub storage.store votes"
+    ),
     "cluster.attacker": "cluster.worker attacks foreign images run search smoothing votes",
     "cluster.ray_private": "",
     "cluster.driver": (
-        "cluster.allocation cluster.attacker cluster.ray_private cluster.scheduler cluster.worker sampling votes"
+        "cluster.allocation cluster.attacker cluster.compiled cluster.ray_private cluster.scheduler cluster.worker "
+        "sampling votes"
     ),
     "cluster.trainer": (
         "cluster.driver storage.store training.checkpoint training.loop training.settings training.world"

@@ -101,6 +101,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffsmooth"
 
 
+def private_folder() -> Path:
+    """The cache folder, made if need be. Raises: UserError if other users can write to it, RunError."""
+    folder = cache_folder()
+    _make_private(folder)
+    return folder
+
+
 def fetch(uri: str, sha256: str | None = None) -> Path:
     """The local file of a path, or of an s3://, gs://, az://, hf:// or https:// URI.
 
