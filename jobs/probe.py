@@ -42,6 +42,11 @@ def with_weights_at_hand(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         location = (section.checkpoint or "").partition("#")[0]
         if not location.startswith(EMBEDDED) and ("${" in location or not at_hand(location)):
             changed[name] = section.model_copy(update={"checkpoint": f"{RANDOM}0"})
+    adapter, classifier = spec.classifier.adapter, changed.get("classifier", spec.classifier)
+    if adapter is not None and not at_hand(adapter.checkpoint or ""):
+        changed["classifier"] = classifier.model_copy(
+            update={"adapter": adapter.model_copy(update={"checkpoint": f"{RANDOM}0"})}
+        )
     return spec.model_copy(update=changed), list(changed)
 
 

@@ -34,7 +34,7 @@ from jobs.specs import load_named
 from pipeline.errors import RunError, UserError, one_line, redacted
 from pipeline.locations import is_relative, is_remote, shown
 from pipeline.models.own import imported_names, is_own
-from pipeline.spec import LOCATIONS, RunSpec
+from pipeline.spec import LOCATIONS, RunSpec, locations_in
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +220,7 @@ def _refuse_secrets(submission: Submission) -> None:
     sent += [("--out", submission.out or "")]
     for one in submission.specs:
         raw = tomllib.loads(one.file.read_text(encoding="utf-8"))
-        tables = [(f"{section}.{key}", raw.get(section), key) for section, key in LOCATIONS]
-        sent += [(name, str(table.get(key, ""))) for name, table, key in tables if isinstance(table, Mapping)]
+        sent += [(name, table[key]) for name, table, key in locations_in(raw)]
     for name, text in sent:
         if redacted(text) != text:
             raise UserError(
@@ -365,7 +364,7 @@ def _warn_if_not_sent(key: str, location: str, here: bool) -> None:
 def _anchored(override: str, here: bool) -> str:
     """An override. A relative location in it becomes an absolute path of this machine."""
     key, equals, text = override.partition("=")
-    if not equals or tuple(key.strip().split(".")) not in LOCATIONS:
+    if not equals or key.strip() not in LOCATIONS:
         return override
     try:
         location = tomllib.loads(f"value = {text}")["value"]
@@ -381,11 +380,10 @@ def _anchored(override: str, here: bool) -> str:
 def _ship_spec(file: Path, name: str, folder: Path, here: bool) -> str:
     """Copy a spec, its relative locations made absolute paths of this machine; returns the name of the copy."""
     raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    for section, key in LOCATIONS:
-        location = raw.get(section, {}).get(key)
-        if isinstance(location, str) and is_relative(location):
-            raw[section][key] = str(file.resolve().parent / location)
-            _warn_if_not_sent(f"{section}.{key}", raw[section][key], here)
+    for where, table, key in locations_in(raw):
+        if is_relative(table[key]):
+            table[key] = str(file.resolve().parent / table[key])
+            _warn_if_not_sent(where, table[key], here)
     (folder / f"{name}.toml").write_text(tomli_w.dumps(raw), encoding="utf-8")
     return f"{name}.toml"
 

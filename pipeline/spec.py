@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -24,8 +24,8 @@ from pipeline.records import Record, shortened
 # Raised by hand whenever a change to f's code can change a vote.
 F_VERSION = 3
 
-# The keys that hold locations, as (section, key).
-LOCATIONS = (("data", "path"), ("denoiser", "checkpoint"), ("classifier", "checkpoint"))
+# The keys that hold locations.
+LOCATIONS = ("data.path", "denoiser.checkpoint", "classifier.checkpoint", "classifier.adapter.checkpoint")
 
 # Selection draws in planned mode, unless n0 is given.
 PILOT = 1000
@@ -199,6 +199,29 @@ class Normalize(Record):
         return self
 
 
+class AdapterIdentity(Record):
+    """Which weights were added to a frozen classifier: the keys of [classifier.adapter] that can change a vote."""
+
+    kind: Literal["lora", "bottleneck"]
+    rank: int = Field(ge=1, le=100_000)  # of the added matrices, or the width of the bottleneck
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None  # LoRA's, which is scaled by alpha / rank; None: rank
+    # patterns of names of linear layers; none: all but the last layer (lora), *.proj and *.fc2 (bottleneck)
+    targets: list[Annotated[str, Field(pattern=r"^[\w.*?\[\]-]+$")]] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _check_alpha(self) -> Self:
+        if self.alpha is not None and self.kind != "lora":
+            raise ValueError(f"alpha = {self.alpha} belongs to kind = 'lora'; remove it")
+        return self
+
+
+class Adapter(AdapterIdentity):
+    """The table [classifier.adapter]: the file holds the adapter's weights and the classifier's last layer."""
+
+    checkpoint: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
 class ClassifierIdentity(Record):
     """How f classifies: the keys of [classifier] that can change a vote, besides the weights' hashes."""
 
@@ -209,11 +232,13 @@ class ClassifierIdentity(Record):
     options: dict[str, str | bool | int | float] = Field(default={})  # of the architecture
     # patterns of keys that the checkpoint has too many, such as decoder.*
     ignore: list[Annotated[str, Field(pattern=r"^[\w.*?\[\]-]+$")]] = Field(default=[])
+    adapter: AdapterIdentity | None = None
 
 
 class Classifier(ClassifierIdentity):
     """The table [classifier]."""
 
+    adapter: Adapter | None = None
     checkpoint: str | None = None
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
@@ -387,13 +412,16 @@ _Part = TypeVar("_Part", bound=Record)
 def identity(spec: RunSpec, weights_ids: Mapping[str, str]) -> Identity:
     """The part of a spec that can change a vote, with the hashes that `smoothing.weights_ids` returns."""
 
-    def part(model: type[_Part], section: Record) -> _Part:
-        return model.model_validate({key: getattr(section, key) for key in model.model_fields})
+    def part(model: type[_Part], section: Record, **changed: Record | None) -> _Part:
+        return model.model_validate({key: getattr(section, key) for key in model.model_fields} | changed)
 
+    adapter = spec.classifier.adapter
     return Identity(
         data=part(DataIdentity, spec.data),
         denoiser=part(DenoiserIdentity, spec.denoiser),
-        classifier=part(ClassifierIdentity, spec.classifier),
+        classifier=part(
+            ClassifierIdentity, spec.classifier, adapter=None if adapter is None else part(AdapterIdentity, adapter)
+        ),
         smoothing=part(SmoothingIdentity, spec.smoothing),
         f_version=F_VERSION,
         weights=dict(weights_ids),
@@ -421,7 +449,7 @@ def read_model(
     path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
-    locations: Sequence[tuple[str, str]] = LOCATIONS,
+    locations: Sequence[str] = LOCATIONS,
 ) -> _Part:
     """Read and validate a TOML file of any model, as `load_spec` does. `locations` are its keys that hold locations."""
     if isinstance(path_or_dict, Mapping):
@@ -455,14 +483,23 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
 
-def _resolve_locations(raw: dict[str, Any], folder: Path, locations: Sequence[tuple[str, str]]) -> None:
-    for section, key in locations:
-        table = raw.get(section)
+def locations_in(raw: dict[str, Any], names: Sequence[str] = LOCATIONS) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each location in a spec that is not validated: its name, the table that holds it, and its key there."""
+    for name in names:
+        *sections, key = name.split(".")
+        table: Any = raw
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
         if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = resolve(table[key], folder)
+            yield name, table, key
 
 
-def _apply_override(raw: dict[str, Any], override: str, locations: Sequence[tuple[str, str]]) -> None:
+def _resolve_locations(raw: dict[str, Any], folder: Path, locations: Sequence[str]) -> None:
+    for _, table, key in locations_in(raw, locations):
+        table[key] = resolve(table[key], folder)
+
+
+def _apply_override(raw: dict[str, Any], override: str, locations: Sequence[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override!r} is not of the form section.key=value; write --set smoothing.sigma=0.5")

@@ -36,8 +36,9 @@ ARROWS = {
     "pipeline.models.options": "records spec",
     "pipeline.models.rrcm": "models.files models.options models.weights spec",
     "pipeline.models.diffusion_classifier": "models.edm models.files models.options noise spec",
+    "pipeline.models.adapters": "models.files models.weights spec",
     "pipeline.models.classifiers": (
-        "models.diffusion_classifier models.files models.own models.rrcm models.weights spec"
+        "models.adapters models.diffusion_classifier models.files models.own models.rrcm models.weights spec"
     ),
     "pipeline.models.device": "spec",
     "pipeline.sources": "storage.remote",
@@ -77,7 +78,7 @@ ARROWS = {
     ),
     "pipeline.training.outcome": (
         "models.classifiers models.denoisers models.device models.own storage.store training.batches "
-        "training.checkpoint training.settings"
+        "training.checkpoint training.settings training.tasks"
     ),
     "pipeline.training.loop": (
         "storage.store training.batches training.checkpoint training.outcome training.settings training.tasks "

@@ -63,7 +63,11 @@ RAW: dict[str, Any] = {
     "name": "a",
     "data": {"name": "mnist"},
     "denoiser": {"arch": "unet", "unet": {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1}},
-    "classifier": {"arch": "mnist_cnn", "normalize": {"mean": [0.5], "std": [0.5]}},
+    "classifier": {
+        "arch": "mnist_cnn",
+        "normalize": {"mean": [0.5], "std": [0.5]},
+        "adapter": {"kind": "lora", "rank": 4},
+    },
     "smoothing": {"sigma": 0.5},
 }
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError, first_line
 from pipeline.locations import require_set
+from pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge
 from pipeline.models.diffusion_classifier import resolve_diffusion
 from pipeline.models.files import (
     Config,
@@ -36,9 +37,9 @@ from pipeline.models.files import (
 from pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
 from pipeline.models.rrcm import PRESETS as RRCM_PRESETS
 from pipeline.models.rrcm import resolve_rrcm
-from pipeline.models.weights import State, build
+from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
+from pipeline.spec import Adapter, Normalize, RunSpec
 from pipeline.spec import Classifier as Section
-from pipeline.spec import Normalize, RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -365,6 +366,14 @@ class _OwnClassifier(OwnNetwork):
         return self.call(device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """That a classifier is loaded to be trained, and what it starts with."""
+
+    seed: int  # of new weights
+    new_last_layer: bool = False  # whatever the checkpoint holds, which may have another number of classes
+
+
 @dataclass(frozen=True)
 class _KnownClassifier:
     """A classifier of CLASSIFIERS or of a library."""
@@ -372,6 +381,7 @@ class _KnownClassifier:
     section: Section
     architecture: Architecture
     expected: Input
+    start: Start | None
 
     def ids(self) -> dict[str, str]:
         ids = {}
@@ -379,6 +389,8 @@ class _KnownClassifier:
             metadata = {**self.expected._asdict(), "normalize": self.expected.normalize.model_dump()}
             ids["classifier.input"] = json.dumps(metadata, sort_keys=True)
         ids["classifier"] = weights_id(self._location(), self.section.sha256)
+        if (adapter := self.section.adapter) is not None and (adapter.checkpoint is not None or self.start is None):
+            ids["classifier.adapter"] = weights_id(_location_of(adapter), adapter.sha256)
         return ids | {name: weights_id(location) for name, location in self.architecture.configs}
 
     def _location(self) -> str:
@@ -396,25 +408,9 @@ class _KnownClassifier:
                 f"the images have {channels} channels, but classifier.normalize has {given}; use a classifier for such "
                 "images, or the normalisation that it was trained with"
             )
-        location = "" if device.type == "meta" else self._location()
-
-        def explain(state: State) -> str:
-            return (
-                f"the architecture is {self.section.arch} with the data set's {num_classes} classes; use its file or "
-                "another classifier.arch"
-            )
-
-        if self.architecture.load is not None and device.type != "meta":
-            network = self.architecture.load(location, device)
-        else:
-            network = build(
-                lambda: self.architecture.make(num_classes),
-                location,
-                device,
-                convert=self._convert,
-                others=[partial(make, num_classes) for make in self.architecture.others],
-                explain=explain,
-            )
+        network = self._network(device, num_classes)
+        if self.section.adapter is not None:
+            self._adapt(network, self.section.adapter, num_classes)
         first = next((one for one in network.parameters() if one.ndim == 4), None)
         if first is not None and first.shape[1] != channels:
             raise UserError(
@@ -422,6 +418,66 @@ class _KnownClassifier:
                 "use a classifier for such images"
             )
         return Prepared(network, self.expected).to(device)
+
+    def _network(self, device: torch.device, num_classes: int) -> nn.Module:
+        """Return the network with the weights of the checkpoint, without an adapter."""
+        location = "" if device.type == "meta" else self._location()
+        adapter = self.section.adapter
+        replaced = self.start is not None and self.start.new_last_layer
+        replaced |= adapter is not None and not (adapter.checkpoint or RANDOM).startswith(RANDOM)
+        if replaced and location and not location.startswith(RANDOM):
+            return self._with_new_last_layer(location, device, num_classes)
+
+        def explain(state: State) -> str:
+            new = "" if self.start is None else ", or set training.new_last_layer = true for other classes"
+            return (
+                f"the architecture is {self.section.arch} with the data set's {num_classes} classes; use its file or "
+                f"another classifier.arch{new}"
+            )
+
+        if self.architecture.load is not None and device.type != "meta":
+            return self.architecture.load(location, device)
+        return build(
+            lambda: self.architecture.make(num_classes),
+            location,
+            device,
+            convert=self._convert,
+            others=[partial(make, num_classes) for make in self.architecture.others],
+            explain=explain,
+        )
+
+    def _with_new_last_layer(self, location: str, device: torch.device, num_classes: int) -> nn.Module:
+        """Return the network with the weights of a checkpoint but for its last layer, which is random."""
+        state = self._convert(load_weights(location, self._keys(self.architecture.make, num_classes)))
+        makes = (self.architecture.make, *self.architecture.others)
+        make = min(makes, key=lambda one: len(self._keys(one, num_classes) ^ state.keys()))
+        seed = 0 if self.start is None else self.start.seed
+        initial = build(partial(make, num_classes), f"{RANDOM}{seed}", torch.device("cpu")).state_dict()
+        last = last_layer_keys(make, num_classes)
+        kept = {key: tensor for key, tensor in state.items() if key not in last}
+        return build_from(partial(make, num_classes), kept | {key: initial[key] for key in last}, location, device)
+
+    @staticmethod
+    def _keys(make: Callable[[int], nn.Module], num_classes: int) -> set[str]:
+        with torch.device("meta"):
+            return set(make(num_classes).state_dict())
+
+    def _adapt(self, network: nn.Module, adapter: Adapter, num_classes: int) -> None:
+        """Add the adapter, whose weights are merged if they can be, and otherwise frozen; or trainable for a start."""
+        last, on_meta = last_layer_keys(self.architecture.make, num_classes), next(network.parameters()).is_meta
+        location = "" if on_meta else _location_of(adapter)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                int(location.removeprefix(RANDOM)) if location.startswith(RANDOM) else 0
+            )
+            trained = add_adapter(network, adapter, last, self.section.arch)
+        if not on_meta and not location.startswith(RANDOM):
+            load_adapter(network, adapter, location, trained)
+        if self.start is None:
+            merge(network, adapter)
+        network.requires_grad_(False)
+        for key in trained if self.start is not None else ():
+            network.get_parameter(key).requires_grad_(True)
 
     def _convert(self, state: State) -> State:
         """Rename the keys of other layouts, and leave out those that the spec ignores."""
@@ -440,6 +496,12 @@ class _KnownClassifier:
         return classifier.to(memory_format=torch.channels_last)
 
 
+def _location_of(adapter: Adapter) -> str:
+    if adapter.checkpoint is None:
+        raise UserError("classifier.adapter.checkpoint is missing; set it to the file that diffsmooth train wrote")
+    return require_set("classifier.adapter.checkpoint", adapter.checkpoint)
+
+
 def fold_batch_norms(network: nn.Module) -> nn.Module:
     """Merge each batch norm into the convolution before it, which changes the output by rounding alone."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
@@ -451,16 +513,25 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         return network
 
 
-def resolve_classifier(spec: RunSpec) -> ClassifierSource:
-    """Check a spec's classifier without loading its weights.
+def resolve_classifier(spec: RunSpec, start: Start | None = None) -> ClassifierSource:
+    """Check a spec's classifier without loading its weights; with `start`, it will be loaded to be trained.
 
     Raises: UserError for an unknown architecture, a missing normalisation and an unknown interpolation.
     """
     section = spec.classifier
     arch = section.arch
+    is_rrcm = arch == "rrcm" or arch in RRCM_PRESETS
+    if is_own(arch) or is_rrcm or arch in ("diffusion", "transformers"):
+        changes = [("classifier.adapter", section.adapter is not None)]
+        changes += [("training.new_last_layer", start is not None and start.new_last_layer)]
+        for key, given in changes:
+            if given:
+                raise UserError(
+                    f"{key} is given, but it is not applied to arch = {arch!r}; remove it, or use timm:NAME, "
+                    "torchvision:NAME or a built-in architecture"
+                )
     if is_own(arch):
         return _OwnClassifier("classifier", section, spec)
-    is_rrcm = arch == "rrcm" or arch in RRCM_PRESETS
     if section.ignore and (is_rrcm or arch in ("diffusion", "transformers")):
         raise UserError(
             f"classifier.ignore = {section.ignore} is given, but it is not applied to arch = {arch!r}; remove it, and "
@@ -494,7 +565,7 @@ def resolve_classifier(spec: RunSpec) -> ClassifierSource:
             f"classifier.arch = {arch!r} resizes with {expected.interpolation!r}, but only bicubic and bilinear are "
             "supported; set classifier.interpolation, or name your own as package.module:function"
         )
-    return _KnownClassifier(section, architecture, expected)
+    return _KnownClassifier(section, architecture, expected, start)
 
 
 def _expected_input(section: Section, architecture: Architecture) -> Input:

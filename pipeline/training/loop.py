@@ -52,12 +52,25 @@ class Trainer:
         self.rows: list[Row] = []
         self._settings, self._device, self._world = spec.training, device, world
         self._parameters = [one for one in task.network.parameters() if one.requires_grad]
+        self._is_partial = any(not one.requires_grad for one in task.network.parameters())
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self._settings.learning_rate, weight_decay=self._settings.weight_decay
         )
-        self.average: State = {name: one.detach().clone() for name, one in task.network.state_dict().items()}
-        self._norms = [one for one in task.network.modules() if isinstance(one, _BatchNorm)]
+        self.average: State = {name: one.clone() for name, one in self._state().items()}
+        self._norms = [one for one in task.network.modules() if isinstance(one, _BatchNorm) and not self._is_partial]
         self._loss_sum, self._loss_count, self._seconds = 0.0, 0, 0.0
+
+    def _state(self) -> State:
+        """Return the tensors that a training changes: all, or the parameters that are not frozen if others are."""
+        if self._is_partial:
+            return {name: one.detach() for name, one in self.task.network.named_parameters() if one.requires_grad}
+        return self.task.network.state_dict()
+
+    def _load(self, state: State) -> None:
+        """Copy tensors into the network. Raises: RuntimeError unless they are all that a training changes."""
+        if state.keys() != self._state().keys():
+            raise RuntimeError("other tensors")
+        self.task.network.load_state_dict(state, strict=False)
 
     def take_step(self, batches: Sequence[Batch]) -> float:
         """Train on this worker's shards of one batch; return the loss over all shards.
@@ -66,7 +79,9 @@ class Trainer:
         """
         started = time.monotonic()
         settings, network = self._settings, self.task.network
-        network.train()
+        network.train(
+            not self._is_partial
+        )  # frozen parts keep the statistics of their batch norms, and have no dropout
         self._optimizer.zero_grad(set_to_none=False)
         statistics = self._statistics()
         before = [one.clone() for one in statistics]
@@ -131,7 +146,7 @@ class Trainer:
     @torch.no_grad()
     def _move_average(self) -> None:
         weight = 1 - decay(self._settings, self.step)
-        for name, value in self.task.network.state_dict().items():
+        for name, value in self._state().items():
             if value.is_floating_point():
                 self.average[name].lerp_(value, weight)
             else:
@@ -141,15 +156,15 @@ class Trainer:
     def measure(self, split: Split) -> Row:
         """Measure the averaged network on the validation images; append and return the row of metrics."""
         started, network = time.monotonic(), self.task.network
-        trained = {name: one.clone() for name, one in network.state_dict().items()}
-        network.load_state_dict(self.average)
+        trained = {name: one.clone() for name, one in self._state().items()}
+        self._load(self.average)
         network.eval()
         sums: Sums = {}
         world = self._world
         for batch in validation_batches(split.validation, self._settings.seed, world.rank, world.size):
             for name, value in self.task.measure(batch).items():
                 sums[name] = sums.get(name, 0.0) + value
-        network.load_state_dict(trained)
+        self._load(trained)
         names = world.from_first(sorted(sums))  # the first worker has a batch, others may have none
         values = torch.tensor([sums.get(name, 0.0) for name in names], device=self._device)
         world.add_up([values])
@@ -167,7 +182,7 @@ class Trainer:
 
     def state(self) -> Checkpoint:
         """Return everything that a resumed training needs."""
-        tensors = {f"network.{name}": one for name, one in self.task.network.state_dict().items()}
+        tensors = {f"network.{name}": one for name, one in self._state().items()}
         tensors |= {f"average.{name}": one for name, one in self.average.items()}
         for index, slots in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": one for name, one in slots.items()}
@@ -182,7 +197,7 @@ class Trainer:
             return {k.removeprefix(prefix): one for k, one in found.tensors.items() if k.startswith(prefix)}
 
         try:
-            self.task.network.load_state_dict(part("network."))
+            self._load(part("network."))
             self.average = {name: one.to(self._device) for name, one in part("average.").items()}
             slots: dict[int, State] = {}
             for key, one in part("optimizer.").items():

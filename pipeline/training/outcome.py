@@ -19,6 +19,7 @@ from pipeline.storage.store import FolderStore, Store
 from pipeline.training.batches import Split
 from pipeline.training.checkpoint import Identity, Row
 from pipeline.training.settings import TrainingSpec
+from pipeline.training.tasks import start_of
 
 WEIGHTS = "weights.safetensors"
 
@@ -30,8 +31,8 @@ def identity_of(spec: TrainingSpec, split: Split) -> Identity:
     if spec.denoiser.checkpoint is not None and (spec.task == "denoiser" or denoised):
         start |= resolve_denoiser(spec.run_spec(spec.smoothing.sigma)).ids()
     used = spec.classifier if spec.task == "classifier" else None
-    if used is not None and (used.checkpoint is not None or is_own(used.arch)):
-        start |= resolve_classifier(spec.run_spec(spec.smoothing.sigma)).ids()
+    if used is not None and (spec.has_start or is_own(used.arch)):
+        start |= resolve_classifier(spec.run_spec(spec.smoothing.sigma), start_of(spec)).ids()
     return Identity(
         spec=spec.identity(), data_id=split.train.data_id, validation_id=split.validation.data_id, start=start
     )
@@ -106,6 +107,8 @@ def certify_toml(store: Store, spec: TrainingSpec, split: Split) -> str | None:
     trained = {"checkpoint": here, "sha256": None}
     if spec.task == "denoiser":
         denoiser = denoiser.model_copy(update=trained)
+    elif classifier.adapter is not None:
+        classifier = classifier.model_copy(update={"adapter": classifier.adapter.model_copy(update=trained)})
     else:
         classifier = classifier.model_copy(update=trained)
     tables = {

@@ -117,6 +117,8 @@ class Training(Record):
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     augment: list[Augmentation] = Field(default=[])
+    pretrained: bool = False  # start from the weights that timm or torchvision publishes
+    new_last_layer: bool = False  # of a classifier, whose checkpoint may have another number of classes
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     seed: int = Field(default=0, ge=0)
     checkpoints: int = Field(default=10, ge=1, le=100_000)  # evenly spaced; metrics are measured at each
@@ -167,6 +169,9 @@ class TrainingSpec(Record):
             raise ValueError(f"denoiser.arch = {self.denoiser.arch!r} cannot be trained; use 'unet' or 'edm'")
         if self.task == "classifier":
             self._check_classifier()
+        for key in ("pretrained", "new_last_layer"):
+            if getattr(self.training, key) and self.task != "classifier":
+                raise ValueError(f"training.{key} = true, but task = {self.task!r}; remove it")
         if self.denoiser.unet is not None and self.denoiser.unet.learn_sigma and self.task == "denoiser":
             raise ValueError("denoiser.unet.learn_sigma = true is not trained; use learn_sigma = false")
         return self
@@ -179,6 +184,21 @@ class TrainingSpec(Record):
         denoised, none = self.classifier_loss.images == "denoised", self.denoiser.arch == "none"
         if denoised and none:
             raise ValueError("classifier_loss.images = 'denoised', but there is no denoiser; add the table [denoiser]")
+        if self.training.pretrained and self.classifier.checkpoint is not None:
+            raise ValueError("training.pretrained = true, but classifier.checkpoint is given; remove one of them")
+        if self.training.new_last_layer and not self.has_start:
+            raise ValueError(
+                "training.new_last_layer = true, but all weights are new; remove it, or set classifier.checkpoint or "
+                "training.pretrained"
+            )
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the classifier starts from weights that exist; an adapter always needs those of its classifier."""
+        used = self.classifier
+        return used is not None and (
+            used.checkpoint is not None or used.adapter is not None or self.training.pretrained
+        )
 
     def identity(self) -> "TrainingSpec":
         """The spec without what a resumed training may change: locations, device, and the spec of certify."""
@@ -204,4 +224,4 @@ def load_training(
     path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> TrainingSpec:
     """Read and validate a training, as `load_spec` does a spec. Raises: UserError."""
-    return read_model(TrainingSpec, path_or_dict, overrides, locations=(*LOCATIONS, ("validation", "path")))
+    return read_model(TrainingSpec, path_or_dict, overrides, locations=(*LOCATIONS, "validation.path"))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.models import edm
-from pipeline.models.classifiers import Logits, Prepared, resolve_classifier
+from pipeline.models.classifiers import Logits, Prepared, Start, resolve_classifier
 from pipeline.models.denoisers import (
     Denoiser,
     DiffusionDenoiser,
@@ -59,6 +59,23 @@ def _random_weights(spec: TrainingSpec) -> str:
     return f"{RANDOM}{spec.training.seed % 2**63}"
 
 
+def start_of(spec: TrainingSpec) -> Start:
+    """Return how the classifier of a training starts."""
+    return Start(seed=spec.training.seed % 2**63, new_last_layer=spec.training.new_last_layer)
+
+
+def _check_adapter(model: nn.Module, shape: Shape, device: torch.device) -> None:
+    """Raise UserError for a layer of the adapter that a network's output does not depend on."""
+    model(torch.full((1, *shape), 0.5, device=device)).sum().backward()
+    for name, one in model.named_parameters():
+        if one.requires_grad and one.grad is None:
+            raise UserError(
+                f"classifier.adapter.targets: {name} has no effect, because the network uses the weights of that layer "
+                "without calling it; set targets to other layers"
+            )
+        one.grad = None
+
+
 def noise_of(batch: Batch, purpose: str, device: torch.device, copies: int = 1) -> Tensor:
     """Return standard normal noise for copies of the images, M x B x C x H x W."""
     shape = batch.x_BCHW.shape[1:]
@@ -73,15 +90,22 @@ class ClassifierTask:
         assert spec.classifier_loss is not None
         self._device, self._losses = device, spec.classifier_loss
         section = spec.classifier
-        if section.checkpoint is None and not is_own(section.arch):
+        if not spec.has_start and not is_own(section.arch):
             section = section.model_copy(update={"checkpoint": _random_weights(spec)})
+        if section.adapter is not None and section.adapter.checkpoint is None:
+            adapter = section.adapter.model_copy(update={"checkpoint": _random_weights(spec)})
+            section = section.model_copy(update={"adapter": adapter})
         run = spec.model_copy(update={"classifier": section}).run_spec(0.5)
         with torch.random.fork_rng(devices=[]):  # an own function may draw its initial weights
             torch.default_generator.manual_seed(spec.training.seed % 2**63)
-            model = resolve_classifier(run).load(device, shape[0], num_classes)
+            model = resolve_classifier(run, start_of(spec)).load(device, shape[0], num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"classifier.arch = {section.arch!r} cannot be trained; it must be a torch.nn.Module")
-        self._model = model.to(device).requires_grad_(True)
+        self._model = model.to(device)
+        if section.adapter is None:
+            self._model.requires_grad_(True)
+        else:
+            _check_adapter(self._model, shape, device)
         self.network = model.network if isinstance(model, Prepared) else model
         self._denoisers = _denoisers(spec, self._losses, device, shape)
         self._features: list[Tensor] = []
@@ -155,12 +179,13 @@ class ClassifierTask:
         M, B = x_MBCHW.shape[:2]
         mean_BK = logits_MBK.softmax(dim=2).mean(dim=0).detach()
         start_MBCHW = noise_of(batch, "attack", self._device, M)
+        mode = self._model.training
         self._model.eval()  # the batch norms of the attack use, and do not change, the running statistics
         attacked_NCHW = losses.attack(
             self._model, x_MBCHW.flatten(0, 1), mean_BK.repeat(M, 1), radius=settings.radius, steps=settings.steps,
             start_BCHW=start_MBCHW.flatten(0, 1),
         )  # fmt: skip
-        self._model.train()
+        self._model.train(mode)
         attacked_MBK = self._model(attacked_NCHW.detach()).unflatten(0, (M, B))
         return total + settings.weight * losses.masked_adversarial(logits_MBK, attacked_MBK, label_B)
 
