@@ -21,7 +21,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from jobs.specs import SPECS, find_spec, load_named
+from jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training
 from pipeline.cascade import CASCADE
 from pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from pipeline.orders import CERTIFICATES, Certificate
@@ -629,17 +629,29 @@ def plan(
 ) -> None:
     """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
 
+    SPEC may also be a training.
+
     \b
     diffsmooth plan imagenet-diffsmooth-0.50 --gpu H100=2.50 --gpu A100=1.60
+    diffsmooth plan my-training.toml
     """
     from rich.console import Console
 
     from jobs import plan as planning
+    from jobs.plan_training import plan_training
 
     prices = planning.parse_gpus(gpus)
-    loaded = [load_named(name, overrides) for name in specs]
     passes = planning.attack_passes() if of_attack else None
-    plans = [planning.plan(spec, prices=prices, utilization=utilization, passes=passes, probe=probe) for spec in loaded]
+    plans: list[planning.Estimate] = []
+    for name in specs:
+        if not is_training(name):
+            spec = load_named(name, overrides)
+            plans.append(planning.plan(spec, prices=prices, utilization=utilization, passes=passes, probe=probe))
+        elif of_attack:
+            raise UserError(f"--attack does not apply to {name}, which is a training; remove one of them")
+        else:
+            training = load_named_training(name, overrides)
+            plans.append(plan_training(training, prices=prices, utilization=utilization, probe=probe))
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:
@@ -869,7 +881,7 @@ def train(
     """
     from jobs import train as command
 
-    spec = command.load_named_training(training, overrides)
+    spec = load_named_training(training, overrides)
     home = out or f"trainings/{spec.name}"
     try:
         row = command.train(spec, home, address=address, workers=workers, quiet=quiet or as_json)

@@ -27,7 +27,7 @@ from pipeline.data import Facts, known_facts, open_dataset, sample_indices
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.models.own import OwnFunctionError
 from pipeline.smoothing import base_classifier, check_base_classifier
-from pipeline.spec import RunSpec, looks_at
+from pipeline.spec import Data, RunSpec, looks_at
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,38 @@ class FlopsPerDraw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostEstimate:
-    """The cost of a spec if none of its votes exist yet."""
+class Estimate:
+    """The cost of a spec or of a training."""
 
     name: str
+    total_flop: float | None  # None if a network does not run on the meta device
+    precision: str
+    utilization: float
+    costs: list[GpuCost]
+    cpu: CpuRate | None  # None if it was not measured
+
+    @property
+    def measured(self) -> int:
+        """The number of what `cpu` measures: draws, or images that are trained on."""
+        raise NotImplementedError
+
+    @property
+    def cpu_hours(self) -> float | None:
+        """Hours of all cores of this machine."""
+        return None if self.cpu is None else self.cpu.hours(self.measured)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"cpu_hours": self.cpu_hours}
+
+    def describe(self) -> list[str]:
+        """Return what the estimate counts, as lines with rich's markup."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostEstimate(Estimate):
+    """The cost of a spec if none of its votes exist yet."""
+
     samples: int
     image_shape: list[int]
     draws_per_sample: int
@@ -82,19 +110,32 @@ class CostEstimate:
     largest_radius: float
     gflop_per_draw: FlopsPerDraw | None  # in 10^9; None if f does not run on the meta device
     local_copies: int
-    total_flop: float | None
-    precision: str
-    utilization: float
-    costs: list[GpuCost]
-    cpu: CpuRate | None  # None if it was not measured
 
     @property
-    def cpu_hours(self) -> float | None:
-        """Hours of all cores of this machine."""
-        return None if self.cpu is None else self.cpu.hours(self.draws)
+    def measured(self) -> int:
+        return self.draws
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"cpu_hours": self.cpu_hours}
+    def describe(self) -> list[str]:
+        lines = [
+            f"[bold]{escape(self.name)}[/]: {self.samples:,} samples x {self.draws_per_sample:,} draws = "
+            f"{'at most ' if self.at_most else ''}{self.draws:,} draws, {self.blocks:,} blocks; "
+            f"radii up to {_floor(self.largest_radius)}",
+        ]
+        if self.gflop_per_draw is None:
+            lines.append("FLOPs unknown: f does not run on torch's meta device")
+        else:
+            copies, gflop = f" ({self.local_copies} copies)" if self.local_copies > 1 else "", self.gflop_per_draw
+            lines.append(
+                f"GFLOP per draw: denoiser {gflop.denoiser:,.1f}, classifier {gflop.classifier:,.1f}{copies}; "
+                f"{self.total_flop:.3g} FLOP in total, in {self.precision}"
+            )
+        if self.cpu is not None:
+            random = f"; random weights: {', '.join(self.cpu.random_weights)}" if self.cpu.random_weights else ""
+            lines.append(
+                f"measured on this CPU: {self.cpu.draws_per_second_and_core:,.3g} draws/s per core, batches of "
+                f"{self.cpu.batch_size}{random}"
+            )
+        return lines
 
 
 MANY_HOURS = 100  # of a GPU: an order above it needs confirmation
@@ -148,7 +189,7 @@ def plan(
     Raises: UserError for a spec that cannot be certified.
     """
     check_base_classifier(spec)
-    smoothing, facts = spec.smoothing, _facts(spec)
+    smoothing, facts = spec.smoothing, facts_of(spec.data)
     samples = len(sample_indices(spec.data.samples, facts.size))
     flops = flops_per_draw(spec, facts.shape_CHW, facts.num_classes)
     each = smoothing.n0 + smoothing.n if passes is None else passes
@@ -173,23 +214,23 @@ def plan(
         total_flop=total,
         precision=smoothing.precision,
         utilization=utilization,
-        costs=[_gpu_cost(gpu, price, smoothing.precision, total, utilization) for gpu, price in prices.items()],
+        costs=[gpu_cost(gpu, price, smoothing.precision, total, utilization) for gpu, price in prices.items()],
         cpu=probe_cpu(spec, facts) if probe else None,
     )
 
 
-def _facts(spec: RunSpec) -> Facts:
-    """Return the size, shape and classes of the spec's data set, which is opened only if they are not well known."""
-    facts = known_facts(spec.data)
+def facts_of(data: Data) -> Facts:
+    """Return the size, shape and classes of a data set, which is opened only if they are not well known."""
+    facts = known_facts(data)
     if facts is not None:
         return facts
-    data = open_dataset(spec.data)
-    first = data[sample_indices(spec.data.samples, len(data))[0]]
+    found = open_dataset(data)
+    first = found[sample_indices(data.samples, len(found))[0]]
     channels, height, width = first.image_CHW.shape
-    return Facts(len(data), (channels, height, width), data.num_classes)
+    return Facts(len(found), (channels, height, width), found.num_classes)
 
 
-def _gpu_cost(gpu: str, price: float | None, precision: str, total: float | None, utilization: float) -> GpuCost:
+def gpu_cost(gpu: str, price: float | None, precision: str, total: float | None, utilization: float) -> GpuCost:
     peak = GPUS[gpu][_PRECISIONS.index(precision)]
     hours = None if peak is None or total is None else total / (peak * 1e12 * utilization) / 3600
     dollars = None if hours is None or price is None else hours * price
@@ -244,35 +285,16 @@ def in_gflop(flops: FlopsPerDraw) -> FlopsPerDraw:
     return FlopsPerDraw(denoiser=flops.denoiser / 1e9, classifier=flops.classifier / 1e9)
 
 
-def print_plans(plans: Sequence[CostEstimate], console: Console) -> None:
+def print_plans(plans: Sequence[Estimate], console: Console) -> None:
     """Print each estimate in words, and all of them as a table with a row per GPU."""
     console.width = max(console.width, 40 + sum(26 + len(one.name) for one in plans))  # so that no cell is truncated
     for one in plans:
-        lines = [
-            f"[bold]{escape(one.name)}[/]: {one.samples:,} samples x {one.draws_per_sample:,} draws = "
-            f"{'at most ' if one.at_most else ''}{one.draws:,} draws, {one.blocks:,} blocks; "
-            f"radii up to {_floor(one.largest_radius)}",
-        ]
-        if one.gflop_per_draw is None:
-            lines.append("FLOPs unknown: f does not run on torch's meta device")
-        else:
-            copies = f" ({one.local_copies} copies)" if one.local_copies > 1 else ""
-            lines.append(
-                f"GFLOP per draw: denoiser {one.gflop_per_draw.denoiser:,.1f}, classifier "
-                f"{one.gflop_per_draw.classifier:,.1f}{copies}; {one.total_flop:.3g} FLOP in total, in {one.precision}"
-            )
-        if one.cpu is not None:
-            random = f"; random weights: {', '.join(one.cpu.random_weights)}" if one.cpu.random_weights else ""
-            lines.append(
-                f"measured on this CPU: {one.cpu.draws_per_second_and_core:,.3g} draws/s per core, batches of "
-                f"{one.cpu.batch_size}{random}"
-            )
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        console.print("\n".join(one.describe()), highlight=False, soft_wrap=True)
     if any(one.total_flop is not None or one.cpu is not None for one in plans):
         console.print(_table(plans))
 
 
-def _table(plans: Sequence[CostEstimate]) -> Table:
+def _table(plans: Sequence[Estimate]) -> Table:
     percent = 100 * plans[0].utilization
     title = f"hours of one GPU at {percent:g} % of its peak, and of all cores of this machine"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")

@@ -1,6 +1,7 @@
 """Probe: how fast this machine's CPU computes f, from a few batches of random images."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.data import Facts
 from pipeline.locations import EMBEDDED
 from pipeline.models.own import is_own
 from pipeline.models.weights import RANDOM
-from pipeline.smoothing import BaseClassifier, base_classifier
+from pipeline.smoothing import base_classifier
 from pipeline.spec import RunSpec
 from pipeline.storage.fetch import at_hand
 
@@ -56,35 +57,33 @@ def probe_cpu(spec: RunSpec, facts: Facts) -> CpuRate:
     Raises: UserError for networks that do not load or do not fit the images.
     """
     spec, random_weights = with_weights_at_hand(spec)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each worker does
-    try:
-        f = base_classifier(spec, torch.device("cpu"), facts.shape_CHW, facts.num_classes)
-        batch_size, rate = _measure(f, facts.shape_CHW)
-    finally:
-        torch.set_num_threads(threads)
-    return CpuRate(
-        cores=cores(),
-        draws_per_second_and_core=rate,
-        batch_size=batch_size,
-        random_weights=random_weights,
-    )
-
-
-def _measure(f: BaseClassifier, shape: tuple[int, ...]) -> tuple[int, float]:
-    """Return the largest batch size that was tried, and its draws per second; sizes double while time is left."""
+    f = base_classifier(spec, torch.device("cpu"), facts.shape_CHW, facts.num_classes)
     random = np.random.Generator(np.random.Philox(0))
-    x_BCHW = torch.from_numpy(random.random((_LARGEST_BATCH, *shape), dtype=np.float32))
+    x_BCHW = torch.from_numpy(random.random((_LARGEST_BATCH, *facts.shape_CHW), dtype=np.float32))
+    return measure_on_one_core(lambda size: f(x_BCHW[:size]), random_weights=random_weights)
+
+
+def measure_on_one_core(
+    compute: Callable[[int], object], *, random_weights: Sequence[str], smallest: int = 1
+) -> CpuRate:
+    """Return the rate of `compute(batch size)` at the largest size that is tried; sizes double while time is left."""
 
     def seconds(size: int) -> float:
         start = time.process_time()
-        f(x_BCHW[:size])
+        compute(size)
         return max(time.process_time() - start, 1e-9)
 
-    size, best = 1, seconds(1)
-    if best < _SECONDS:
-        best = min(best, seconds(1))  # the first call is slower
-    while size < _LARGEST_BATCH and 4 * best < _SECONDS:
-        size *= 2
-        best = min(seconds(size), seconds(size))
-    return size, size / best
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each worker does
+    try:
+        size, best = smallest, seconds(smallest)
+        if best < _SECONDS:
+            best = min(best, seconds(smallest))  # the first call is slower
+        while size < _LARGEST_BATCH and 4 * best < _SECONDS:
+            size *= 2
+            best = min(seconds(size), seconds(size))
+    finally:
+        torch.set_num_threads(threads)
+    return CpuRate(
+        cores=cores(), draws_per_second_and_core=size / best, batch_size=size, random_weights=list(random_weights)
+    )

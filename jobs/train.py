@@ -9,20 +9,14 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from cluster.driver import Cluster
 from cluster.trainer import Workers, train_on_ray
 from jobs.console import note
-from jobs.specs import SPECS, find_spec
 from jobs.watch import stop_on_signals
 from pipeline.errors import Stopped
 from pipeline.models.device import available_device
 from pipeline.storage.store import open_store
 from pipeline.training.checkpoint import Row
 from pipeline.training.loop import Report, check_training, run_training
-from pipeline.training.settings import TrainingSpec, load_training
+from pipeline.training.settings import TrainingSpec
 from pipeline.training.world import World
-
-
-def load_named_training(name: str, overrides: tuple[str, ...]) -> TrainingSpec:
-    """The training in a file, or the one of this name that ships with the package. Raises: UserError."""
-    return load_training(find_spec(name, SPECS / "training", "training"), overrides)
 
 
 def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> Row:

@@ -6,13 +6,17 @@ import json
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from torch import nn
 
 from jobs.cli import SPECS, main
-from jobs.plan import GPUS, parse_gpus, plan, print_plans
+from jobs.plan import GPUS, flops_per_draw, parse_gpus, plan, print_plans
+from jobs.plan_training import plan_training
 from pipeline.errors import UserError
+from pipeline.models import classifiers
 from pipeline.models.classifiers import resolve_classifier
 from pipeline.models.denoisers import resolve_denoiser
-from pipeline.spec import load_spec
+from pipeline.spec import Normalize, load_spec
+from pipeline.training.settings import load_training
 
 PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
 
@@ -126,3 +130,80 @@ def test_the_command_prints_text_or_json():
     assert [one["name"] for one in plans] == ["cifar10-cohen-0.25", "cifar10-diffsmooth-0.25"]
     missing = CliRunner().invoke(main, ["certify", "cifar10-cohen-0.25", "--cpu", "--set", "data.name=mnist"])
     assert missing.exit_code == 2
+
+
+HIDDEN = 8
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """The architecture `two`: 784 -> HIDDEN -> 10. Returns the FLOPs of its layers for one image."""
+    identity = classifiers.Input(Normalize(mean=[0.0], std=[1.0]))
+
+    def make(num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, num_classes))
+
+    monkeypatch.setitem(classifiers.CLASSIFIERS, "two", classifiers.Architecture(make, identity))
+    return 2 * 784 * HIDDEN, 2 * HIDDEN * 10
+
+
+def training(loss, **changes):
+    raw = {
+        "name": "tiny",
+        "task": "classifier",
+        "data": {"name": "mnist"},
+        "classifier": {"arch": "two"},
+        "classifier_loss": {"sigmas": [0.5], **loss},
+        "training": {"steps": 30, "batch": 40, "checkpoints": 3},
+        **changes,
+    }
+    return plan_training(load_training(raw), prices={"H100": 2.0}, utilization=0.5).to_json()
+
+
+def flop_per_image(estimate):
+    return estimate["gflop_per_image"]["step"] * 1e9
+
+
+def test_the_flops_of_a_training_equal_a_calculation_by_hand(two_layers):
+    first, second = two_layers
+    forward, gradient = first + second, first + 2 * second  # no gradient with respect to the images
+    assert flop_per_image(training({})) == pytest.approx(forward + gradient)
+    assert flop_per_image(training({"copies": 3})) == pytest.approx(3 * (forward + gradient))
+    attack = 5 * 2 * forward  # each step goes back to the images, and to no weight
+    attacked = training({"copies": 2, "confidence": {"steps": 5}})
+    assert flop_per_image(attacked) == pytest.approx(2 * (forward + gradient + attack + forward + gradient))
+
+
+def test_the_denoiser_is_part_of_the_cost_of_a_training_on_denoised_images(two_layers):
+    spec = load_spec(SPECS / "mnist-dds-0.50.toml")
+    denoiser = spec.denoiser.model_dump(exclude_unset=True)
+    noisy, denoised = training({}), training({"images": "denoised"}, denoiser=denoiser)
+    added = flop_per_image(denoised) - flop_per_image(noisy)
+    assert added == pytest.approx(flops_per_draw(spec, (1, 28, 28), 10).denoiser)
+
+
+def test_images_hours_and_dollars_of_a_training_equal_a_calculation_by_hand(two_layers):
+    found = training({})
+    assert (found["images"], found["validation_images"]) == (950, 50)  # of 1,000, every 20th is held out
+    forward = sum(two_layers)
+    measured = 3 * 50 * 2 * forward  # clean and noisy, at each checkpoint
+    assert found["total_flop"] == pytest.approx(30 * 40 * flop_per_image(found) + measured)
+    (h100,) = found["costs"]
+    assert h100["gpu_hours"] == pytest.approx(found["total_flop"] / (67e12 * 0.5 * 3600))
+    assert h100["dollars"] == pytest.approx(2 * h100["gpu_hours"])
+
+
+def test_the_command_plans_trainings_and_specs_together(tmp_path):
+    arguments = ["plan", "fashion-denoiser", "mnist-cohen-0.50", "--gpu", "H100"]
+    text = CliRunner().invoke(main, arguments).output
+    assert "3,000 steps x 64 images = 192,000 images, 3.49 epochs of 55,000" in text
+    assert "mnist-cohen-0.50: " in text
+    (training, spec) = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert (training["steps"], spec["local_copies"]) == (3000, 1)
+    file = tmp_path / "mine.toml"
+    file.write_text((SPECS / "training" / "fashion-denoiser.toml").read_text())
+    probed = CliRunner().invoke(main, ["plan", str(file), "--probe", "--json", "--set", "training.steps=10"])
+    (estimate,) = json.loads(probed.output)
+    assert estimate["cpu_hours"] > 0
+    refused = CliRunner().invoke(main, ["plan", str(file), "--attack"])
+    assert (refused.exit_code, "--attack does not apply" in refused.output) == (2, True)

@@ -1,14 +1,17 @@
 """The shipped specs, and how the argument SPEC of a command is found and loaded."""
 
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.models.own import is_own
 from pipeline.spec import RunSpec, load_spec
+from pipeline.training.settings import TrainingSpec, load_training
 
 SPECS = Path(__file__).parent
+TRAININGS = SPECS / "training"
 
 
 def find_spec(name: str, folder: Path = SPECS, kind: str = "spec") -> Path:
@@ -44,11 +47,34 @@ def load_named(name: str, overrides: Sequence[str]) -> RunSpec:
     """
     path = find_spec(name)
     spec = load_spec(path, overrides)
-    if any(is_own(arch) for arch in (spec.denoiser.arch, spec.classifier.arch)):
+    _find_own_modules(path, (spec.denoiser.arch, spec.classifier.arch))
+    return spec
+
+
+def load_named_training(name: str, overrides: Sequence[str]) -> TrainingSpec:
+    """The training that a command line names, as `load_named` finds a spec. Raises: UserError."""
+    path = find_spec(name, TRAININGS, "training")
+    spec = load_training(path, overrides)
+    _find_own_modules(path, (spec.denoiser.arch, "" if spec.classifier is None else spec.classifier.arch))
+    return spec
+
+
+def is_training(name: str) -> bool:
+    """Whether a name that may be a spec's or a training's is a training's: by the table [training] of a file."""
+    path = Path(name)
+    if not path.is_file():
+        return not (SPECS / f"{name}.toml").is_file() and (TRAININGS / f"{name}.toml").is_file()
+    try:
+        return "training" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # `load_spec` says what is wrong
+
+
+def _find_own_modules(path: Path, archs: Sequence[str]) -> None:
+    if any(is_own(arch) for arch in archs):
         for folder in (Path.cwd(), path.absolute().parent):
             if str(folder) not in sys.path:
                 sys.path.append(str(folder))
-    return spec
 
 
 def load_shipped(name: str) -> RunSpec | None:

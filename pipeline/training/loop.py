@@ -23,7 +23,7 @@ from pipeline.training.batches import Batch, Split, TrainingBatches, open_images
 from pipeline.training.checkpoint import Checkpoint, History, Row, claim, newest_step
 from pipeline.training.outcome import identity_of, write_metrics, write_outcome
 from pipeline.training.settings import Training, TrainingSpec
-from pipeline.training.tasks import Sums, Task, make_task
+from pipeline.training.tasks import Task, make_task
 from pipeline.training.world import World
 
 State = dict[str, Tensor]
@@ -159,11 +159,11 @@ class Trainer:
         trained = {name: one.clone() for name, one in self._state().items()}
         self._load(self.average)
         network.eval()
-        sums: Sums = {}
+        sums: dict[str, float] = {}
         world = self._world
         for batch in validation_batches(split.validation, self._settings.seed, world.rank, world.size):
             for name, value in self.task.measure(batch).items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + float(value)
         self._load(trained)
         names = world.from_first(sorted(sums))  # the first worker has a batch, others may have none
         values = torch.tensor([sums.get(name, 0.0) for name in names], device=self._device)

@@ -33,7 +33,7 @@ from pipeline.training.batches import Batch
 from pipeline.training.randomness import Randomness
 from pipeline.training.settings import ClassifierLoss, DenoiserLoss, TrainingSpec
 
-Sums = dict[str, float]  # of a batch: sums over its images, by the name of the figure
+Sums = dict[str, Tensor]  # of a batch: sums over its images, by the name of the figure
 
 
 class Task(Protocol):
@@ -117,7 +117,7 @@ class ClassifierTask:
 
     def loss(self, batch: Batch) -> Tensor:
         settings, label_B = self._losses, batch.label_B.to(self._device)
-        sigma_B = self._sigmas(batch)
+        sigma_B = self._sigmas(batch)  # on the CPU, so that no decision waits for the device
         with torch.no_grad():
             x_MBCHW = self._images(batch, sigma_B)
         M, B = x_MBCHW.shape[:2]
@@ -137,7 +137,7 @@ class ClassifierTask:
         if settings.macer is not None:
             hinge = settings.macer
             total = total + losses.macer(
-                logits_MBK, label_B, sigma_B, weight=hinge.weight, gamma=hinge.gamma, beta=hinge.beta
+                logits_MBK, label_B, sigma_B.to(self._device), weight=hinge.weight, gamma=hinge.gamma, beta=hinge.beta
             )
         return total
 
@@ -145,7 +145,7 @@ class ClassifierTask:
         """Return the noise level of each image: one of the spec's, or 0."""
         sigmas = torch.tensor(self._losses.sigmas or [0.0])
         choice_B = (batch.randomness.uniform("sigma")[:, 0] * len(sigmas)).long()
-        return sigmas[choice_B].to(self._device)
+        return sigmas[choice_B]
 
     def _images(self, batch: Batch, sigma_B: Tensor) -> Tensor:
         """Return the copies that the classifier sees, M x B x C x H x W."""
@@ -153,7 +153,7 @@ class ClassifierTask:
         if settings.images == "clean":
             return x_BCHW[None]
         noise_MBCHW = noise_of(batch, "noise", self._device, settings.copies)
-        x_MBCHW = x_BCHW + sigma_B[:, None, None, None] * noise_MBCHW
+        x_MBCHW = x_BCHW + sigma_B.to(self._device)[:, None, None, None] * noise_MBCHW
         if settings.images == "denoised":
             x_MBCHW = self._denoised(x_MBCHW, sigma_B)
         if settings.local_sigma:
@@ -163,11 +163,11 @@ class ClassifierTask:
     def _denoised(self, x_MBCHW: Tensor, sigma_B: Tensor) -> Tensor:
         out_MBCHW = torch.empty_like(x_MBCHW)
         for sigma, denoise in self._denoisers.items():
-            chosen_B = sigma_B == torch.tensor(sigma, device=sigma_B.device)
-            if chosen_B.any():
-                noisy_MBCHW = x_MBCHW[:, chosen_B]
+            chosen_N = (sigma_B == torch.tensor(sigma)).nonzero()[:, 0].to(self._device)
+            if len(chosen_N):
+                noisy_MBCHW = x_MBCHW[:, chosen_N]
                 clean_NCHW = denoise(noisy_MBCHW.flatten(0, 1), sigma)
-                out_MBCHW[:, chosen_B] = clean_NCHW.unflatten(0, noisy_MBCHW.shape[:2])
+                out_MBCHW[:, chosen_N] = clean_NCHW.unflatten(0, noisy_MBCHW.shape[:2])
         return out_MBCHW
 
     def _confidence(self, x_MBCHW: Tensor, logits_MBK: Tensor, batch: Batch) -> Tensor:
@@ -215,8 +215,8 @@ def _denoisers(
     return built
 
 
-def _right(logits_BK: Tensor, label_B: Tensor) -> float:
-    return float((logits_BK.argmax(dim=1) == label_B).sum())
+def _right(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+    return (logits_BK.argmax(dim=1) == label_B).sum()
 
 
 class DenoiserTask:
@@ -290,8 +290,8 @@ class DenoiserTask:
         denoised_BCHW = self._denoiser()(noisy_BCHW, self._sigma)
         error_B = F.mse_loss(denoised_BCHW, x_BCHW, reduction="none").flatten(1).mean(dim=1)
         sums = {
-            "validation_loss": float(self.loss(batch)) * len(x_BCHW),
-            f"squared_error_at_{self._sigma:g}": float(error_B.sum()),
+            "validation_loss": self.loss(batch) * len(x_BCHW),
+            f"squared_error_at_{self._sigma:g}": error_B.sum(),
         }
         if self._classify is not None:
             sums["clean_accuracy"] = _right(self._classify(x_BCHW), label_B)
