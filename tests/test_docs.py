@@ -8,17 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pytest
+import tomli_w
 from click.testing import CliRunner
 
 from jobs.cli import SPECS, main
 from pipeline.spec import load_spec
+from pipeline.training.settings import load_training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -196,11 +199,23 @@ def test_every_block_of_a_page_runs(page, demo, tmp_path, monkeypatch):
             run_block(block, tmp_path)
 
 
+def smaller(raw: dict[str, Any]) -> dict[str, Any]:
+    """A training that takes seconds: few steps, validation images and draws."""
+    raw["training"] |= {"steps": 2, "batch": 4, "checkpoints": 1}
+    raw["validation"]["samples"] = "::5"
+    if "smoothing" in raw:
+        raw["smoothing"] |= {"n0": 10, "n": 20, "block": {"selection": 10, "estimation": 20}}
+    return raw
+
+
 def run_block(block: CodeBlock, folder: Path) -> None:
     if block.kind == "bash":
         for line in block.text.splitlines():
             if not line.startswith(("make ", "pip ")):
                 run_line(line, folder)
+    elif name := re.match(r"# (\S+\.toml)\n", block.text):
+        (folder / name[1]).write_text(tomli_w.dumps(smaller(tomllib.loads(block.text))))
+        load_training(folder / name[1])
     elif block.kind == "toml":
         (folder / "mine.toml").write_text(block.text)
         assert load_spec(folder / "mine.toml").name == "mine"
