@@ -15,7 +15,6 @@ from pipeline.spec import Normalize, identity, load_spec, votes_id
 from pipeline.storage.store import MemoryStore, open_store
 from pipeline.training import loop
 from pipeline.training.settings import load_training
-from tests.hub_server import hub  # noqa: F401  (a fixture)
 from tests.test_training import CPU, Killed, assert_equal, die_after, raw_training, train, weights, write_images
 
 timm = pytest.importorskip("timm")
@@ -249,7 +248,7 @@ def test_a_network_of_other_classes_starts_with_a_new_last_layer_if_the_training
 
 
 @pytest.mark.parametrize("location", [None, "hf://diffsmooth/tiny/model.safetensors"], ids=["published", "hf"])
-def test_weights_of_the_hub_start_a_training(images, tmp_path, monkeypatch, hub, location):  # noqa: F811
+def test_weights_of_the_hub_start_a_training(images, tmp_path, monkeypatch, hub, location):
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
     network = build(lambda: timm.create_model(VIT, num_classes=3, **SIZES), f"{RANDOM}0", CPU)
     repository = "diffsmooth/tiny" if location else timm.models.get_pretrained_cfg(VIT).hf_hub_id

@@ -1,12 +1,14 @@
 """The loop of a training: the same weights however it is cut, and one line for each thing that can go wrong."""
 
 import csv
+import errno
 import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from pipeline.errors import RunError, Stopped, UserError
+from pipeline.models.classifiers import resolve_classifier
 from pipeline.spec import load_spec
 from pipeline.storage.store import MemoryStore, open_store
 from pipeline.training import losses
@@ -25,6 +28,7 @@ from pipeline.training.loop import decay, learning_rate, run_training
 from pipeline.training.randomness import Randomness
 from pipeline.training.settings import load_training
 from pipeline.training.world import World
+from tests.cloud_servers import StoreServer
 from tests.models import png
 
 CPU = torch.device("cpu")
@@ -113,6 +117,63 @@ def test_a_training_that_was_killed_ends_with_the_same_weights_and_metrics(image
         del one["seconds"]
     assert rows == again
     assert [row["step"] for row in rows] == [2, 4, 6]
+
+
+def test_a_training_in_a_bucket_is_resumed_and_certified_from_there(images, moto_url, monkeypatch, tmp_path):
+    StoreServer(scheme="s3", url=moto_url).use(monkeypatch)
+    monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
+    whole, bucket = MemoryStore(), open_store(f"s3://bucket/{tmp_path.name}")
+    train(raw_training(images), whole)
+    with pytest.raises(Killed):
+        train(raw_training(images), bucket, on_step=die_after(3))
+    train(raw_training(images), bucket)
+    assert_equal(weights(whole), weights(bucket))
+    spec = load_spec(tomllib.loads(bucket.read("certify.toml").decode()))
+    assert spec.classifier.checkpoint == f"s3://bucket/{tmp_path.name}/weights.safetensors"
+    network = resolve_classifier(spec).load(CPU, 1, 2).network
+    assert_equal(network.state_dict(), weights(whole))
+
+
+def test_a_full_disk_is_reported_and_costs_no_more_than_the_last_checkpoint(images, tmp_path, monkeypatch):
+    whole, store, sync = MemoryStore(), open_store(str(tmp_path / "out")), os.fsync
+    train(raw_training(images), whole)
+    with pytest.raises(Killed):
+        train(raw_training(images), store, on_step=die_after(5))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device.*; free some space") as caught:
+        train(raw_training(images), store)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(os, "fsync", sync)
+    assert sorted(store.keys("checkpoints")) == [f"checkpoints/00000000{step}.safetensors" for step in (2, 4)]
+    train(raw_training(images), store)
+    assert_equal(weights(whole), weights(store))
+
+
+def test_images_on_the_hub_give_the_weights_of_the_same_images_here(images, hub):
+    here, there = MemoryStore(), MemoryStore()
+    train(raw_training(images), here)
+    hub.repositories["datasets/org/set"] = {"main": {"train.parquet": Path(images).read_bytes()}}
+    train(raw_training("hf://datasets/org/set/train.parquet"), there)
+    assert_equal(weights(here), weights(there))
+
+
+@pytest.mark.parametrize("make", [raw_training, denoiser_training])
+def test_bf16_rounds_the_same_training_and_can_be_resumed(images, make):
+    whole, cut, exact = MemoryStore(), MemoryStore(), MemoryStore()
+    short = {"steps": 3, "checkpoints": 3}
+    bf16 = make(images, training={**short, "precision": "bf16"})
+    rows, exact_rows = train(bf16, whole), train(make(images, training=short), exact)
+    with pytest.raises(Killed):
+        train(bf16, cut, on_step=die_after(2))
+    train(bf16, cut)
+    assert_equal(weights(whole), weights(cut))
+    assert all(one.dtype != torch.bfloat16 for one in weights(whole).values())
+    assert rows[-1]["loss"] != exact_rows[-1]["loss"]
+    assert rows[-1]["loss"] == pytest.approx(exact_rows[-1]["loss"], rel=0.05)
 
 
 def test_a_training_that_is_stopped_keeps_the_step_it_stopped_at(images):
