@@ -209,7 +209,7 @@ class Attention(nn.Module):
         ({"arch": "mnist_cnn"}, {}, r"no place in arch = 'mnist_cnn', which has no linear layer but the last; use"),
         ({"arch": "attention"}, {}, r"no place in arch = 'attention', which has no linear layer but the last; use"),
         ({"arch": "uncalled"}, {"targets": ["proj"]}, r"adapter.targets: .*proj.* has no effect, .*; set targets"),
-        ({"arch": "rrcm"}, {}, r"classifier.adapter is given, but it is not applied to arch = 'rrcm'; remove it"),
+        ({"arch": "rrcm-b4"}, {}, r"classifier.adapter is given, but it is not applied to arch = 'rrcm-b4'; remove"),
         ({"arch": "tests.models:half_space"}, {}, r"classifier.adapter is given, but it is not applied to arch"),
         ({}, {"alpha": 1.0}, r"alpha = 1.0 belongs to kind = 'lora'; remove it"),
         ({}, {"rank": 0}, r"classifier.adapter.rank = 0: .* greater than or equal to 1"),

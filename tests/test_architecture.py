@@ -66,7 +66,7 @@ ARROWS = {
     "pipeline.results": "attacks certify curve gap orders planning records run sampling seal storage.store votes",
     "pipeline.report": "curve gap orders results run tables votes",
     "pipeline.card": "results tables",
-    "pipeline.training.settings": "records spec",
+    "pipeline.training.settings": "models.own records spec",
     "pipeline.training.randomness": "",
     "pipeline.training.world": "",
     "pipeline.training.losses": "models.edm",

@@ -20,6 +20,7 @@ from safetensors.torch import load, load_file
 
 from pipeline.errors import RunError, Stopped, UserError
 from pipeline.models.classifiers import resolve_classifier
+from pipeline.models.rrcm import PRESETS, RRCMSettings, nearest_level
 from pipeline.spec import load_spec
 from pipeline.storage.store import MemoryStore, open_store
 from pipeline.training import losses
@@ -27,6 +28,7 @@ from pipeline.training.batches import Order, augment, shards_of
 from pipeline.training.loop import decay, learning_rate, run_training
 from pipeline.training.randomness import Randomness
 from pipeline.training.settings import load_training
+from pipeline.training.tasks import make_task
 from pipeline.training.world import World
 from tests.cloud_servers import StoreServer
 from tests.models import png
@@ -243,6 +245,20 @@ def test_a_classifier_is_trained_on_denoised_images_and_certified_with_the_denoi
     assert spec.denoiser.unet is not None
 
 
+def test_an_rrcm_is_trained_from_scratch_at_the_noise_level_that_is_certified(images, tmp_path, monkeypatch):
+    small = RRCMSettings(channels=1, patch=14, width=8, hidden=8, depth=1, patches=4, num_classes=2)
+    monkeypatch.setitem(PRESETS, "rrcm-b4", small)
+    raw = raw_training(images, classifier={"arch": "rrcm-b4"}, smoothing={"sigma": 1.0})
+    task = make_task(load_training(raw), CPU, (1, 28, 28), 2)
+    assert task.network.level == nearest_level(1.0)
+    train(raw, open_store(str(tmp_path)))
+    with pytest.raises(UserError, match=r"smoothing.sigma is 1.0 there and 0.5 here"):
+        train({**raw, "smoothing": {"sigma": 0.5}}, open_store(str(tmp_path)))
+    certified = resolve_classifier(load_spec(tmp_path / "certify.toml")).load(CPU, 1, 2)
+    assert certified.level == task.network.level
+    assert_equal(certified.state_dict(), load_file(tmp_path / "weights.safetensors"))
+
+
 def test_the_denoiser_of_edm_is_trained_from_scratch(images):
     store = MemoryStore()
     raw = denoiser_training(images, denoiser_loss={"edm": {"model_channels": 4, "channel_mult": [1, 2]}})
@@ -320,6 +336,9 @@ def test_unsuitable_images_are_refused(tmp_path, labels, sides, message):
         ({"classifier_loss": {"images": "denoised"}}, "there is no denoiser; add"),
         ({"classifier_loss": {"local_sigma": 0.1}}, "local_sigma = 0.1 is added after denoising; use"),
         ({"task": "denoiser"}, "classifier_loss is given, but task = 'denoiser'; remove"),
+        ({"classifier": {"arch": "diffusion"}}, "classifier.arch = 'diffusion' cannot be trained; use another"),
+        ({"classifier": {"arch": "rrcm"}}, "'rrcm' takes its sizes from the checkpoint, which is missing; set"),
+        ({"classifier": {"arch": "transformers"}}, "'transformers' takes its sizes from the checkpoint, .*; set"),
         ({"denoiser_loss": {"low": 2.0}}, "low = 2.0 must be less than high = 1.5"),
     ],
 )

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.locations import require_set
 from pipeline.models.files import weights_id
 from pipeline.models.options import Options, parse_options
-from pipeline.models.weights import State, build_from, load_weights
+from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
 from pipeline.spec import RunSpec
 
 _LEVELS, _RHO, _SMALLEST, _LARGEST = 81, 7, 0.002, 80.0
@@ -192,6 +192,11 @@ class RRCMClassifier:
             with device:
                 return RRCM(PRESETS[self.arch], self.level, self.options.layernorm).eval().requires_grad_(False)
         location = self._location()
+        if location.startswith(RANDOM) and self.arch in PRESETS:
+            self._check(location, PRESETS[self.arch], channels, num_classes)
+            network = build(partial(RRCM, PRESETS[self.arch], self.level, self.options.layernorm), location, device)
+            assert isinstance(network, RRCM)
+            return network
         state = _without_projector(load_weights(location, ["base_model.cls_token"]))
         settings = settings_in(state)
         if settings is None:
@@ -199,14 +204,18 @@ class RRCMClassifier:
                 f"checkpoint {location}: holds no rRCM (base_model.pos_embed, linear_head.weight, ...); use a file of "
                 "its fine-tuning"
             )
-        if (settings.channels, settings.num_classes) != (channels, num_classes):
-            raise UserError(
-                f"checkpoint {location}: the rRCM has {settings.channels} channels and {settings.num_classes} classes, "
-                f"but the data set has {channels} and {num_classes}; use a classifier of this data set"
-            )
+        self._check(location, settings, channels, num_classes)
         network = build_from(partial(RRCM, settings, self.level, self.options.layernorm), state, location, device)
         assert isinstance(network, RRCM)
         return network
+
+    def _check(self, location: str, settings: RRCMSettings, channels: int, num_classes: int) -> None:
+        if (settings.channels, settings.num_classes) != (channels, num_classes):
+            where = f"classifier.arch = {self.arch!r}" if location.startswith(RANDOM) else f"checkpoint {location}"
+            raise UserError(
+                f"{where}: the rRCM has {settings.channels} channels and {settings.num_classes} classes, "
+                f"but the data set has {channels} and {num_classes}; use a classifier of this data set"
+            )
 
     def build(self, device: torch.device, dtype: torch.dtype, channels: int, num_classes: int) -> RRCM:
         return self.load(device, channels, num_classes).to(dtype)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.models.own import is_own
 from pipeline.records import Record
 from pipeline.spec import LOCATIONS, Classifier, Data, Denoiser, RunSpec, Smoothing, read_model
 
@@ -184,6 +185,14 @@ class TrainingSpec(Record):
         denoised, none = self.classifier_loss.images == "denoised", self.denoiser.arch == "none"
         if denoised and none:
             raise ValueError("classifier_loss.images = 'denoised', but there is no denoiser; add the table [denoiser]")
+        arch = self.classifier.arch
+        if arch == "diffusion":
+            raise ValueError("classifier.arch = 'diffusion' cannot be trained; use another architecture")
+        if arch in ("rrcm", "transformers") and self.classifier.checkpoint is None:
+            raise ValueError(
+                f"classifier.arch = {arch!r} takes its sizes from the checkpoint, which is missing; set "
+                "classifier.checkpoint, or use another architecture"
+            )
         if self.training.pretrained and self.classifier.checkpoint is not None:
             raise ValueError("training.pretrained = true, but classifier.checkpoint is given; remove one of them")
         if self.training.new_last_layer and not self.has_start:
@@ -207,8 +216,10 @@ class TrainingSpec(Record):
             return data.model_copy(update={"path": None})
 
         validation = None if self.validation is None else placeless(self.validation)
+        arch = "" if self.classifier is None else self.classifier.arch
+        reads_sigma = self.task == "classifier" and (arch.startswith("rrcm") or is_own(arch))
         changes = {"data": placeless(self.data), "validation": validation, "compute": Device(),
-                   "smoothing": Smoothing(sigma=0.5)}  # fmt: skip
+                   "smoothing": Smoothing(sigma=self.smoothing.sigma if reads_sigma else 0.5)}  # fmt: skip
         return self.model_copy(update=changes)
 
     def run_spec(self, sigma: float) -> RunSpec:

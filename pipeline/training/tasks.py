@@ -95,7 +95,7 @@ class ClassifierTask:
         if section.adapter is not None and section.adapter.checkpoint is None:
             adapter = section.adapter.model_copy(update={"checkpoint": _random_weights(spec)})
             section = section.model_copy(update={"adapter": adapter})
-        run = spec.model_copy(update={"classifier": section}).run_spec(0.5)
+        run = spec.model_copy(update={"classifier": section}).run_spec(spec.smoothing.sigma)
         with torch.random.fork_rng(devices=[]):  # an own function may draw its initial weights
             torch.default_generator.manual_seed(spec.training.seed % 2**63)
             model = resolve_classifier(run, start_of(spec)).load(device, shape[0], num_classes)
@@ -234,7 +234,7 @@ class DenoiserTask:
         self.network.requires_grad_(True).to(memory_format=torch.channels_last)
         self._classify: Logits | None = None
         if spec.classifier is not None and spec.classifier.checkpoint is not None:
-            self._classify = resolve_classifier(spec.run_spec(0.5)).load(device, shape[0], num_classes)
+            self._classify = resolve_classifier(spec.run_spec(self._sigma)).load(device, shape[0], num_classes)
 
     def _unet(self, spec: TrainingSpec, device: torch.device, shape: Shape) -> nn.Module:
         section, settings = spec.denoiser, spec.denoiser.unet
