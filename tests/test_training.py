@@ -15,9 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load, load_file
 
+from jobs.cli import main
 from pipeline.errors import RunError, Stopped, UserError
 from pipeline.models.classifiers import resolve_classifier
 from pipeline.models.rrcm import PRESETS, RRCMSettings, nearest_level
@@ -257,6 +260,18 @@ def test_an_rrcm_is_trained_from_scratch_at_the_noise_level_that_is_certified(im
     certified = resolve_classifier(load_spec(tmp_path / "certify.toml")).load(CPU, 1, 2)
     assert certified.level == task.network.level
     assert_equal(certified.state_dict(), load_file(tmp_path / "weights.safetensors"))
+
+
+def test_the_command_finds_own_functions_beside_the_training(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_linear.py").write_text(
+        "from torch import nn\n\ndef make(spec, device):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 2))\n"
+    )
+    raw = raw_training(images, classifier={"arch": "own_linear:make"}, training={"steps": 1, "checkpoints": 1})
+    (tmp_path / "training.toml").write_text(tomli_w.dumps(raw))
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "training.toml"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert load_file(tmp_path / "out" / "weights.safetensors")["1.weight"].shape == (2, 784)
 
 
 def test_the_denoiser_of_edm_is_trained_from_scratch(images):

@@ -9,6 +9,7 @@ B, U and e start as zero, so that a new adapter changes no output. A trained lor
 import re
 from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,15 @@ class Bottleneck(nn.Module):
         return y + self.up(F.relu(self.down(y)))
 
 
+def on_meta(make: Callable[[], nn.Module]) -> State:
+    """Return the state dict of a network without its values."""
+    with torch.device("meta"):
+        return dict(make().state_dict())
+
+
 def last_layer_keys(make: Callable[[int], nn.Module], num_classes: int) -> set[str]:
     """Return the keys of the layers whose shape depends on the number of classes."""
-    with torch.device("meta"):
-        one, other = make(num_classes).state_dict(), make(num_classes + 1).state_dict()
+    one, other = on_meta(partial(make, num_classes)), on_meta(partial(make, num_classes + 1))
     return {key for key, tensor in one.items() if tensor.shape != other[key].shape}
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError, first_line
 from pipeline.locations import require_set
-from pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge
+from pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge, on_meta
 from pipeline.models.diffusion_classifier import resolve_diffusion
 from pipeline.models.files import (
     Config,
@@ -447,31 +447,31 @@ class _KnownClassifier:
         )
 
     def _with_new_last_layer(self, location: str, device: torch.device, num_classes: int) -> nn.Module:
-        """Return the network with the weights of a checkpoint but for its last layer, which is random."""
-        state = self._convert(load_weights(location, self._keys(self.architecture.make, num_classes)))
-        makes = (self.architecture.make, *self.architecture.others)
-        make = min(makes, key=lambda one: len(self._keys(one, num_classes) ^ state.keys()))
-        seed = 0 if self.start is None else self.start.seed
-        initial = build(partial(make, num_classes), f"{RANDOM}{seed}", torch.device("cpu")).state_dict()
-        last = last_layer_keys(make, num_classes)
-        kept = {key: tensor for key, tensor in state.items() if key not in last}
-        return build_from(partial(make, num_classes), kept | {key: initial[key] for key in last}, location, device)
+        """Return the network with the weights of a checkpoint but for its last layer.
 
-    @staticmethod
-    def _keys(make: Callable[[int], nn.Module], num_classes: int) -> set[str]:
-        with torch.device("meta"):
-            return set(make(num_classes).state_dict())
+        That one has random weights for a start; otherwise it is zero, because the adapter's file holds it.
+        """
+        makes = [partial(make, num_classes) for make in (self.architecture.make, *self.architecture.others)]
+        state = self._convert(load_weights(location, on_meta(makes[0]).keys()))
+        make = min(makes, key=lambda one: len(on_meta(one).keys() ^ state.keys()))
+        last = last_layer_keys(make.func, num_classes)
+        if self.start is None:
+            new = {key: torch.zeros(tensor.shape) for key, tensor in on_meta(make).items() if key in last}
+        else:
+            initial = build(make, f"{RANDOM}{self.start.seed}", torch.device("cpu")).state_dict()
+            new = {key: initial[key] for key in last}
+        kept = {key: tensor for key, tensor in state.items() if key not in last}
+        return build_from(make, kept | new, location, device)
 
     def _adapt(self, network: nn.Module, adapter: Adapter, num_classes: int) -> None:
         """Add the adapter, whose weights are merged if they can be, and otherwise frozen; or trainable for a start."""
-        last, on_meta = last_layer_keys(self.architecture.make, num_classes), next(network.parameters()).is_meta
-        location = "" if on_meta else _location_of(adapter)
+        last = last_layer_keys(self.architecture.make, num_classes)
+        location = "" if next(network.parameters()).is_meta else _location_of(adapter)
+        is_random = location.startswith(RANDOM)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                int(location.removeprefix(RANDOM)) if location.startswith(RANDOM) else 0
-            )
+            torch.default_generator.manual_seed(int(location.removeprefix(RANDOM)) if is_random else 0)
             trained = add_adapter(network, adapter, last, self.section.arch)
-        if not on_meta and not location.startswith(RANDOM):
+        if location and not is_random:
             load_adapter(network, adapter, location, trained)
         if self.start is None:
             merge(network, adapter)
