@@ -205,7 +205,7 @@ class AdapterIdentity(Record):
     kind: Literal["lora", "bottleneck"]
     rank: int = Field(ge=1, le=100_000)  # of the added matrices, or the width of the bottleneck
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None  # LoRA's, which is scaled by alpha / rank; None: rank
-    # patterns of names of linear layers; none: all but the last layer (lora), *.proj and *.fc2 (bottleneck)
+    # patterns of names of layers; none: all linear ones but the last (lora), linear *.proj and *.fc2 (bottleneck)
     targets: list[Annotated[str, Field(pattern=r"^[\w.*?\[\]-]+$")]] = Field(default=[])
 
     @model_validator(mode="after")

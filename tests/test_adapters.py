@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from pipeline.models import classifiers
 from pipeline.models.classifiers import Architecture, Input, resolve_classifier
-from pipeline.models.weights import RANDOM, build
+from pipeline.models.weights import RANDOM, build, load_weights
 from pipeline.smoothing import weights_ids
 from pipeline.spec import Normalize, identity, load_spec, votes_id
 from pipeline.storage.store import MemoryStore, open_store
@@ -21,6 +21,7 @@ timm = pytest.importorskip("timm")
 
 VIT = "vit_tiny_patch16_224"
 SIZES = {"img_size": 28, "patch_size": 7, "depth": 1, "embed_dim": 8, "num_heads": 2, "in_chans": 1}
+MNIST = {"arch": "mnist_cnn", "checkpoint": "embedded:mnist.safetensors#classifier-0.00"}
 IDENTITY = Input(Normalize(mean=[0.0], std=[1.0]))
 
 
@@ -127,6 +128,35 @@ def test_a_new_adapter_changes_no_output(images, backbone):
     assert torch.equal(task.network(x_BCHW), plain(x_BCHW))
 
 
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_an_adapter_of_convolutions(images, tmp_path, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    raw = adapter_training(images, None, {"kind": kind, "rank": 2, "targets": ["conv2"]})
+    raw["classifier"] = {**MNIST, "adapter": raw["classifier"]["adapter"]}
+    train(raw, open_store(str(tmp_path)))
+    certified = resolve_classifier(load_spec(tmp_path / "certify.toml")).build(CPU, torch.float32, 1, 2)
+
+    added = load_file(tmp_path / "weights.safetensors")
+    plain = classifiers.MnistCNN(2).eval()
+    shipped = {key: one for key, one in load_weights(MNIST["checkpoint"]).items() if not key.startswith("fc.")}
+    plain.load_state_dict({**shipped, "fc.weight": added["fc.weight"], "fc.bias": added["fc.bias"]})
+
+    def lora(_, inputs, y):
+        inner = F.conv2d(inputs[0], added["conv2.lora_A.default.weight"], stride=2, padding=1)
+        return y + F.conv2d(inner, added["conv2.lora_B.default.weight"])
+
+    def bottleneck(_, inputs, y):
+        inner = F.relu(F.conv2d(y, added["conv2.down.weight"], added["conv2.down.bias"]))
+        return y + F.conv2d(inner, added["conv2.up.weight"], added["conv2.up.bias"])
+
+    plain.conv2.register_forward_hook({"lora": lora, "bottleneck": bottleneck}[kind])
+    x_BCHW = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(certified(x_BCHW), plain(x_BCHW))
+    assert all(one.any() for one in added.values())
+
+
 def test_an_adapter_training_that_was_killed_ends_with_the_same_weights(images, backbone):
     whole, cut = MemoryStore(), MemoryStore()
     train(adapter_training(images, backbone, BOTTLENECK), whole)
@@ -204,10 +234,14 @@ class Attention(nn.Module):
         (
             {},
             {"targets": ["*.fc1", "*.fc9"]},
-            r"targets = \['\*.fc9'\] match no linear layer of .*; choose from blocks",
+            r"targets = \['\*.fc9'\] match no layer of .*; choose from .*blocks",
         ),
-        ({"arch": "mnist_cnn"}, {}, r"no place in arch = 'mnist_cnn', which has no linear layer but the last; use"),
-        ({"arch": "attention"}, {}, r"no place in arch = 'attention', which has no linear layer but the last; use"),
+        (
+            {"arch": "mnist_cnn"},
+            {},
+            r"targets is missing, but arch = 'mnist_cnn' has no .*; set targets to .*, conv1, ",
+        ),
+        ({"arch": "attention"}, {}, r"targets is missing, but arch = 'attention' has no linear .*; use another arch"),
         ({"arch": "uncalled"}, {"targets": ["proj"]}, r"adapter.targets: .*proj.* has no effect, .*; set targets"),
         ({"arch": "rrcm-b4"}, {}, r"classifier.adapter is given, but it is not applied to arch = 'rrcm-b4'; remove"),
         ({"arch": "tests.models:half_space"}, {}, r"classifier.adapter is given, but it is not applied to arch"),
@@ -229,9 +263,6 @@ def test_impossible_adapters_are_refused_in_one_line(images, backbone, monkeypat
     with pytest.raises(UserError, match=message) as caught:
         train(raw, MemoryStore())
     assert "\n" not in str(caught.value)
-
-
-MNIST = {"arch": "mnist_cnn", "checkpoint": "embedded:mnist.safetensors#classifier-0.00"}
 
 
 def test_a_network_of_other_classes_starts_with_a_new_last_layer_if_the_training_says_so(images):

@@ -251,7 +251,8 @@ def test_a_classifier_is_trained_on_denoised_images_and_certified_with_the_denoi
 def test_an_rrcm_is_trained_from_scratch_at_the_noise_level_that_is_certified(images, tmp_path, monkeypatch):
     small = RRCMSettings(channels=1, patch=14, width=8, hidden=8, depth=1, patches=4, num_classes=2)
     monkeypatch.setitem(PRESETS, "rrcm-b4", small)
-    raw = raw_training(images, classifier={"arch": "rrcm-b4"}, smoothing={"sigma": 1.0})
+    raw = raw_training(images, classifier={"arch": "rrcm-b4"}, smoothing={"sigma": 1.0},
+                       training={"steps": 1, "checkpoints": 1})  # fmt: skip
     task = make_task(load_training(raw), CPU, (1, 28, 28), 2)
     assert task.network.level == nearest_level(1.0)
     train(raw, open_store(str(tmp_path)))

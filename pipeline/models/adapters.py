@@ -3,7 +3,8 @@
     lora         y = W x + b + alpha / rank B A x, with peft      Hu et al. 2021, arXiv 2106.09685, section 4.1
     bottleneck   y' = y + U relu(D y + c) + e, y = W x + b        Houlsby et al. 2019, arXiv 1902.00751, section 2.1
 
-B, U and e start as zero, so that a new adapter changes no output. A trained lora is merged into W.
+B, U and e start as zero, so that a new adapter changes no output. A trained lora is merged into W. W may also be a
+convolution: then A is one of the same size, and B, D and U are convolutions of one pixel.
 """
 
 import re
@@ -15,24 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.files import library
 from pipeline.models.weights import State, load_into, load_weights
 from pipeline.spec import Adapter
 
-_TARGETS = {"lora": ["*"], "bottleneck": ["*.proj", "*.fc2"]}  # the default ones
+_TARGETS = {"lora": ["*"], "bottleneck": ["*.proj", "*.fc2"]}  # the default ones, of linear layers
 
 
 class Bottleneck(nn.Module):
-    """A linear layer whose output passes through a residual bottleneck."""
+    """A linear layer or a convolution whose output passes, pixel by pixel, through a residual bottleneck."""
 
-    def __init__(self, base_layer: nn.Linear, rank: int) -> None:
+    def __init__(self, base_layer: nn.Linear | nn.Conv2d, rank: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.down = nn.Linear(base_layer.out_features, rank)
-        self.up = nn.Linear(rank, base_layer.out_features)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.down: nn.Linear | nn.Conv2d
+        self.up: nn.Linear | nn.Conv2d
+        if isinstance(base_layer, nn.Conv2d):
+            self.down, self.up = (
+                nn.Conv2d(base_layer.out_channels, rank, 1),
+                nn.Conv2d(rank, base_layer.out_channels, 1),
+            )
+        else:
+            self.down, self.up = nn.Linear(base_layer.out_features, rank), nn.Linear(rank, base_layer.out_features)
+        for one in (self.up.weight, self.up.bias):
+            assert one is not None
+            nn.init.zeros_(one)
         self.to(base_layer.weight.device)
 
     @property
@@ -63,20 +72,26 @@ def last_layer_keys(make: Callable[[int], nn.Module], num_classes: int) -> set[s
 def add_adapter(network: nn.Module, adapter: Adapter, last: set[str], arch: str) -> set[str]:
     """Add new weights to a network whose last layer has the keys `last`; return the keys of all that is trained.
 
-    Raises: UserError if the targets match no linear layer.
+    Raises: UserError if the targets match no layer.
     """
     names = _targets(network, adapter, last, arch)
     frozen = len(network.state_dict())
     if adapter.kind == "lora":
         lora, inject = library("peft", "LoraConfig"), library("peft", "inject_adapter_in_model")
         pattern = "|".join(map(re.escape, names))
-        inject(lora(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=pattern), network)
+        try:
+            inject(lora(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=pattern), network)
+        except ValueError as error:  # such as a rank that the groups of a convolution do not divide
+            raise UserError(
+                f"classifier.adapter does not suit arch = {arch!r} ({first_line(error)}); set targets to other layers, "
+                "or use another rank"
+            ) from error
         added = {key for key in network.state_dict() if ".lora_" in key}
     else:
         for name in names:
             parent, _, child = name.rpartition(".")
             layer = network.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
             setattr(network.get_submodule(parent), child, Bottleneck(layer, adapter.rank))
         added = {f"{name}.{part}" for name in names for part in ("down.weight", "down.bias", "up.weight", "up.bias")}
     assert len(network.state_dict()) == frozen + len(added)
@@ -84,33 +99,40 @@ def add_adapter(network: nn.Module, adapter: Adapter, last: set[str], arch: str)
 
 
 def _targets(network: nn.Module, adapter: Adapter, last: set[str], arch: str) -> list[str]:
-    """Return the names of the linear layers that an adapter changes."""
-    heads = {key.rpartition(".")[0] for key in last}
-    inner = [name for name, one in network.named_modules() if isinstance(one, nn.MultiheadAttention)]
-    linear = [
+    """Return the names of the layers that an adapter changes."""
+    modules = dict(network.named_modules())
+    uncalled = [name for name, one in modules.items() if isinstance(one, nn.MultiheadAttention)]
+    layers = [
         name
-        for name, one in network.named_modules()
-        if isinstance(one, nn.Linear) and name not in heads and name.rpartition(".")[0] not in inner
+        for name, one in modules.items()
+        if isinstance(one, nn.Linear | nn.Conv2d)
+        and f"{name}.weight" not in last
+        and name.rpartition(".")[0] not in uncalled
     ]
+    if adapter.targets:
+        for pattern in adapter.targets:
+            if not any(fnmatch(name, pattern) for name in layers):
+                raise _no_match([pattern], arch, layers)
+        return [name for name in layers if any(fnmatch(name, pattern) for pattern in adapter.targets)]
+    linear, patterns = [name for name in layers if isinstance(modules[name], nn.Linear)], _TARGETS[adapter.kind]
     if not linear:
+        shown = f"set targets to convolutions, {_some(layers)}" if layers else "use another arch"
         raise UserError(
-            f"classifier.adapter has no place in arch = {arch!r}, which has no linear layer but the last; use another "
-            "arch, or train all weights"
+            f"classifier.adapter.targets is missing, but arch = {arch!r} has no linear layer besides the last; {shown}"
         )
-    patterns = adapter.targets or _TARGETS[adapter.kind]
-    for pattern in patterns if adapter.targets else []:
-        if not any(fnmatch(name, pattern) for name in linear):
-            raise _no_match([pattern], arch, linear)
     found = [name for name in linear if any(fnmatch(name, pattern) for pattern in patterns)]
     if not found:
         raise _no_match(patterns, arch, linear)
     return found
 
 
-def _no_match(patterns: list[str], arch: str, linear: list[str]) -> UserError:
-    shown = ", ".join(linear[:6]) + (", ..." if len(linear) > 6 else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _no_match(patterns: list[str], arch: str, layers: list[str]) -> UserError:
     return UserError(
-        f"classifier.adapter.targets = {patterns} match no linear layer of arch = {arch!r}; choose from {shown}"
+        f"classifier.adapter.targets = {patterns} match no layer of arch = {arch!r}; choose from {_some(layers)}"
     )
 
 
