@@ -220,6 +220,14 @@ class Uncalled(nn.Module):
         return self.fc(F.linear(x_BCHW.flatten(1), self.proj.weight))
 
 
+class Grouped(nn.Module):
+    """Has a grouped convolution, into which no lora can be merged."""
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.grouped, self.plain, self.fc = nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3), nn.Linear(4, num_classes)
+
+
 class Attention(nn.Module):
     """Has its only linear layer but the last inside PyTorch's attention."""
 
@@ -242,6 +250,7 @@ class Attention(nn.Module):
             r"targets is missing, but arch = 'mnist_cnn' has no .*; set targets to .*, conv1, ",
         ),
         ({"arch": "attention"}, {}, r"targets is missing, but arch = 'attention' has no linear .*; use another arch"),
+        ({"arch": "grouped"}, {"kind": "lora", "targets": ["grouped"]}, r"match no layer of .*; choose from plain"),
         ({"arch": "uncalled"}, {"targets": ["proj"]}, r"adapter.targets: .*proj.* has no effect, .*; set targets"),
         ({"arch": "rrcm-b4"}, {}, r"classifier.adapter is given, but it is not applied to arch = 'rrcm-b4'; remove"),
         ({"arch": "tests.models:half_space"}, {}, r"classifier.adapter is given, but it is not applied to arch"),
@@ -251,7 +260,7 @@ class Attention(nn.Module):
     ],
 )
 def test_impossible_adapters_are_refused_in_one_line(images, backbone, monkeypatch, classifier, adapter, message):
-    for network in (Uncalled, Attention):
+    for network in (Uncalled, Attention, Grouped):
         monkeypatch.setitem(classifiers.CLASSIFIERS, network.__name__.lower(), Architecture(network, IDENTITY))
     raw = adapter_training(images, backbone, {**BOTTLENECK, **adapter})
     if classifier:

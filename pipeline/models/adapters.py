@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError
 from pipeline.models.files import library
 from pipeline.models.weights import State, load_into, load_weights
 from pipeline.spec import Adapter
@@ -79,13 +79,7 @@ def add_adapter(network: nn.Module, adapter: Adapter, last: set[str], arch: str)
     if adapter.kind == "lora":
         lora, inject = library("peft", "LoraConfig"), library("peft", "inject_adapter_in_model")
         pattern = "|".join(map(re.escape, names))
-        try:
-            inject(lora(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=pattern), network)
-        except ValueError as error:  # such as a rank that the groups of a convolution do not divide
-            raise UserError(
-                f"classifier.adapter does not suit arch = {arch!r} ({first_line(error)}); set targets to other layers, "
-                "or use another rank"
-            ) from error
+        inject(lora(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=pattern), network)
         added = {key for key in network.state_dict() if ".lora_" in key}
     else:
         for name in names:
@@ -108,6 +102,7 @@ def _targets(network: nn.Module, adapter: Adapter, last: set[str], arch: str) ->
         if isinstance(one, nn.Linear | nn.Conv2d)
         and f"{name}.weight" not in last
         and name.rpartition(".")[0] not in uncalled
+        and (adapter.kind != "lora" or getattr(one, "groups", 1) == 1)  # peft merges no grouped convolution
     ]
     if adapter.targets:
         for pattern in adapter.targets:
