@@ -151,7 +151,7 @@ def training(loss, **changes):
     raw = {
         "name": "tiny",
         "task": "classifier",
-        "data": {"name": "mnist"},
+        "data": {"name": "mnist", "split": "heldout"},
         "classifier": {"arch": "two"},
         "classifier_loss": {"sigmas": [0.5], **loss},
         "training": {"steps": 30, "batch": 40, "checkpoints": 3},
