@@ -32,7 +32,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.plan import warn_of_cost
 from jobs.specs import load_named
 from pipeline.errors import RunError, UserError, one_line, redacted
-from pipeline.locations import is_relative, is_remote, shown
+from pipeline.locations import in_store, is_relative, is_remote, shown
 from pipeline.models.own import imported_names, is_own
 from pipeline.spec import LOCATIONS, RunSpec, locations_in
 
@@ -338,8 +338,13 @@ def _environment_of(requested: Sequence[str]) -> dict[str, str]:
 def _reachable_out(submission: Submission, names: Sequence[str], address: str, *, here: bool) -> str:
     """Where the cluster writes the run: in an object store, a folder that all nodes share, or one of this machine."""
     out = submission.out
-    if out is not None and is_remote(out):
+    if out is not None and in_store(out):
         return out
+    if out is not None and is_remote(out):
+        raise UserError(
+            f"--out {shown(out)}: a run is written to an object store; give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
+            "az://CONTAINER/PREFIX"
+        )
     if here:
         return str(Path(out or ("runs" if len(names) > 1 else f"runs/{names[0]}")).absolute())
     if out is None:

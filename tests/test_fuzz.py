@@ -1,6 +1,7 @@
 """Every reader of foreign files: whatever the bytes, it returns something valid or refuses them in one line."""
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -31,7 +32,9 @@ from pipeline.planning import read_plan
 from pipeline.results import StoredRun
 from pipeline.seal import SampleProof, read_seals
 from pipeline.spec import Data, load_spec
-from pipeline.storage.store import FolderStore, MemoryStore
+from pipeline.storage.local import Entry
+from pipeline.storage.published import ARCHIVE, INDEX, write_published
+from pipeline.storage.store import FolderStore, MemoryStore, open_store
 from pipeline.votes import block_key, glance, list_blocks, read_derived
 from tests.fuzzing import FUZZ
 from tests.models import png
@@ -261,3 +264,34 @@ def test_fuzzed_cascade_records(value):
     store = MemoryStore()
     store.put_if_absent("cascade.json", json.dumps(dict.fromkeys(CascadeRecord.model_fields, value)).encode())
     read_or_refused(lambda: read_record(store))
+
+
+def test_published_runs(tmp_path):
+    """Bytes of the index and of the archive are changed; the index has the hash of the changed archive."""
+    objects = {"run.json": b"{}", "votes/selection/0-0.parquet": b"x" * 100, "votes/selection/1-0.parquet": b"y"}
+    packed = [Entry(key, 0, 1e9) for key in objects if key.startswith("votes")]
+    write_published(tmp_path, objects.__getitem__, ["run.json"], packed, 1)
+    index, archive = ((tmp_path / name).read_bytes() for name in (INDEX, ARCHIVE))
+
+    def read_all():
+        store = open_store(tmp_path)
+        for entry in [*store.list("votes"), *store.list("orders"), Entry("run.json", 0, 0.0)]:
+            read_or_refused(lambda key=entry.key: store.read(key, limit=10**6))
+
+    @FUZZ
+    @given(st.sampled_from([INDEX, ARCHIVE]), st.lists(CHANGES, min_size=1, max_size=3))
+    def fuzz(name, changes):
+        written = {INDEX: index, ARCHIVE: archive}
+        written[name] = changed(written[name], changes)
+        if name == ARCHIVE:
+            facts = json.loads(index)
+            facts["files"][ARCHIVE] = {
+                "size": len(written[ARCHIVE]),
+                "sha256": hashlib.sha256(written[ARCHIVE]).hexdigest(),
+            }
+            written[INDEX] = json.dumps(facts).encode()
+        for one, data in written.items():
+            (tmp_path / one).write_bytes(data)
+        read_or_refused(read_all)
+
+    fuzz()

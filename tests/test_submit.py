@@ -147,6 +147,12 @@ def refused(*arguments) -> str:
     return result.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("out", ["hf://datasets/org/run", "https://host/run"])
+def test_a_place_that_cannot_be_written_is_refused(out):
+    with pytest.raises(UserError, match=f"--out {out}: a run is written to an object store; give s3://BUCKET/PREFIX"):
+        submission._reachable_out(SimpleNamespace(out=out, shared=False), ["mnist"], "http://HEAD:8265", here=False)
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9", "http://user:secret@127.0.0.1:9"])
 def test_missing_server_is_named(address):
     assert "http://127.0.0.1:9: no Ray job server answers" in refused("mnist", "--address", address)

@@ -80,11 +80,10 @@ def cached_commits(uris: Iterable[str]) -> dict[str, str]:
     """The commit that this node's cache has of each hf:// URI, without asking the Hub; those it lacks are left out."""
     found = {}
     for uri in filter(on_hub, uris):
-        place, library = _place(uri), _library(uri)
+        place, cache = _place(uri), Path(_library(uri).constants.HF_HUB_CACHE)
         revision = place.repo["revision"] or "main"
-        folder = Path(library.constants.HF_HUB_CACHE, library.file_download.repo_folder_name(
-            repo_id=place.repo["repo_id"], repo_type=place.repo["repo_type"]
-        ))  # fmt: skip
+        name_of = importlib.import_module("huggingface_hub.file_download").repo_folder_name
+        folder = cache / name_of(repo_id=place.repo["repo_id"], repo_type=place.repo["repo_type"])
         if (folder / "snapshots" / revision).is_dir():
             found[uri] = revision
         elif (named := folder / "refs" / revision).is_file():
@@ -139,7 +138,7 @@ def commit_files(uri: str, files: Mapping[str, Path], message: str, *, as_pull_r
                 repo_id, added, commit_message=message, repo_type=repo_type, revision=revision,
                 create_pr=as_pull_request,
             )  # fmt: skip
-        except library.errors.RepositoryNotFoundError as error:
+        except importlib.import_module("huggingface_hub.errors").RepositoryNotFoundError as error:
             raise Refused(
                 f"{shown(uri)}: there is no {repo_type} {repo_id}, or the token does not see it; create it (hf repos "
                 f"create {repo_id} --type {repo_type}), and set HF_TOKEN to a token that may write"
