@@ -20,7 +20,7 @@ from jobs.audit import Effort, Published, audit
 from jobs.cli import main
 from jobs.publish import publish
 from pipeline.block import Block
-from pipeline.card import results_file
+from pipeline.card import _ON_HUB, results_file
 from pipeline.errors import RunError, UserError
 from pipeline.results import StoredRun, read_result
 from pipeline.seal import read_seals
@@ -224,6 +224,19 @@ def test_a_pull_request_is_opened_by_default(home, hub, monkeypatch):
     assert audit(place, spec=None, effort=Effort(), published=Published(root=found["root"])).findings == []
 
 
+def test_results_are_added_to_the_page_of_the_model(home, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setitem(_ON_HUB, "parquet", "org/images")
+    hub.repositories |= {"datasets/org/run": {"main": {}}, "org/net": {"main": {"model.safetensors": b"x"}}}
+    result = invoke("publish", home, PLACE, "--model", "hf://org/net")
+    assert result.exit_code == 0
+    file = ".eval_results/certified-l2-half-space.yaml"
+    added = hub.repositories["org/net"]["refs/pr/1"]
+    assert added.keys() == {"model.safetensors", file}
+    assert hub.repositories["datasets/org/run"]["refs/pr/1"][file] == added[file]
+    assert f"{hub.url}/org/net/discussions/1" in result.output
+
+
 def test_a_card_says_how_to_audit(folder, home):
     _, header, body = (folder / "README.md").read_text().split("---\n", 2)
     described = yaml.safe_load(header)
@@ -270,7 +283,7 @@ def test_attacks_are_published_unless_they_are_left_out(spec, home, tmp_path):
 SECRET = "planted-5ecret"
 
 
-def test_no_secret_is_published(home, hub, monkeypatch, tmp_path):
+def test_no_secret_is_published(home, originals, hub, monkeypatch, tmp_path):
     """Files beside the run's, environment variables and the token stay here."""
     for name in ("notes.txt", "progress.json", "orders/x.txt", "seals/key", "attacks/x.txt", ".env"):
         (Path(home) / name).parent.mkdir(exist_ok=True)
@@ -282,7 +295,7 @@ def test_no_secret_is_published(home, hub, monkeypatch, tmp_path):
     result = invoke("publish", home, PLACE)
     assert result.exit_code == 0
     sent = b"".join(hub.received + list(hub.repositories["datasets/org/run"]["refs/pr/1"].values()))
-    assert not any(word.encode() in sent for word in (SECRET, TOKEN, home, str(tmp_path)))
+    assert not any(word.encode() in sent for word in (SECRET, TOKEN, home, str(tmp_path), str(originals)))
     assert not any(word in result.output for word in (SECRET, TOKEN))
 
 
@@ -347,6 +360,12 @@ def test_a_place_without_a_published_run_is_named(web, hub):
         result = invoke("status", place)
         assert (result.exit_code, result.output.count("\n")) == (2, 1)
         assert f"{place}: no published run here (no index.json); give the place" in result.output
+
+
+def test_a_cache_that_others_can_write_is_named(web, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    assert "other users can change the files of this cache folder" in invoke("status", web).output
 
 
 def test_objects_that_decode_to_far_more_than_their_size_are_refused(folder):

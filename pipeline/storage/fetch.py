@@ -59,6 +59,10 @@ _PROGRESS_EVERY = 5.0  # seconds
 _SIDECAR_LIMIT = 10_000  # bytes
 
 
+class WrongHash(UserError):
+    """A file has another sha256 than the expected one."""
+
+
 class _Sidecar(BaseModel):
     """A small JSON file beside a cached one. One that is damaged or missing is ignored."""
 
@@ -306,7 +310,7 @@ def _store_hash(path: Path, sha256: str) -> None:
 
 def _checked(path: Path, uri: str, expected: str | None, remedy: str) -> Path:
     if expected is not None and (found := _hash(path)) != expected:  # a stored hash could be a lie
-        raise UserError(f"{shown(uri)}: sha256 is {found}, expected {expected}; correct sha256, or {remedy}")
+        raise WrongHash(f"{shown(uri)}: sha256 is {found}, expected {expected}; correct sha256, or {remedy}")
     return path
 
 
@@ -364,7 +368,7 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
     found = _hash(part)
     if sha256 is not None and found != sha256:
         part.unlink()
-        raise UserError(
+        raise WrongHash(
             f"{shown(uri)}: the downloaded file has sha256 {found}, expected {sha256}, and was removed; correct sha256 "
             "or the location"
         )

@@ -24,10 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from pipeline.errors import RunError, UserError, first_line, one_line
 from pipeline.locations import is_remote, shown
-from pipeline.storage.fetch import fetch, file_sha256, read_web
+from pipeline.storage.fetch import WrongHash, fetch, file_sha256, read_web
 from pipeline.storage.hub import hub_file, on_hub, pinned
 from pipeline.storage.local import Absent, Entry, check_size, read_regular
-from pipeline.storage.remote import Refused, in_parallel
+from pipeline.storage.remote import in_parallel
 
 INDEX, ARCHIVE = "index.json", "objects.zip"
 
@@ -237,9 +237,7 @@ class PublishedStore:
             return fetch(f"{self.uri}/{ARCHIVE}#{sha256}", sha256)
         except Absent as error:
             raise self._missing(ARCHIVE) from error
-        except Refused:
-            raise
-        except UserError as error:
+        except WrongHash as error:
             raise self._changed(ARCHIVE) from error
 
 
