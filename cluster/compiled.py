@@ -39,7 +39,7 @@ def load(known: Mapping[str, bytes], key: str) -> None:
     try:
         torch.compiler.load_cache_artifacts(known[key])
     except Exception as error:  # torch does not document what it raises
-        logger.warning("the compiled artefacts %s cannot be loaded (%s); compiling anew", key, first_line(error))
+        logger.warning("the compiled artefacts %s cannot be loaded (%s); f is compiled again", key, first_line(error))
 
 
 def read_known(votes_id: str) -> dict[str, bytes]:

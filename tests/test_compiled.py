@@ -75,7 +75,7 @@ def test_damaged_artefacts_are_reported_and_not_used(torch_cache, monkeypatch, c
 
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", broken)
     compiled.load({"key": b"code"}, "key")
-    assert "cannot be loaded (bad magic); compiling anew" in caplog.text
+    assert "cannot be loaded (bad magic); f is compiled again" in caplog.text
 
 
 class Handle:
