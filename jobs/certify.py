@@ -25,6 +25,7 @@ from pipeline.run import claim_seeded_run
 from pipeline.sampling import Sampler
 from pipeline.smoothing import check_base_classifier, weights_ids
 from pipeline.spec import RunSpec
+from pipeline.storage.published import PublishedStore
 from pipeline.storage.store import open_store
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,9 @@ def _finish(run: _Ready, options: Options, outcome: Outcome | None = None) -> Ce
 
 def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     """Check a spec against its data, weights and storage, and place its order."""
+    store = open_store(home)
+    if isinstance(store, PublishedStore):
+        store.prepare()  # refuses, before data and weights are fetched
     data = open_dataset(spec.data)
     samples = sample_indices(spec.data.samples, len(data))
     costly = read_costly(options.certificate, options.costly, data.num_classes)
@@ -151,7 +155,6 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     check_base_classifier(spec)
     _warn(spec, order)
     weights = weights_ids(spec)
-    store = open_store(home)
     store.prepare()
     seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
     stored = StoredRun(store)

@@ -392,3 +392,16 @@ def test_more_than_one_seal_and_order_is_published(spec, tmp_path):
     stored = StoredRun.open(str(tmp_path / "published"))
     assert list(stored.orders) == ["001", "002"]
     assert list(read_seals(stored.store)) == ["001", "002"]
+
+
+def test_a_run_in_planned_mode_is_published_with_its_plan(spec, tmp_path):
+    planned = spec.model_copy(
+        update={
+            "smoothing": spec.smoothing.model_copy(update={"n": 2000, "n0": 200}),
+            "sampling": spec.sampling.model_copy(update={"mode": "planned", "max_acr_loss": 0.05}),
+        }
+    )
+    make_run(planned, tmp_path / "run")
+    publish(str(tmp_path / "run"), PLACE, dry_run=str(tmp_path / "published"))
+    assert StoredRun.open(str(tmp_path / "published")).plans == StoredRun.open(str(tmp_path / "run")).plans != {}
+    assert audit(str(tmp_path / "published"), spec=None, effort=Effort()).findings == []
