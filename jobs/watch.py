@@ -29,7 +29,8 @@ from pipeline.votes import Votes
 
 logger = logging.getLogger(__name__)
 
-_CHANCE = 1e-3  # a clean accuracy counts as better than chance if chance reaches it with less probability
+_TOO_FEW = 1e-3  # samples say nothing about a classifier if chance gets all of them right with more probability
+_CHANCE = 0.01  # a clean accuracy counts as no better than chance if chance reaches it with more probability
 _LOG_SECONDS = 10.0  # between plain progress lines, and between writes of progress.json
 
 
@@ -139,7 +140,7 @@ class Watch:
     def _report_accuracy(self, clean: CleanAccuracy) -> None:
         """Report the bare classifier's accuracy; warn if it is no better than chance and the samples can show that."""
         chance = 1 / clean.num_classes
-        if float(bdtrc(clean.samples - 1, clean.samples, chance)) > _CHANCE:
+        if float(bdtrc(clean.samples - 1, clean.samples, chance)) > _TOO_FEW:
             return
         correct = f"{clean.right} of {clean.samples} clean samples"
         if float(bdtrc(clean.right - 1, clean.samples, chance)) > _CHANCE:
