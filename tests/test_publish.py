@@ -98,11 +98,13 @@ def published(request):
 def status_of(place):
     found = StoredRun.open(place).status().to_json()
     orders = {name: {**order, "run": ""} for name, order in found["orders"].items()}
-    return {**found, "orders": orders, "run": "", "last_write": round(found["last_write"], -1)}
+    return {**found, "orders": orders, "run": ""}
 
 
 def test_a_published_run_reads_as_the_original(home, published):
-    assert status_of(published) == status_of(home)
+    original, read = status_of(home), status_of(published)
+    assert 0 <= original.pop("last_write") - read.pop("last_write") < 2  # the archive has even seconds
+    assert read == original
     one, other = (invoke("curve", f"x={place}", "--format", "csv") for place in (home, published))
     assert one.output == other.output != ""
     assert audit(published, spec=None, effort=Effort()).findings == []
