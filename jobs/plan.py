@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich import box
@@ -30,6 +30,8 @@ from pipeline.smoothing import base_classifier, check_base_classifier
 from pipeline.spec import Data, RunSpec, looks_at
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # GPU -> peak TFLOP/s in fp32, tf32, bf16, fp16; None if the GPU does not support the precision
 GPUS: dict[str, tuple[float, float | None, float | None, float]] = {
@@ -263,8 +265,9 @@ def warn_of_cost(wanted: Sequence[tuple[RunSpec, int | None]], confirm: Callable
 
 def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> FlopsPerDraw | None:
     """Count the FLOPs of one draw; None if a network, such as an own function's, does not run on the meta device."""
-    meta = torch.device("meta")
-    try:
+
+    def count() -> FlopsPerDraw:
+        meta = torch.device("meta")
         f = base_classifier(spec, meta, tuple(shape), num_classes)
         x_1CHW = torch.zeros(1, *shape, device=meta)
         counts = {}
@@ -274,6 +277,14 @@ def flops_per_draw(spec: RunSpec, shape: Sequence[int], num_classes: int) -> Flo
                 part(x_1CHW)
             counts[name] = counter.get_total_flops() * times
         return FlopsPerDraw(denoiser=counts["denoiser"], classifier=counts["classifier"])
+
+    return on_meta_or_none(count)
+
+
+def on_meta_or_none(count: Callable[[], T]) -> T | None:
+    """Return what `count` counts on the meta device; None if a network does not run there. Raises: RunError."""
+    try:
+        return count()
     except RunError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, OwnFunctionError) as error:

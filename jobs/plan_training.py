@@ -5,7 +5,6 @@ images and the attacks of FT-CADIS are part of it, and frozen weights have no gr
 counted.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,13 @@ import torch
 from rich.markup import escape
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.plan import Estimate, facts_of, gpu_cost
+from jobs.plan import Estimate, facts_of, gpu_cost, on_meta_or_none
 from jobs.probe import CpuRate, measure_on_one_core
 from pipeline.data import sample_indices
-from pipeline.errors import RunError, first_line
-from pipeline.models.own import OwnFunctionError
 from pipeline.training.batches import HELD_OUT, Batch
 from pipeline.training.randomness import Randomness
 from pipeline.training.settings import TrainingSpec
 from pipeline.training.tasks import make_task
-
-logger = logging.getLogger(__name__)
 
 _COUNTED = 2  # images of the batch that is counted
 
@@ -118,18 +113,16 @@ def _batch(spec: TrainingSpec, shape: Sequence[int], size: int) -> Batch:
 
 def count_training(spec: TrainingSpec, shape: tuple[int, int, int], num_classes: int) -> TrainingFlops | None:
     """Count the FLOPs of a training; None if a network, such as an own function's, does not run on the meta device."""
-    try:
+
+    def count() -> TrainingFlops:
         task, batch = make_task(spec, torch.device("meta"), shape, num_classes), _batch(spec, shape, _COUNTED)
         with FlopCounterMode(display=False) as step:
             task.loss(batch).backward()
         with FlopCounterMode(display=False) as validation, torch.no_grad():
             task.measure(batch)
         return TrainingFlops(step=step.get_total_flops() / _COUNTED, validation=validation.get_total_flops() / _COUNTED)
-    except RunError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, OwnFunctionError) as error:
-        logger.warning("cannot count FLOPs: %s", first_line(error))
-        return None
+
+    return on_meta_or_none(count)
 
 
 def _probe(spec: TrainingSpec, shape: tuple[int, int, int], num_classes: int) -> CpuRate:

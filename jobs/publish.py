@@ -1,6 +1,5 @@
 """`diffsmooth publish`: a run as a data set repository of the Hugging Face Hub, or as a folder for any web server."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pipeline.attacks import FOLDER, attacked, read_attacks
 from pipeline.card import card, results_file, results_name
 from pipeline.errors import UserError
 from pipeline.orders import OrderKeys
-from pipeline.report import RunReport, facts_of, render_report
+from pipeline.report import RunReport, render_report, report_of
 from pipeline.results import StoredResult, StoredRun, read_result
 from pipeline.run import RUN_KEY
 from pipeline.seal import add_seal, seal_key, seal_names, signature_key
@@ -184,17 +183,8 @@ def _objects(stored: StoredRun, attacks: bool) -> tuple[list[str], list[str]]:
 
 
 def _report(one: StoredResult, place: str) -> RunReport:
-    result = one.result
-    return RunReport(
-        curve=result.curve,
-        certificates=result.certificates,
-        order=result.order,
-        noise_grid=result.run.spec.smoothing.noise_grid,
-        facts=facts_of(one, place),
-        spec=json.dumps(result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
-        no_exhibits=_NO_PICTURES,
-        gap=one.gap,
-        shape_CHW=images_of(result.run, Images()).shape_CHW,
+    return replace(
+        report_of(one, place), no_exhibits=_NO_PICTURES, shape_CHW=images_of(one.result.run, Images()).shape_CHW
     )
 
 

@@ -1,8 +1,8 @@
 """`diffsmooth report`: one HTML file about several runs, with pictures if a spec says where data and weights are."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.console import report_incomplete
@@ -10,7 +10,7 @@ from jobs.gallery import attack_exhibits, gallery
 from jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
 from pipeline.errors import RunError, UserError
 from pipeline.models.device import any_device
-from pipeline.report import Exhibit, RunReport, facts_of, render_report
+from pipeline.report import Exhibit, render_report, report_of
 from pipeline.results import StoredResult, comparison_notes, read_result
 from pipeline.smoothing import weights_ids
 from pipeline.spec import RunSpec, votes_id
@@ -46,15 +46,10 @@ def report(
     curves = with_distinct_names(parsed, [one.result.curve for one in read])
     galleries = _galleries(read, specs, shipped, each) if each else [([], "--samples 0 was given")] * len(read)
     runs = [
-        RunReport(
+        replace(
+            report_of(one),
             curve=curve,
-            certificates=one.result.certificates,
-            order=one.result.order,
-            noise_grid=one.result.run.spec.smoothing.noise_grid,
-            facts=facts_of(one),
-            spec=json.dumps(one.result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
             exhibits=[*exhibits, *attack_exhibits(one.attacks, one.gap, each)],
-            gap=one.gap,
             no_exhibits=reason,
             shape_CHW=images_of(one.result.run, images).shape_CHW,
         )

@@ -5,6 +5,7 @@ It opens no run and casts no votes: the commands `report` and `publish` collect 
 
 import base64
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -68,6 +69,20 @@ class RunReport:
     no_exhibits: str = ""  # why there are none
     shape_CHW: tuple[int, ...] | None = None  # of the images; None: not known
     gap: Gap | None = None  # None: the run was not attacked
+
+
+def report_of(one: StoredResult, place: str | None = None) -> RunReport:
+    """What the stored result alone says, without pictures; `place` is where the reader finds the run."""
+    result = one.result
+    return RunReport(
+        curve=result.curve,
+        certificates=result.certificates,
+        order=result.order,
+        noise_grid=result.run.spec.smoothing.noise_grid,
+        facts=facts_of(one, place),
+        spec=json.dumps(result.run.spec.model_dump(mode="json"), indent=2, sort_keys=True),
+        gap=one.gap,
+    )
 
 
 def render_report(runs: Sequence[RunReport]) -> str:

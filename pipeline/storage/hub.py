@@ -35,6 +35,12 @@ class _Place(NamedTuple):
     file: str
 
     @property
+    def repository(self) -> str:
+        """Its path on the Hub, as in hf:// locations."""
+        kind = "datasets/" if self.repo["repo_type"] == "dataset" else ""
+        return f"{kind}{self.repo['repo_id']}"
+
+    @property
     def name(self) -> str:
         return f"{self.repo['repo_id']}@{self.repo['revision'] or 'main'}"
 
@@ -67,8 +73,7 @@ def hub_file(uri: str) -> Path:
 def pinned(uri: str, path: Path) -> str:
     """The hf:// URI of a FILE in the commit that `path`, which `hub_file` returned for it, belongs to."""
     place = _place(uri)
-    kind = "datasets/" if place.repo["repo_type"] == "dataset" else ""
-    return f"hf://{kind}{place.repo['repo_id']}@{_commit(place, path)}/{place.file}"
+    return f"hf://{place.repository}@{_commit(place, path)}/{place.file}"
 
 
 def _commit(place: _Place, path: Path) -> str:
@@ -116,9 +121,7 @@ def check_repository(uri: str, *, of_data: bool) -> None:
 
 def page_of(uri: str) -> str:
     """The web page of a repository."""
-    place = _place(uri)
-    kind = "datasets/" if place.repo["repo_type"] == "dataset" else ""
-    return f"https://huggingface.co/{kind}{place.repo['repo_id']}"
+    return f"https://huggingface.co/{_place(uri).repository}"
 
 
 def commit_files(uri: str, files: Mapping[str, Path], message: str, *, as_pull_request: bool) -> str:

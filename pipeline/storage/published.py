@@ -111,9 +111,7 @@ class PublishedStore:
         try:
             return self._archive.read(key)
         except _DAMAGE as error:
-            raise RunError(
-                f"{shown(self.uri)}/{ARCHIVE}: {key} is damaged ({first_line(error)}); ask its author for another copy"
-            ) from error
+            raise self._damaged(f"{ARCHIVE}: {key}", first_line(error)) from error
 
     def exists(self, key: str) -> bool:
         return key in self._files or key in self._packed
@@ -145,6 +143,9 @@ class PublishedStore:
             "author"
         )
 
+    def _damaged(self, key: str, reason: str) -> RunError:
+        return RunError(f"{shown(self.uri)}/{key} is damaged ({reason}); ask its author for another copy")
+
     def _missing(self, key: str) -> RunError:
         return RunError(
             f"{shown(self.uri)}/{key}: listed in {INDEX}, but missing; publish the run again, or ask its author"
@@ -172,9 +173,7 @@ class PublishedStore:
         except ValidationError as error:
             finding = error.errors(include_url=False)[0]
             reason = one_line(f"{'.'.join(str(part) for part in finding['loc'])}: {finding['msg']}")
-            raise RunError(
-                f"{shown(self.uri)}/{INDEX} is damaged ({reason}); ask its author for another copy"
-            ) from None
+            raise self._damaged(INDEX, reason) from None
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
@@ -190,9 +189,7 @@ class PublishedStore:
         try:
             return zipfile.ZipFile(path)
         except _DAMAGE as error:
-            raise RunError(
-                f"{shown(self.uri)}/{ARCHIVE} is damaged ({first_line(error)}); ask its author for another copy"
-            ) from error
+            raise self._damaged(ARCHIVE, first_line(error)) from error
 
     @cached_property
     def _packed(self) -> dict[str, Entry]:

@@ -79,9 +79,8 @@ class Trainer:
         """
         started = time.monotonic()
         settings, network = self._settings, self.task.network
-        network.train(
-            not self._is_partial
-        )  # frozen parts keep the statistics of their batch norms, and have no dropout
+        # frozen parts keep the statistics of their batch norms, and have no dropout
+        network.train(not self._is_partial)
         self._optimizer.zero_grad(set_to_none=False)
         statistics = self._statistics()
         before = [one.clone() for one in statistics]
