@@ -756,10 +756,7 @@ def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[
         if path is not None:
             path.touch()  # a path that cannot be written is refused now
         specs = SUITES[name].settings(overrides)
-        figures = run_suite(
-            specs,
-            on_row=lambda row: note(f"{row.name}, {row.precision}{', compiled' if row.compiled else ''}: measured"),
-        )
+        figures = run_suite(specs, on_row=lambda row: note(f"{row.title}: {row.reason or 'measured'}"))
         text = json.dumps(figures.to_json(), indent=2)
         if path is not None:
             path.write_text(text + "\n", encoding="utf-8")

@@ -80,6 +80,10 @@ class Row:
     figures: SpeedFigures | None = None
     reason: str | None = None
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteFigures:
@@ -148,8 +152,7 @@ def print_suite(suite: SuiteFigures, console: Console) -> None:
     console.print(table)
     for row in suite.rows:
         if row.reason is not None:
-            how = "compiled" if row.compiled else "eager"
-            console.print(f"{row.name}, {row.precision}, {how}: {row.reason}", markup=False, highlight=False)
+            console.print(f"{row.title}: {row.reason}", markup=False, highlight=False)
 
 
 def _cells(one: SpeedFigures) -> list[str]:
