@@ -32,7 +32,7 @@ diffsmooth audit {place} --root {root}
 
 checks every file against the published root, and every certificate against the votes. With `--spec SPEC`, which says
 where the images and the weights are, it also casts randomly chosen blocks again. Compare the root with the one in the
-paper: whoever can change this repository can change this page.
+paper: anyone who can change this repository can change this page.
 
 `diffsmooth status`, `curve`, `compare` and `report` read the same location.
 

@@ -254,7 +254,7 @@ def applies(condition: str, name: str, type: str = "storage.googleapis.com/Objec
 
 
 def test_the_nodes_on_google_cloud_replace_only_derived_files(written):
-    """An object that exists is replaced by whoever may create and delete it."""
+    """To replace an object that exists, a node must have the permissions to create and to delete it."""
     assert set(gcp("worker-role.yaml")["includedPermissions"]) == {
         f"storage.objects.{one}" for one in ("create", "get", "list")
     }
