@@ -12,14 +12,15 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import ray
+import torch
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
@@ -31,6 +32,7 @@ from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, Stopped, UserError, first_line
+from pipeline.models.device import computes, device_of
 from pipeline.sampling import Sampler
 from pipeline.votes import Votes
 
@@ -46,16 +48,23 @@ _ACCELERATOR = "ray.io/accelerator-type"  # the label that Ray gives a node with
 _ASKED_AT_ONCE = 64  # actors asked for their progress each time; the others have their turn later
 
 
+class _DeviceLost(Exception):
+    """An actor's device computes nothing any more; only a new process can use it, or another device."""
+
+
 class _RemoteWorker:
     """What Ray runs in an actor's process: a Worker that can be replaced by that of the next run."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._device = torch.device("cpu")
 
     def load(self, setup: Setup, known: dict[str, bytes]) -> "_Loaded":
         """Load the models; `known` are artefacts of compilations."""
         self._worker = None  # free the models of an earlier run first
-        self._worker = load_worker(setup, known)
+        self._device = device_of(setup.spec)
+        with self._noticing_a_lost_device():
+            self._worker = load_worker(setup, known)
         return _Loaded(ray.get_runtime_context().get_node_id(), self._worker.compiled_key)
 
     def compiled(self) -> bytes | None:
@@ -63,11 +72,23 @@ class _RemoteWorker:
 
     def check(self) -> CleanAccuracy:
         assert self._worker is not None
-        return self._worker.clean_accuracy()
+        with self._noticing_a_lost_device():
+            return self._worker.clean_accuracy()
 
     def run(self, blocks: list[Block], attempt: str, share: bool) -> Receipt:
         assert self._worker is not None
-        return self._worker.run(blocks, attempt, share)
+        with self._noticing_a_lost_device():
+            return self._worker.run(blocks, attempt, share)
+
+    @contextmanager
+    def _noticing_a_lost_device(self) -> Iterator[None]:
+        """Raise _DeviceLost instead of an error after which the device computes nothing any more."""
+        try:
+            yield
+        except Exception as error:
+            if computes(self._device):
+                raise
+            raise _DeviceLost(f"{self._device} on {socket.gethostname()}: {first_line(error)}") from error
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> Progress | None:
@@ -177,6 +198,11 @@ class Cluster:
             logger.warning("the cluster at %s has no GPU yet; waiting for nodes with GPUs%s", address, hint)
         some_gpu = "GPU" in ray.cluster_resources() or "label_selector" in suitable.options
         self.on_gpu = on_gpu = device == "cuda" or (device == "auto" and some_gpu)
+        if address == "local" and on_gpu and actors and actors > gpus:
+            raise UserError(
+                f"--actors {actors}: each actor needs a GPU of its own, and this machine has {gpus}; use --actors "
+                f"{gpus}, or a cluster with --address"
+            )
         self.threads = max(1, min(8, cpus // gpus if gpus else 4)) if on_gpu else 1
         self.wanted = actors or max(1, gpus if on_gpu else cpus)
         self._options = {"num_gpus": 1 if on_gpu else 0, "num_cpus": self.threads, **suitable.options}
@@ -360,10 +386,8 @@ class _Cast:
             return
         for actor in [actor for actor in self._idle if actor.node in self._draining]:
             logger.warning("node %s is being drained; moving its actor to another node", actor.node[:8])
-            actor.node = ""
             self._idle.remove(actor)
-            ray.kill(actor.handle, no_restart=False)
-            self._await_ready(actor)
+            self._restart(actor)
 
     def _restart_overdue(self) -> None:
         for name in self._scheduler.overdue(time.monotonic()):
@@ -374,6 +398,12 @@ class _Cast:
         """Handle a future that is done; returns the votes that it brought."""
         actor, handle = self._pending.pop(future)
         return handle(actor, future)
+
+    def _restart(self, actor: _Actor) -> None:
+        """End the actor's process; Ray starts it again where it has a place."""
+        actor.node = ""
+        ray.kill(actor.handle, no_restart=False)
+        self._await_ready(actor)
 
     def _await_ready(self, actor: _Actor) -> None:
         """Wait until the actor's process runs on a device: at the start, and after each death."""
@@ -396,7 +426,11 @@ class _Cast:
         try:
             loaded: _Loaded = ray.get(future)
         except RayTaskError as error:
-            raise _cause(error) from None
+            if not isinstance(error.cause, _DeviceLost):
+                raise _cause(error) from None
+            self._count_failed_start(error)
+            self._restart(actor)
+            return []
         except RayActorError as error:
             self._count_failed_start(error)
             self._await_ready(actor)
@@ -433,7 +467,10 @@ class _Cast:
         try:
             self._clean = ray.get(future)
         except RayTaskError as error:
-            raise _cause(error) from None
+            if not isinstance(error.cause, _DeviceLost):
+                raise _cause(error) from None
+            logger.warning("the clean accuracy is unknown (%s)", _line(error))
+            self._restart(actor)
         except RayActorError as error:
             logger.warning("the clean accuracy is unknown; its actor died (%s)", _line(error))
             self._await_ready(actor)
@@ -448,7 +485,10 @@ class _Cast:
             if isinstance(error.cause, UserError | RunError):
                 raise _cause(error) from None
             self._task_failed(actor, error)
-            self._idle.append(actor)
+            if isinstance(error.cause, _DeviceLost):  # otherwise it would fail every task
+                self._restart(actor)
+            else:
+                self._idle.append(actor)
             return []
         except RayActorError as error:
             self._task_failed(actor, error)
@@ -474,13 +514,13 @@ class _Cast:
         logger.warning("task failed; requeued: %s", _line(error))
         self._scheduler.lost(actor.name, _line(error), attempted=not getattr(error, "preempted", False))
 
-    def _count_failed_start(self, error: RayActorError) -> None:
+    def _count_failed_start(self, error: RayActorError | RayTaskError) -> None:
         """Give the run up if actors do nothing but die; waiting for a device is not dying."""
         self._failed_starts += 1
         if self._failed_starts >= _START_ATTEMPTS * self._cluster.wanted:
             raise RunError(
                 f"actors died {self._failed_starts} times in a row while they started or loaded the models "
-                f"({_line(error)}); check that their nodes have enough memory"
+                f"({_line(error)}); check that their nodes have enough memory and working GPUs"
             )
 
     def _report(self, new: list[Votes]) -> None:

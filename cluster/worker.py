@@ -20,7 +20,7 @@ from cluster import compiled
 from pipeline.attacks import Attack
 from pipeline.block import Block
 from pipeline.data import Dataset, hub_location, open_dataset, sample_indices
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.images import UNLABELLED, Sample
 from pipeline.models.device import device_facts, device_of
 from pipeline.noise import Noise, check_known_answers
@@ -113,7 +113,13 @@ class Worker:
         if device.type == "cpu":
             torch.set_num_threads(setup.threads)
         data = open_dataset(spec.data)
-        f = build_base_classifier(spec, device, data)
+        try:
+            f = build_base_classifier(spec, device, data)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the networks do not fit in the memory of {device} on {platform.node()} ({first_line(error)}); free "
+                "it, use a device with more memory, or a lower smoothing.precision"
+            ) from error
         if spec.compute.compile:
             compiled.load(known, compiled.key_of(setup.votes_id, device_facts(device).device))
             f.compile()

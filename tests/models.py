@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,45 @@ def deadly(spec: RunSpec, device: torch.device) -> Model:
 
 def dead_on_arrival(spec: RunSpec, device: torch.device) -> Model:
     os._exit(1)
+
+
+def loses_its_device(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` on a device that fails three times: when it is built, for its clean accuracy, and in a task.
+
+    As after an error of CUDA, the rest of the process cannot use the device; another process can.
+    """
+    inner = half_space(spec, device)
+
+    driver = sys.modules["cluster.driver"]
+
+    def use_device(occasion: str) -> None:
+        path = Path(spec.data.path or "").with_name(f"failed-{occasion}")
+        if not path.exists():
+            path.touch()
+            driver.computes = lambda device: False  # type: ignore[attr-defined]
+        if not driver.computes(device):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        use_device("check" if len(x_BCHW) == 8 else "task" if len(x_BCHW) > 8 else "build")  # there are 8 images
+        return inner(x_BCHW)
+
+    use_device("build")
+    return logits
+
+
+def asserts_on_the_gpu(spec: RunSpec, device: torch.device) -> Model:
+    """`half_space` that reads outside of a tensor once, in a task; CUDA reports it later, and at every call from then
+    on."""
+    inner, path = half_space(spec, device), Path(spec.data.path or "").with_name("asserted")
+
+    def logits(x_BCHW: Tensor) -> Tensor:
+        if len(x_BCHW) > 8 and not path.exists():
+            path.touch()
+            x_BCHW = x_BCHW[torch.full((len(x_BCHW),), len(x_BCHW), device=device)]
+        return inner(x_BCHW)
+
+    return logits
 
 
 def three_classes(spec: RunSpec, device: torch.device) -> Model:

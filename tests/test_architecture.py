@@ -94,7 +94,7 @@ ARROWS = {
     "cluster.ray_private": "",
     "cluster.driver": (
         "cluster.allocation cluster.attacker cluster.compiled cluster.ray_private cluster.scheduler cluster.worker "
-        "sampling votes"
+        "models.device sampling votes"
     ),
     "cluster.trainer": (
         "cluster.driver storage.store training.checkpoint training.loop training.settings training.world"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -224,6 +225,18 @@ def test_a_sample_that_kills_its_worker_is_set_aside_and_the_others_are_certifie
     }
 
 
+def test_a_lost_device_costs_one_attempt_and_its_actor_is_restarted(raw_spec, tmp_path, caplog):
+    whole = certify(load_spec(raw_spec), tmp_path / "whole")
+    raw_spec["classifier"] = {"arch": "tests.models:loses_its_device"}
+    result = certify(load_spec(raw_spec), tmp_path / "run", actors=1)
+    assert {path.name for path in tmp_path.glob("failed-*")} == {"failed-build", "failed-check", "failed-task"}
+    assert (result["complete"], result["draws_cast"]) == (True, whole["draws_cast"])
+    lost = r"_DeviceLost: cpu on \S+: CUDA error: an illegal memory access was encountered"
+    assert len(re.findall(rf"task failed; requeued: {lost}", caplog.text)) == 1
+    assert len(re.findall(rf"the clean accuracy is unknown .{lost}", caplog.text)) == 1
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "whole"))
+
+
 def test_actors_that_always_die_end_the_run(raw_spec, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.driver._START_ATTEMPTS", 2)
     raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
@@ -357,9 +370,14 @@ def test_actors_are_placed_on_the_named_accelerators_only(raw_spec, tmp_path, ra
         ("cpu", {"accelerators": ["H100"]}, "--accelerator H100 needs a GPU, but compute.device = 'cpu'"),
         ("auto", {"accelerators": ["a b"]}, "--accelerator a b: not the name of a GPU type"),
         ("auto", {"accelerators": ["A100"]}, "A100: no node has such a GPU .this machine has H100.; omit the option"),
+        (
+            "auto",
+            {"actors": 5},
+            "--actors 5: each actor needs a GPU of its own, and this machine has 4; use",
+        ),
         ("auto", {"memory_gb": 1e6}, r"--memory 1e\+06: a node has at most [0-9.]+ GB for actors"),
     ],
 )
 def test_needs_that_this_machine_cannot_meet_are_refused(device, needs, message):
     with pytest.raises(UserError, match=message):
-        Cluster(address="local", device=device, actors=1, **needs)
+        Cluster(address="local", device=device, **({"actors": 1} | needs))

@@ -51,6 +51,14 @@ def any_device(spec: RunSpec) -> torch.device:
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
+def computes(device: torch.device) -> bool:
+    """Return whether a device still computes. After some errors, a process can never use its GPU again."""
+    try:
+        return torch.ones(1, device=device).add(1).item() == 2
+    except RuntimeError:  # of CUDA, which raises its first error again at every call
+        return False
+
+
 def device_facts(device: torch.device) -> DeviceFacts:
     """Return the facts about a device, torch's settings and the installed packages."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
