@@ -692,6 +692,14 @@ def plan(
 )
 @click.option("--simulate", is_flag=True, help="Simulate ImageNet on 8 to 1,024 spot GPUs, without Ray.")
 @click.option("--sampling", is_flag=True, help="Simulate how many draws the sampling modes save.")
+@click.option(
+    "--log",
+    "logs",
+    type=(str, float, int, float),
+    multiple=True,
+    metavar="FILE SIGMA N ALPHA",
+    help="With --sampling: samples of a log in Cohen's layout, instead of invented ones.",
+)
 @click.option("--suite", type=click.Choice(["gpu", "cpu"]), help="Measure several networks, in under 9 minutes.")
 @click.option("--output", metavar="FILE", help="With --suite: also write all figures as JSON.")
 @click.option("--storage", metavar="URI", help="Write blocks below URI, and time listing, resuming and reading.")
@@ -715,6 +723,8 @@ def bench(spec: str | None, as_json: bool, **options: Any) -> None:
     suite, output = options.pop("suite"), options.pop("output")
     if output is not None and suite is None:
         raise UserError(f"--output {output} belongs to --suite; add --suite gpu, or use --json")
+    if options["logs"] and not options["sampling"]:
+        raise UserError(f"--log {options['logs'][0][0]} belongs to --sampling; add --sampling")
     if suite is not None:
         _bench_suite(suite, output, as_json, options["overrides"])
         return
@@ -766,15 +776,23 @@ def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[
         print_suite(figures, Console())
 
 
-def _bench_part(*, simulate: bool, sampling: bool, storage: str | None, **options: Any) -> tuple[Any, str]:
+def _bench_part(
+    *,
+    simulate: bool,
+    sampling: bool,
+    storage: str | None,
+    logs: tuple[tuple[str, float, int, float], ...],
+    **options: Any,
+) -> tuple[Any, str]:
     """The costs of one part of the system, and the same in words."""
     from jobs.bench.driver import bench_driver
     from jobs.bench.fleet import bench_simulation, describe_simulation
-    from jobs.bench.modes import describe_modes, simulate_modes
+    from jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
     from jobs.bench.storage import bench_storage
 
     if sampling:
-        modes = [cost for n in (10_000, 100_000) for cost in simulate_modes(n)]
+        populations = [population_of_log(*log) for log in logs] or INVENTED
+        modes = [cost for n in (10_000, 100_000) for cost in simulate_modes(n, populations)]
         return modes, describe_modes(modes)
     if simulate:
         fleets = bench_simulation()

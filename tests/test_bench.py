@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from jobs.bench.literal import Literal
-from jobs.bench.modes import describe_modes, simulate_modes
+from jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
 from jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
 from jobs.bench.suite import SUITES, print_suite, run_suite
 from jobs.cli import SPECS, main
+from pipeline.certify import certified_radius
 from pipeline.data import open_dataset
 from pipeline.smoothing import build_base_classifier
 from pipeline.spec import load_spec
@@ -129,7 +130,8 @@ def test_literal_scores_equal_those_of_f_and_each_draw_has_one_vote():
 
 def test_modes_save_draws_within_their_allowed_loss():
     """On the same samples, skipping loses nothing, a plan loses about its allowance, and each mode saves draws."""
-    costs = {(cost.population, cost.mode): cost for cost in simulate_modes(10_000, samples=300, seed=5)}
+    fewer = [one._replace(wrong_N=one.wrong_N[::3], beta_N2=one.beta_N2[::3]) for one in INVENTED]
+    costs = {(cost.population, cost.mode): cost for cost in simulate_modes(10_000, fewer, seed=5)}
     for population in ("weak", "middling", "strong"):
         fixed, skip = costs[population, "fixed"], costs[population, "fixed, skip"]
         assert (fixed.saving, fixed.acr_lost, skip.acr_lost, skip.worst_points_lost) == (1, 0, 0, 0)
@@ -141,6 +143,46 @@ def test_modes_save_draws_within_their_allowed_loss():
         assert costs[population, "grid"].acr_lost is None
         assert costs[population, "grid"].worst_points_lost < 2
     assert len(describe_modes(list(costs.values())).splitlines()) == 1 + len(costs)
+
+
+def write_log(path, rows):
+    lines = [f"{index}\t0\t{predict}\t{radius}\t0\t0:00:01" for index, (predict, radius) in enumerate(rows)]
+    path.write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *lines]) + "\n")
+    return path
+
+
+def test_the_votes_of_a_log_follow_from_its_radii(tmp_path):
+    """Radii of known counts, printed with three digits as in published logs."""
+    counts = np.array([5_200, 5_400, 6_000, 7_000, 9_000, 9_990, 10_000])
+    radii = certified_radius(counts, 10_000, 0.01, 0.25)
+    rows = [(index % 2, f"{radius:.3}") for index, radius in enumerate(radii)]
+    log = write_log(tmp_path / "log.tsv", [*rows, (-1, "0.0"), (-1, "0.0")])
+    population = population_of_log(log, 0.25, 10_000, 0.01)
+    a_N, b_N = population.beta_N2[:9].T
+    p_N = a_N / (a_N + b_N)
+    np.testing.assert_allclose(p_N[:7], (counts + 0.5) / 10_001, atol=1e-3)
+    assert p_N[6] == 10_000.5 / 10_001
+    assert 0 < p_N[8] < p_N[7] < 0.5
+    assert population.wrong_N[:9].tolist() == [False, True, False, True, False, True, False, False, False]
+    assert len(population.wrong_N) % 9 == 0
+    (fixed, *_) = simulate_modes(1000, [population])
+    assert (fixed.population, fixed.saving) == (str(log), 1)
+
+
+@pytest.mark.parametrize(
+    ("radius", "numbers", "message"),
+    [
+        ("0.7", ("0.25", "1000", "0.001"), "its largest radius is 0.7; it must be above 0 and at most 0.616"),
+        ("0.0", ("0.25", "1000", "0.001"), "its largest radius is 0;"),
+        ("0.5", ("0", "1000", "0.001"), "sigma and n must be above 0"),
+        ("0.5", ("0.25", "1000", "1"), "alpha between 0 and 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_a_log_are_refused(tmp_path, radius, numbers, message):
+    log = write_log(tmp_path / "log.tsv", [(0 if float(radius) else -1, radius)])
+    answer = CliRunner().invoke(main, ["bench", "--sampling", "--log", str(log), *numbers])
+    assert answer.exit_code == 2
+    assert message in answer.output
 
 
 SMALL = [
@@ -190,6 +232,7 @@ def test_mistakes_with_suites_are_refused(tmp_path):
         (["--suite", "gpu"], "sees no GPU"),
         (["--suite", "cpu", "--output", str(tmp_path / "none" / "x.json")], "cannot write it"),
         (["--output", "x.json", "--simulate"], "add --suite"),
+        (["--log", "x.tsv", "0.5", "100", "0.01"], "add --sampling"),
         (["mnist", "--suite", "cpu"], "choose one"),
     ):
         answer = CliRunner().invoke(main, ["bench", *arguments])
