@@ -683,6 +683,7 @@ def plan(
 @click.option(
     "--draws", type=click.IntRange(min=1), default=200, show_default=True, help="Draws on which votes are compared."
 )
+@click.option("--profile", is_flag=True, help="With SPEC: also measure what the device does, by kind of kernel.")
 @click.option(
     "--tasks",
     type=click.IntRange(min=1),
@@ -747,6 +748,7 @@ def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ..
         precisions=options["precisions"],
         threads=options["threads"],
         effort=Effort(rounds=options["rounds"], agreement_draws=options["draws"]),
+        with_profile=options["profile"],
     )
     if as_json:
         click.echo(json.dumps(figures.to_json(), indent=2))
@@ -765,8 +767,8 @@ def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[
         path = None if output is None else Path(stack.enter_context(writing("--output", output)))
         if path is not None:
             path.touch()  # a path that cannot be written is refused now
-        specs = SUITES[name].settings(overrides)
-        figures = run_suite(specs, on_row=lambda row: note(f"{row.title}: {row.reason or 'measured'}"))
+        settings = SUITES[name].settings(overrides)
+        figures = run_suite(settings, on_row=lambda row: note(f"{row.title}: {row.reason or 'measured'}"))
         text = json.dumps(figures.to_json(), indent=2)
         if path is not None:
             path.write_text(text + "\n", encoding="utf-8")

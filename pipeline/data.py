@@ -532,6 +532,9 @@ DATASETS: dict[str, Callable[[Data], Dataset]] = {
 }
 
 
+EMBEDDED = ("mnist", "fashion")  # some of their images are part of the package
+
+
 def known_facts(data: Data) -> Facts | None:
     """Return the published size, shape and classes of a data set, or None if it must be opened to know them."""
     if data.name == "mnist" and data.split == "heldout" and data.path is None and data.resize is data.crop is None:

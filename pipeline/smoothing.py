@@ -77,8 +77,8 @@ class BaseClassifier:
         with torch.no_grad():  # in inference mode the compiler cannot create views of weights
             return self._compiled(x_BCHW)
 
-    def compile(self) -> None:
-        """Use torch.compile for f, with CUDA graphs on a GPU.
+    def compile(self, *, cuda_graphs: bool = True) -> None:
+        """Use torch.compile for f, on a GPU with CUDA graphs.
 
         Compilation takes minutes at the first call with each shape. `denoise` and `classify` are not compiled.
         Raises: UserError for networks with inner randomness.
@@ -88,7 +88,7 @@ class BaseClassifier:
                 "compute.compile = true does not suit a function that takes draws, because its noise is made outside "
                 "of torch; set it to false"
             )
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if cuda_graphs and self.device.type == "cuda" else "default"
         self._compiled = torch.compile(self._mean_softmax, dynamic=False, mode=mode)
 
     def _denoise(self, x_BCHW: Tensor, draws: Draws | None) -> Tensor:

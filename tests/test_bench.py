@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from jobs.bench.literal import Literal
 from jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
+from jobs.bench.profile import covered, kind_of, profile
 from jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
 from jobs.bench.suite import SUITES, print_suite, run_suite
 from jobs.cli import SPECS, main
@@ -110,10 +112,59 @@ def test_denoisers_that_the_published_algorithm_does_not_support_are_measured_wi
 
 
 def test_figures_are_printed_as_text():
-    spec, text = load_spec(SPECS / "mnist-cohen-0.50.toml", ["compute.device=cpu"]), io.StringIO()
-    print_speed(bench_speed(spec, batch_sizes=(8, 16), effort=QUICK), Console(file=text))
+    spec, text = load_spec(SPECS / "fashion-cohen-0.50.toml", ["compute.device=cpu"]), io.StringIO()
+    figures = bench_speed(spec, batch_sizes=(8, 16), effort=QUICK, with_profile=True)
+    assert not figures.random_images
+    print_speed(figures, Console(file=text))
     assert "pipeline over bare networks" in text.getvalue()
     assert "votes equal to those of literal: 60 of 60" in text.getvalue()
+    for words in ("profile of 4 batches", "no operator runs", "convolution", "aten::"):
+        assert words in text.getvalue()
+
+
+def test_a_profile_explains_the_time_and_counts_the_traffic():
+    """The traffic of a linear layer is that of its weight, bias, input and output."""
+    layer, x = torch.nn.Linear(30, 20), torch.zeros(8, 30)
+    with torch.inference_mode():
+        found = profile(
+            lambda size, number: [layer(x) for _ in range(number)],
+            8, batches=3, scores=layer, x_BCHW=x, clock=time.perf_counter,
+        )  # fmt: skip
+    kinds = {kind.name: kind for kind in found.kinds}
+    assert kinds["matrix product"].bytes_per_draw == 4 * (30 * 20 + 20 + 8 * 30 + 8 * 20) / 8
+    assert kinds["matrix product"].calls >= 1
+    assert sum(kind.share for kind in found.kinds) + found.idle == pytest.approx(1, abs=0.01)
+    assert sum(found.slowest.values()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true>", "copy"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "matrix product"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_tn_align8>",
+         "matrix product"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention and softmax"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention and softmax"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<float>(long, float)", "norm"),
+        ("triton_red_fused_convolution_native_group_norm_silu_7", "norm"),
+        ("triton_poi_fused_add_convolution_3", "pointwise and others"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::silu>", "pointwise and others"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::addmm", "matrix product"),
+        ("aten::native_group_norm", "norm"),
+        ("aten::cat", "copy"),
+        ("aten::scatter_add_", "pointwise and others"),
+    ],
+)  # fmt: skip
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_overlapping_kernels_are_counted_once():
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
 
 
 def test_literal_scores_equal_those_of_f_and_each_draw_has_one_vote():
@@ -186,7 +237,7 @@ def test_numbers_that_do_not_fit_a_log_are_refused(tmp_path, radius, numbers, me
 
 
 SMALL = [
-    "compute.device=cpu", "compute.compile=false", "denoiser.arch=unet",
+    "compute.device=cpu", "smoothing.m=1", "denoiser.arch=unet",
     "denoiser.unet={model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_factors=[2], num_heads=1, "
     "num_groups=4, schedule='cosine', steps=100}",
     "classifier.arch=cifar_resnet20", "classifier.normalize=none",
@@ -194,32 +245,40 @@ SMALL = [
 
 
 def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
-    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (8,)})
-    specs = SUITES["gpu"].settings(SMALL)
-    assert [spec.smoothing.precision for spec in specs][:6] == ["bf16"] * 6
-    chosen = [spec for spec in specs if "cifar10" in spec.name and spec.smoothing.precision in ("fp32", "bf16")][1:3]
+    """A compiled row uses the batch size that its eager row found; torch.compile itself is replaced."""
+    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (4, 8)})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    settings = SUITES["gpu"].settings(SMALL)
+    assert [(setting.spec.smoothing.precision, setting.mode) for setting in settings][:4] == [
+        *[("bf16", "eager")] * 3, ("bf16", "CUDA graphs"),
+    ]  # fmt: skip
+    assert all(setting.spec.compute.compile == (setting.mode != "eager") for setting in settings)
+    assert len({(spec.name, spec.smoothing.precision, mode) for spec, mode in settings}) == len(settings) == 3 * 4 * 3
+    cifar10 = [setting for setting in settings if "cifar10" in setting.spec.name][:4]
     rows = []
-    suite = run_suite(chosen, effort=QUICK, on_row=rows.append)
+    suite = run_suite(cifar10, effort=Effort(rounds=1, seconds=0.01, agreement_draws=20), on_row=rows.append)
     assert rows == suite.rows
     for row in suite.rows:
         assert row.reason is None, row
         assert row.figures.draws_per_second["pipeline"] > 0
         assert ("literal" in row.figures.draws_per_second) == (row.precision == "fp32")
+    eager, graphs, *_ = suite.rows
+    assert {one.batch_size for one in graphs.figures.sweep} == {eager.figures.batch_size["pipeline"]}
     console = Console(file=io.StringIO())
     print_suite(suite, console)
-    assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 2
+    assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 4
     json.dumps(suite.to_json(), allow_nan=False)
 
 
 def test_a_suite_says_why_a_row_has_no_figures(monkeypatch):
-    specs = SUITES["cpu"].settings(["compute.compile=false"])[:2]
+    settings = SUITES["cpu"].settings()[:2]
 
     def fail(*_, **__):
         raise RuntimeError("the compiler failed\nat some place")
 
     monkeypatch.setattr("jobs.bench.suite.bench_speed", fail)
-    assert [row.reason for row in run_suite(specs).rows] == ["RuntimeError: the compiler failed"] * 2
-    suite = run_suite(specs, seconds=-1)
+    assert [row.reason for row in run_suite(settings).rows] == ["RuntimeError: the compiler failed"] * 2
+    suite = run_suite(settings, seconds=-1)
     assert [row.reason for row in suite.rows] == ["not started within -1 s"] * 2
     console = Console(file=io.StringIO())
     print_suite(suite, console)

@@ -2,7 +2,7 @@
 
 Three sides take turns in one process, each at its fastest batch size:
 
-- `bare`: f's networks alone, never compiled, on data that are already on the device;
+- `bare`: f's networks alone, on data that are already on the device; if f is compiled, it is one program, and all of f;
 - `pipeline`: `cast_votes`;
 - `literal`: the published algorithm, in float32.
 
@@ -33,10 +33,11 @@ from torch import Tensor
 
 from jobs.bench.literal import Literal
 from jobs.bench.memory import peak_memory
+from jobs.bench.profile import Profile, profile
 from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from jobs.probe import with_weights_at_hand
 from pipeline.block import Block
-from pipeline.data import known_facts, open_dataset, sample_indices
+from pipeline.data import EMBEDDED, known_facts, open_dataset, sample_indices
 from pipeline.errors import UserError, first_line
 from pipeline.images import UNLABELLED, Sample
 from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_SIZES = {"cpu": (8, 16, 32, 64, 128, 256), "cuda": (64, 128, 256, 512, 1024, 2048, 4096)}
 _IMAGES = 20  # samples over which the draws of an agreement are spread
+_PROFILED = 4  # batches
 PARTS = ("noise", "transfer", "denoiser", "classifier", "counting")
 
 Clock = Callable[[], float]
@@ -117,6 +119,7 @@ class SpeedFigures:
     share_of_peak: float | None
     peak_memory_bytes: dict[str, int]
     watts: float | None  # of the GPU while the pipeline runs; None if NVML does not tell it
+    profile: Profile | None  # of the pipeline
     agreement: dict[str, Agreement]  # by what the pipeline is compared with: "literal" or a precision
     sweep: list[Rate]
 
@@ -189,18 +192,33 @@ class _Side:
 class _Pipeline:
     """A spec's f as it certifies, and some samples."""
 
-    def __init__(self, spec: RunSpec, device: torch.device, samples: Mapping[int, Sample], num_classes: int) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        device: torch.device,
+        samples: Mapping[int, Sample],
+        num_classes: int,
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.spec, self.device, self.samples = spec, device, samples
         self.noise = Noise(0, spec.smoothing.sigma, spec.smoothing.noise_grid)
         self.sample, (image_CHW, _, _) = next(iter(samples.items()))
         self.image_CHW = torch.from_numpy(image_CHW).to(device)
         self.f = base_classifier(spec, device, image_CHW.shape, num_classes)
         if spec.compute.compile:
-            self.f.compile()
+            self.f.compile(cuda_graphs=cuda_graphs)
 
     def sides(self) -> list[_Side]:
         precision = self.spec.smoothing.precision
-        return [_Side("bare", precision, self._run_networks), _Side("pipeline", precision, self._cast_votes)]
+        bare = self._run_f if self.spec.compute.compile else self._run_networks
+        return [_Side("bare", precision, bare), _Side("pipeline", precision, self._cast_votes)]
+
+    def _run_f(self, batch_size: int, batches: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(0)
+        x_BCHW = torch.rand(batch_size, *self.image_CHW.shape, generator=generator, device=self.device)
+        for _ in range(batches):
+            self.f(x_BCHW)
 
     @torch.inference_mode()
     def _run_networks(self, batch_size: int, batches: int) -> None:
@@ -248,6 +266,19 @@ class _Pipeline:
                 seconds[part] += stop - start
         return {part: value / sum(seconds.values()) for part, value in seconds.items()}
 
+    def profile(self, batch_size: int, clock: Clock) -> Profile | None:
+        """Return what the device does during some batches, or None if it cannot be recorded."""
+        f, x_BCHW = self.f, self.image_CHW[None].repeat(batch_size, 1, 1, 1)
+
+        def scores(x_BCHW: Tensor) -> Tensor:
+            return f.classify((f.denoise(x_BCHW)[:, None] + f.local_noise_MCHW).flatten(0, 1)).softmax(dim=1)
+
+        try:
+            return profile(self._cast_votes, batch_size, batches=_PROFILED, scores=scores, x_BCHW=x_BCHW, clock=clock)
+        except RuntimeError as error:
+            logger.warning("there is no profile: %s", first_line(error))
+            return None
+
     def agreement(self, others: Callable[[Tensor], Tensor], batch_size: int, least_draws: int) -> Agreement:
         """Compare with another f on the same noise; the draws are spread over the samples."""
         draws, equal, largest = 0, 0, 0.0
@@ -273,12 +304,14 @@ def bench_speed(
     threads: int = 1,
     effort: Effort = _EFFORT,
     with_literal: bool = True,
+    with_profile: bool = False,
+    cuda_graphs: bool = True,
 ) -> SpeedFigures:
     """Measure a spec. Weights and images that are not on this machine are random; nothing is downloaded.
 
     By default the batch sizes depend on the device. `precisions` are measured in addition to the spec's own; `threads`
-    are those of a CPU. Without `with_literal`, the published algorithm is left out. Raises: UserError for a spec that
-    cannot be certified and for a missing device.
+    are those of a CPU. Without `with_literal`, the published algorithm is left out; without `cuda_graphs`, a compiled f
+    has none. Raises: UserError for a spec that cannot be certified and for a missing device.
     """
     check_base_classifier(spec)
     device = device_of(spec)
@@ -288,7 +321,7 @@ def bench_speed(
     meter = _Meter(clock, batch_sizes or _BATCH_SIZES[device.type], effort)
     spec, random_weights = with_weights_at_hand(spec)
     samples, num_classes, random_images = _samples(spec)
-    ours = _Pipeline(spec, device, samples, num_classes)
+    ours = _Pipeline(spec, device, samples, num_classes, cuda_graphs=cuda_graphs)
     literal = _literal(ours, num_classes) if with_literal else None
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
     for side in sides:
@@ -329,6 +362,7 @@ def bench_speed(
         share_of_peak=None if achieved is None else achieved / peak,
         peak_memory_bytes=memory,
         watts=watts,
+        profile=ours.profile(best["pipeline"], clock) if with_profile else None,
         agreement=agreements,
         sweep=sweep,
     )
@@ -406,12 +440,13 @@ def _name(device: torch.device) -> str:
 
 
 def _peak(device: torch.device, precision: str, clock: Clock) -> float:
-    """Measure the FLOP per second of a large matrix product in a precision, the best of several."""
-    side, times = 1024 if device.type == "cpu" else 8192, []
+    """Measure the FLOP per second of a large matrix product in a precision, the best of up to 20."""
+    side = 1024 if device.type == "cpu" else 8192
+    times: list[float] = []
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(DTYPES[precision])
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    for _ in range(20):
+    while len(times) < 20 and sum(times) < 1.0:  # some CPUs need seconds for one in bf16
         start = clock()
         a @ a
         times.append(clock() - start)
@@ -421,7 +456,8 @@ def _peak(device: torch.device, precision: str, clock: Clock) -> float:
 def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:
     """Return some samples, the number of classes, and whether the samples are random because the data are missing."""
     facts, path, grid = known_facts(spec.data), spec.data.path, spec.smoothing.noise_grid
-    if facts is not None and spec.data.name != "mnist" and (path is None or not os.path.exists(path)):
+    missing = spec.data.name not in EMBEDDED if path is None else not os.path.exists(path)
+    if facts is not None and missing:
         generator = np.random.Generator(np.random.Philox(0))
         images = generator.random((_IMAGES, *facts.shape_CHW), dtype=np.float32)
         if grid is not None:
@@ -468,6 +504,8 @@ def print_speed(figures: SpeedFigures, console: Console) -> None:
         table.add_row(name, str(figures.batch_size[name]), f"{rate:,.4g}", memory)
     console.print(table)
     console.print("\n".join(_sentences(figures)), highlight=False)
+    if figures.profile is not None:
+        console.print(_profile_table(figures.profile))
     console.print(_sweep_table(figures.sweep, f"{unit} by batch size"))
 
 
@@ -488,6 +526,19 @@ def _sentences(figures: SpeedFigures) -> list[str]:
             f"{one.largest_difference:.1e}"
         )
     return lines
+
+
+def _profile_table(profile: Profile) -> Table:
+    title = f"profile of {profile.batches} batches of {profile.batch_size} draws"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for heading in ("of the time", "kind", "calls per batch", "MB per draw, unfused"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
+    for one in profile.kinds:
+        table.add_row(f"{one.share:.1%}", one.name, f"{one.calls:,.0f}", f"{one.bytes_per_draw / 1e6:,.2f}")
+    table.add_row(f"{profile.idle:.1%}", "no kernel runs" if profile.on_gpu else "no operator runs", end_section=True)
+    for name, share in list(profile.slowest.items())[:5]:
+        table.add_row(f"{share:.1%}", escape(name[:70]))
+    return table
 
 
 def _sweep_table(sweep: Sequence[Rate], title: str) -> Table:

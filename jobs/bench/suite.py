@@ -1,15 +1,16 @@
 """`diffsmooth bench --suite`: the published networks on a GPU, or the embedded ones on a CPU, in all precisions.
 
-Each row is a spec in one precision, compiled (on a GPU with CUDA graphs) or not. The rows that matter most come first;
-those that do not start before the time is over have no figures. Neither has a row that fails, for example because its
-network does not fit the memory: it says why.
+Each row is a spec in one precision and one mode: eager, compiled, or compiled with CUDA graphs. An eager row finds the
+best batch size, which the compiled rows of its network use, because each size is compiled anew. The rows that matter
+most come first; those that do not start before the time is over have no figures. Neither has a row that fails, for
+example because its network does not fit the memory: it says why.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich import box
@@ -23,11 +24,20 @@ from pipeline.errors import UserError, first_line
 from pipeline.models.device import device_facts, device_of
 from pipeline.spec import RunSpec
 
-SUITE_SECONDS = 500.0
+SUITE_SECONDS = 420.0
+
+Mode = Literal["eager", "compiled", "CUDA graphs"]
 
 _EFFORT = Effort(rounds=3, seconds=1.0, agreement_draws=1000)
 _BATCH_SIZES = {"cpu": (16, 64, 256), "cuda": (64, 256, 1024)}
 _RESNET50 = ("name=imagenet-diffsmooth-0.50-resnet50", "classifier.arch=resnet50", "classifier.normalize=imagenet")
+
+
+class Setting(NamedTuple):
+    """What a row measures."""
+
+    spec: RunSpec
+    mode: Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +46,20 @@ class Suite:
 
     device: str
     specs: tuple[tuple[str, tuple[str, ...]], ...]  # name and overrides
-    precisions: tuple[str, ...]
+    modes: tuple[tuple[str, Mode], ...]  # precision and mode
 
-    def settings(self, overrides: Sequence[str] = ()) -> list[RunSpec]:
-        """The spec of each row. Raises: UserError."""
+    def settings(self, overrides: Sequence[str] = ()) -> list[Setting]:
+        """What each row measures. Raises: UserError."""
         return [
-            load_named(
-                name,
-                [f"compute.device={self.device}", f"smoothing.precision={precision}",
-                 f"compute.compile={str(compiled).lower()}", *own, *overrides],
+            Setting(
+                load_named(
+                    name,
+                    [f"compute.device={self.device}", f"smoothing.precision={precision}",
+                     f"compute.compile={str(mode != 'eager').lower()}", *own, *overrides],
+                ),
+                mode,
             )
-            for precision in self.precisions
-            for compiled in (True, False)
+            for precision, mode in self.modes
             for name, own in self.specs
         ]  # fmt: skip
 
@@ -60,12 +72,20 @@ SUITES = {
             ("imagenet-diffsmooth-0.50", ()),
             ("imagenet-diffsmooth-0.50", _RESNET50),
         ),
-        precisions=("bf16", "fp32", "tf32", "fp16"),
+        modes=(
+            ("bf16", "eager"),
+            ("bf16", "CUDA graphs"),
+            ("fp32", "eager"),
+            ("bf16", "compiled"),
+            *((precision, mode) for precision in ("tf32", "fp16") for mode in ("eager", "CUDA graphs")),
+            ("fp32", "CUDA graphs"),
+            *((precision, "compiled") for precision in ("tf32", "fp16", "fp32")),
+        ),
     ),
     "cpu": Suite(
         device="cpu",
         specs=(("fashion-diffsmooth-0.50", ()), ("fashion-dds-0.50", ()), ("fashion-cohen-0.50", ())),
-        precisions=("fp32", "bf16"),
+        modes=tuple((precision, mode) for precision in ("fp32", "bf16") for mode in ("eager", "compiled")),
     ),
 }
 
@@ -76,13 +96,13 @@ class Row:
 
     name: str
     precision: str
-    compiled: bool
+    mode: Mode
     figures: SpeedFigures | None = None
     reason: str | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.name}, {self.precision}, {self.mode}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +119,25 @@ class SuiteFigures:
 
 
 def run_suite(
-    specs: Sequence[RunSpec],
+    settings: Sequence[Setting],
     *,
     seconds: float = SUITE_SECONDS,
     effort: Effort = _EFFORT,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> SuiteFigures:
-    """Measure specs one after another; none is started after `seconds`. Raises: UserError for a missing device."""
-    started, device = time.monotonic(), device_of(specs[0])
-    rows = []
-    for spec in specs:
-        row = Row(name=spec.name, precision=spec.smoothing.precision, compiled=spec.compute.compile)
+    """Measure one row after another; none is started after `seconds`. Raises: UserError for a missing device."""
+    started, device = time.monotonic(), device_of(settings[0].spec)
+    rows: list[Row] = []
+    best: dict[str, int] = {}  # network -> its best batch size in the latest eager row
+    for setting in settings:
+        row = Row(name=setting.spec.name, precision=setting.spec.smoothing.precision, mode=setting.mode)
         if time.monotonic() - started > seconds:
             row = dataclasses.replace(row, reason=f"not started within {seconds:g} s")
         else:
-            row = _measure(row, spec, device, effort)
+            sizes = (best[row.name],) if row.mode != "eager" and row.name in best else _BATCH_SIZES[device.type]
+            row = _measure(row, setting, sizes, device, effort)
+        if row.mode == "eager" and row.figures is not None:
+            best[row.name] = row.figures.batch_size["pipeline"]
         rows.append(row)
         on_row(row)
     facts = device_facts(device)
@@ -122,17 +146,25 @@ def run_suite(
     )
 
 
-def _measure(row: Row, spec: RunSpec, device: torch.device, effort: Effort) -> Row:
+def _measure(row: Row, setting: Setting, sizes: Sequence[int], device: torch.device, effort: Effort) -> Row:
     """Fill in a row. The published algorithm, which has one precision, is measured once for each network."""
-    plain = row.precision == "fp32" and not row.compiled
+    plain = (row.precision, row.mode) == ("fp32", "eager")
     try:
-        figures = bench_speed(spec, batch_sizes=_BATCH_SIZES[device.type], effort=effort, with_literal=plain)
+        figures = bench_speed(
+            setting.spec,
+            batch_sizes=sizes,
+            effort=effort,
+            with_literal=plain,
+            with_profile=True,
+            cuda_graphs=setting.mode == "CUDA graphs",
+        )
         return dataclasses.replace(row, figures=figures)
     except UserError as error:
         return dataclasses.replace(row, reason=str(error))
     except Exception as error:  # whatever a compiler or a driver raises: the other rows are still of use
         return dataclasses.replace(row, reason=f"{type(error).__name__}: {first_line(error)}")
     finally:
+        torch.compiler.reset()  # frees the graphs of the row and their memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -142,13 +174,13 @@ def print_suite(suite: SuiteFigures, console: Console) -> None:
     console.width = max(console.width, 170)
     versions = ", ".join(f"{name} {version}" for name, version in suite.versions.items())
     table = Table(box=box.SIMPLE_HEAD, title=f"{suite.device}; {versions}; {suite.seconds:g} s", title_justify="left")
-    for heading in ("spec", "precision", "compiled", "batch", "draws/s", "over bare", "over published", "TFLOP/s",
+    for heading in ("spec", "precision", "mode", "batch", "draws/s", "over bare", "over published", "TFLOP/s",
                     "of peak", "memory, GB", "J/draw", "warm-up, s"):  # fmt: skip
-        left = heading in ("spec", "precision", "compiled")
+        left = heading in ("spec", "precision", "mode")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in suite.rows:
         if row.figures is not None:
-            table.add_row(escape(row.name), row.precision, "yes" if row.compiled else "no", *_cells(row.figures))
+            table.add_row(escape(row.name), row.precision, row.mode, *_cells(row.figures))
     console.print(table)
     for row in suite.rows:
         if row.reason is not None:
