@@ -23,7 +23,7 @@ from pipeline.votes import read_blocks, read_votes
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-DRAWS = 10_000 if ON_GPU else 100
+DRAWS = 10_000 if ON_GPU else 30
 NAMES = ("fashion-diffsmooth-0.50", "mnist-diffsmooth-0.50") if ON_GPU else ("fashion-diffsmooth-0.50",)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
 
