@@ -19,6 +19,7 @@ from jobs.bench.suite import SUITES, print_suite, run_suite
 from jobs.cli import SPECS, main
 from pipeline.certify import certified_radius
 from pipeline.data import open_dataset
+from pipeline.errors import UserError
 from pipeline.smoothing import build_base_classifier
 from pipeline.spec import load_spec
 from pipeline.votes import read_votes
@@ -93,6 +94,15 @@ def test_missing_weights_are_replaced_by_random_ones():
     figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK).to_json()
     assert figures["random_weights"] == ["denoiser", "classifier"]
     assert figures["agreement"]["literal"]["largest_difference"] < 1e-6
+
+
+def test_a_network_whose_sizes_are_in_a_missing_file_is_refused():
+    spec = load_spec(
+        SPECS / "mnist-cohen-0.50.toml",
+        ["compute.device=cpu", "denoiser.arch=dncnn", "denoiser.checkpoint=/nowhere/dncnn.pt"],
+    )
+    with pytest.raises(UserError, match=r"the sizes of this network follow from its file.* download the file"):
+        bench_speed(spec, batch_sizes=(8,), effort=QUICK)
 
 
 def test_random_images_are_on_the_grid_of_the_noise():

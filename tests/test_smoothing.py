@@ -223,6 +223,16 @@ def test_inner_noise_depends_on_every_part_of_a_draws_identity():
     assert np.array_equal(copies.noise((3,))[1], noise(copies=1))
 
 
+def test_a_compiled_f_is_one_graph(monkeypatch):
+    """CUDA graphs and fusion end at each break; the compiler here only traces, and refuses breaks."""
+    spec = load_spec("jobs/specs/fashion-diffsmooth-0.50.toml", ["compute.compile=true"])
+    f, x_BCHW = build_base_classifier(spec, "cpu"), torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    before, traced = f(x_BCHW), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda one, **_: traced(one, backend="eager", fullgraph=True, dynamic=False))
+    f.compile()
+    assert torch.allclose(f(x_BCHW), before, atol=1e-6)
+
+
 def test_a_random_f_is_not_compiled(raw_spec):
     raw_spec["classifier"]["arch"] = "tests.models:random_half_space"
     with pytest.raises(UserError, match=r"compute\.compile = true does not suit a function that takes draws"):

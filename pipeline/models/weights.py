@@ -99,6 +99,11 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
     Raises: UserError for a missing or damaged file, one that holds code, and one that holds several networks if the
     location selects none of them.
     """
+    if location.startswith(RANDOM):
+        raise UserError(
+            f"checkpoint {location}: the sizes of this network follow from its file, so it cannot have random weights; "
+            "download the file, and give its path"
+        )
     path, name = local_file(location)
     contents: Any
     try:
