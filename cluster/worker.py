@@ -145,7 +145,7 @@ class Worker:
         stored, duplicates = self._cast_and_commit(wanted, attempt, share)
         seconds, own = time.perf_counter() - start, sum(votes.block.draws for votes in stored)
         done = {*found, *duplicates, *(votes.block for votes in stored)}
-        if others := found + duplicates:  # what is committed counts, whoever cast it
+        if others := found + duplicates:  # what is committed counts, also of others
             run = read_run(self._store)
             stored = stored + [one.votes() for one in read_blocks(self._store, run, others)]
         return Receipt(

@@ -139,7 +139,7 @@ PROBABILITY = {0: 0.999, 1: 0.9, 2: 0.55, 3: 0.2, 4: 0.97}  # of class 0, the la
 
 
 def votes_of(block):
-    """The votes of a block: the same whoever casts it."""
+    """The votes of a block: the same for every process that casts it."""
     rng = np.random.default_rng([block.sample, block.stage == "estimation", block.draw_start])
     right = int(rng.binomial(block.draws, PROBABILITY[block.sample]))
     return Votes(block, 0, {k: count for k, count in ((0, right), (1, block.draws - right)) if count})

@@ -317,6 +317,19 @@ def test_the_storage_of_another_training_is_refused(images):
         train(raw_training(images, training={"seed": 7}), store)
 
 
+def test_a_checkpoint_that_another_training_left_here_is_not_resumed(images):
+    """A process of a deleted training can end its checkpoint after a new training has begun in the same place."""
+    old, new = MemoryStore(), MemoryStore()
+    for raw, store in ((raw_training(images), old), (raw_training(images, training={"seed": 1}), new)):
+        with pytest.raises(Stopped):
+            train(raw, store, stopped_by=lambda: 15)
+    key = "checkpoints/000000001.safetensors"
+    assert train(raw_training(images), old)[-1]["step"] == 6  # its own
+    new.replace(key, old.read(key))
+    with pytest.raises(RunError, match=f"{key}: belongs to another training; delete it"):
+        train(raw_training(images, training={"seed": 1}), new)
+
+
 def test_a_damaged_checkpoint_is_named(images):
     store = MemoryStore()
     with pytest.raises(Killed):

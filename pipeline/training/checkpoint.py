@@ -5,6 +5,7 @@ OUT/checkpoints/<step>.safetensors   network, average, optimizer and metrics; pu
 OUT/metrics.csv, loss.png         derived from the newest checkpoint
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ class History(Record):
     loss_sum: float  # over the steps since the last row
     loss_count: int = Field(ge=0)
     seconds: float = Field(ge=0)  # of work, over all starts
+    training: str = ""  # what `claim` returned; "" in checkpoints of early versions
 
 
 class Checkpoint(NamedTuple):
@@ -49,16 +51,17 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def claim(store: Store, identity: Identity) -> None:
-    """Store the identity of a new training, or compare it with the stored one.
+def claim(store: Store, identity: Identity) -> str:
+    """Store the identity of a new training, or compare it with the stored one; return the hash of what is stored.
 
     Raises: UserError if the storage holds another training, naming the first difference.
     """
     text = identity.model_dump_json(indent=2).encode()
     if store.put_if_absent("training.json", text):
-        return
+        return hashlib.sha256(text).hexdigest()
     try:
-        found = parse_record(Identity, store.read("training.json", 10_000_000))
+        text = store.read("training.json", 10_000_000)
+        found = parse_record(Identity, text)
     except ValueError as error:
         raise RunError(f"{shown(store.uri)}/training.json: damaged ({error}); use another --out") from None
     if found != identity:
@@ -67,6 +70,7 @@ def claim(store: Store, identity: Identity) -> None:
             f"{shown(store.uri)} holds another training: {key} is {shortened(before)} there and {shortened(now)} here; "
             "use another --out, or the settings of that training"
         )
+    return hashlib.sha256(text).hexdigest()
 
 
 def _difference(key: str, before: object, now: object) -> tuple[str, object, object]:
@@ -94,8 +98,11 @@ def write(store: Store, checkpoint: Checkpoint) -> None:
     store.put_if_absent(key_of(checkpoint.history.step), save({**tensors, _RECORD: torch.from_numpy(record)}))
 
 
-def read(store: Store, step: int) -> Checkpoint:
-    """Return the checkpoint after a step. Raises: RunError for a damaged one."""
+def read(store: Store, step: int, training: str | None = None) -> Checkpoint:
+    """Return the checkpoint after a step. Raises: RunError for a damaged one, and for one of another `training`.
+
+    A process of an earlier training that was deleted while it ran may have stored the latter.
+    """
     place = f"{shown(store.uri)}/{key_of(step)}"
     try:
         tensors = load(store.read(key_of(step)))
@@ -104,4 +111,6 @@ def read(store: Store, step: int) -> Checkpoint:
         raise RunError(
             f"{place}: damaged checkpoint ({first_line(error)}); delete it to resume from the one before it"
         ) from error
+    if training is not None and history.training not in ("", training):
+        raise RunError(f"{place}: belongs to another training; delete it, or use another --out")
     return Checkpoint(history, tensors)

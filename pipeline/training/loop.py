@@ -179,14 +179,14 @@ class Trainer:
         self.rows.append(row)
         return row
 
-    def state(self) -> Checkpoint:
-        """Return everything that a resumed training needs."""
+    def state(self, training: str) -> Checkpoint:
+        """Return everything that a resumed training needs; `training` says to which one it belongs."""
         tensors = {f"network.{name}": one for name, one in self._state().items()}
         tensors |= {f"average.{name}": one for name, one in self.average.items()}
         for index, slots in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": one for name, one in slots.items()}
         history = History(step=self.step, rows=self.rows, loss_sum=self._loss_sum, loss_count=self._loss_count,
-                          seconds=self._seconds)  # fmt: skip
+                          seconds=self._seconds, training=training)  # fmt: skip
         return Checkpoint(history, tensors)
 
     def restore(self, found: Checkpoint) -> None:
@@ -243,23 +243,24 @@ def run_training(
     split = open_images(spec)
     task = make_task(spec, device, split.train.shape, split.train.num_classes)
     trainer = Trainer(spec, task, device, world)
-    identity = None
+    identity, claimed = None, ""
     if world.rank == 0:
         store.prepare()
         identity = identity_of(spec, split)
-        claim(store, identity)
+        claimed = claim(store, identity)
+    claimed = world.from_first(claimed)
     if newest := world.from_first(newest_step(store) if world.rank == 0 else 0):
-        trainer.restore(checkpoint.read(store, newest))
+        trainer.restore(checkpoint.read(store, newest, claimed))
     with torch_settings(spec.training.precision):
         batches = TrainingBatches(spec, split.train, world.rank, world.size)
         for mine in batches.steps(trainer.step):
             loss, row = trainer.take_step(mine), None
             if spec.training.is_checkpoint(trainer.step):
                 row = trainer.measure(split)
-                _save(store, trainer, world)
+                _save(store, trainer, world, claimed)
             on_step(Report(trainer.step, loss, row))
             if (signal := stopped_by()) is not None and trainer.step < spec.training.steps:
-                _save(store, trainer, world)
+                _save(store, trainer, world, claimed)
                 raise Stopped(signal)
     if identity is not None:
         write_outcome(store, spec, split, identity, trainer.average, trainer.rows)
@@ -277,9 +278,9 @@ def check_training(spec: TrainingSpec, store: Store) -> None:
     claim(store, identity_of(spec, split))
 
 
-def _save(store: Store, trainer: Trainer, world: World) -> None:
+def _save(store: Store, trainer: Trainer, world: World, training: str) -> None:
     if world.rank == 0:
-        checkpoint.write(store, trainer.state())
+        checkpoint.write(store, trainer.state(training))
         write_metrics(store, trainer.rows)
 
 
