@@ -23,7 +23,7 @@ from pipeline.sequential import Grid, looks_of
 
 ALPHA, N0, PILOT, LENGTH = 0.001, 100, 1000, 100
 LEAST_SAMPLES = 1000
-RADII = tuple(0.5 * step for step in range(8))  # in units of sigma
+RADII = tuple(0.25 * step for step in range(13))  # of the published tables
 
 _CONCENTRATION = 1e9  # of a Beta law that stands for a number
 _SIGMA_DIGITS = 5e-3  # radii of logs are printed to three digits
@@ -132,7 +132,8 @@ class _Simulation:
         self._counts_NL = per_look.cumsum(axis=1)
 
     def costs(self) -> Iterator[ModeCost]:
-        radii = tuple(self._sigma * step for step in RADII)
+        most = float(certified_radius(self._n, self._n, ALPHA, self._sigma))
+        radii = tuple(radius for radius in RADII if radius <= most)
         radii_at_n = certified_radius(self._counts_NL[:, -1], self._n, ALPHA, self._sigma)
         fixed_N = self._counted(radii_at_n, radii_at_n > 0)
         pilot_N, everything_N = self._rng.binomial(PILOT, self._p_N), np.ones(self._samples, dtype=np.bool_)
