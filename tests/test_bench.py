@@ -235,7 +235,8 @@ def test_the_votes_of_a_log_follow_from_its_radii(tmp_path):
     [
         ("0.7", ("0.25", "1000", "0.001"), "its largest radius is 0.7; it must be above 0 and at most 0.616"),
         ("0.0", ("0.25", "1000", "0.001"), "its largest radius is 0;"),
-        ("0.5", ("0", "1000", "0.001"), "sigma and n must be above 0"),
+        ("0.5", ("0", "1000", "0.001"), "sigma must be above 0"),
+        ("0.5", ("0.25", "100000000", "0.001"), "n a number up to 10,000,000"),
         ("0.5", ("0.25", "1000", "1"), "alpha between 0 and 1"),
     ],
 )

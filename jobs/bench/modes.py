@@ -6,6 +6,7 @@ counts from one random stream, so that all modes see the same samples. The cost 
 Shapes: N samples, L looks, U numbers of votes.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ LEAST_SAMPLES = 1000
 RADII = tuple(0.25 * step for step in range(13))  # of the published tables
 
 _CONCENTRATION = 1e9  # of a Beta law that stands for a number
-_SIGMA_DIGITS = 5e-3  # radii of logs are printed to three digits
+_ROUNDING = 5e-3  # relative; logs print three digits of a radius
+_MOST_DRAWS = 10_000_000
 
 
 class Population(NamedTuple):
@@ -64,20 +66,23 @@ def population_of_log(path: str | os.PathLike[str], sigma: float, n: int, alpha:
 
     Raises: UserError for a log that cannot be read, or that has a radius which n draws at level alpha do not reach.
     """
-    if not (sigma > 0 and n > 0 and 0 < alpha < 1):
-        raise UserError(f"--log {path} {sigma:g} {n} {alpha:g}: sigma and n must be above 0, alpha between 0 and 1")
+    if not (0 < sigma <= 100 and 0 < n <= _MOST_DRAWS and 0 < alpha < 1):
+        raise UserError(
+            f"--log {path} {sigma:g} {n} {alpha:g}: sigma must be above 0 and at most 100, n a number up to "
+            f"{_MOST_DRAWS:,}, alpha between 0 and 1"
+        )
     log = read_log(path)
     log = log[log["status"] != "incomplete"]
     votes_U = np.arange(n // 2, n + 1)
     radii_U = certified_radius(votes_U, n, alpha, sigma)
     radius_N, certified_N = log["radius"].to_numpy(), (log["status"] == "certified").to_numpy()
-    if not certified_N.any() or radius_N.max() > radii_U[-1] * (1 + _SIGMA_DIGITS):
+    if not certified_N.any() or radius_N.max() > radii_U[-1] * (1 + _ROUNDING):
         largest = radius_N.max(initial=0)
         raise UserError(
             f"--log {path}: its largest radius is {largest:g}; it must be above 0 and at most {radii_U[-1]:.3g}, which "
             f"{n} equal votes give at sigma = {sigma:g} and alpha = {alpha:g}"
         )
-    k_N = votes_U[np.abs(radii_U[:, None] - radius_N[certified_N]).argmin(axis=0)]
+    k_N = votes_U[np.searchsorted((radii_U[1:] + radii_U[:-1]) / 2, radius_N[certified_N])]  # of the nearest radius
     near = (k_N < 0.55 * n).sum() / 0.05  # samples per unit of p_A above 1/2
     abstained = int((~certified_N).sum())
     p_N = 0.5 - (np.arange(abstained) + 0.5) / max(near, 2 * abstained)
@@ -85,7 +90,7 @@ def population_of_log(path: str | os.PathLike[str], sigma: float, n: int, alpha:
     beta_N2[certified_N] = np.stack([k_N + 0.5, n - k_N + 0.5], axis=1)
     beta_N2[~certified_N] = _CONCENTRATION * np.stack([p_N, 1 - p_N], axis=1)
     wrong_N = certified_N & ~log["correct"].to_numpy()
-    copies = -(-LEAST_SAMPLES // len(log))
+    copies = math.ceil(LEAST_SAMPLES / len(log))
     return Population(str(path), sigma, np.tile(wrong_N, copies), np.tile(beta_N2, (copies, 1)))
 
 
