@@ -261,11 +261,11 @@ def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     settings = SUITES["gpu"].settings(SMALL)
     assert [(setting.spec.smoothing.precision, setting.mode) for setting in settings][:4] == [
-        *[("bf16", "eager")] * 3, ("bf16", "CUDA graphs"),
+        *[("bf16", "eager"), ("bf16", "CUDA graphs")] * 2,
     ]  # fmt: skip
     assert all(setting.spec.compute.compile == (setting.mode != "eager") for setting in settings)
     assert len({(spec.name, spec.smoothing.precision, mode) for spec, mode in settings}) == len(settings) == 3 * 4 * 3
-    cifar10 = [setting for setting in settings if "cifar10" in setting.spec.name][:4]
+    cifar10 = [setting for setting in settings if "cifar10" in setting.spec.name][:3]
     rows = []
     suite = run_suite(cifar10, effort=Effort(rounds=1, seconds=0.01, agreement_draws=20), on_row=rows.append)
     assert rows == suite.rows
@@ -277,7 +277,7 @@ def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     assert {one.batch_size for one in graphs.figures.sweep} == {eager.figures.batch_size["pipeline"]}
     console = Console(file=io.StringIO())
     print_suite(suite, console)
-    assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 4
+    assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 3
     json.dumps(suite.to_json(), allow_nan=False)
 
 

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ from pipeline.models.device import device_of
 from pipeline.noise import Noise
 from pipeline.smoothing import (
     DTYPES,
+    BaseClassifier,
     CastOptions,
     base_classifier,
     cast_votes,
@@ -155,8 +157,7 @@ class _Side:
 
     def rate(self, batch_size: int, batches: int, clock: Clock) -> float:
         """Measure draws per second."""
-        # torch has one such setting per process, and the sides need different ones
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        _allow_tf32(self.precision)
         start = clock()
         self.run(batch_size, batches)
         return batch_size * batches / (clock() - start)
@@ -189,8 +190,20 @@ class _Side:
         ]
 
 
+def _allow_tf32(precision: str) -> None:
+    """Set what torch knows once per process, although what is compared needs different settings."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def load_f(spec: RunSpec) -> BaseClassifier:
+    """Return f of a spec as it is measured, to measure it several times. Raises: UserError, as `bench_speed` does."""
+    spec, _ = with_weights_at_hand(spec)
+    samples, num_classes, _ = _samples(spec)
+    return base_classifier(spec, device_of(spec), next(iter(samples.values())).image_CHW.shape, num_classes)
+
+
 class _Pipeline:
-    """A spec's f as it certifies, and some samples."""
+    """A spec's f as it certifies, and some samples. Loaded networks are those of `f`, if it is given."""
 
     def __init__(
         self,
@@ -199,13 +212,21 @@ class _Pipeline:
         samples: Mapping[int, Sample],
         num_classes: int,
         *,
+        f: BaseClassifier | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         self.spec, self.device, self.samples = spec, device, samples
         self.noise = Noise(0, spec.smoothing.sigma, spec.smoothing.noise_grid)
         self.sample, (image_CHW, _, _) = next(iter(samples.items()))
         self.image_CHW = torch.from_numpy(image_CHW).to(device)
-        self.f = base_classifier(spec, device, image_CHW.shape, num_classes)
+        f = f or base_classifier(spec, device, image_CHW.shape, num_classes)
+        self.f = BaseClassifier(
+            denoiser=f.denoiser,
+            classifier=f.classifier,
+            local_noise_MCHW=f.local_noise_MCHW,
+            sigma=spec.smoothing.sigma,
+            num_classes=num_classes,
+        )
         if spec.compute.compile:
             self.f.compile(cuda_graphs=cuda_graphs)
 
@@ -244,6 +265,7 @@ class _Pipeline:
 
         On a GPU, the pipeline itself generates noise in parallel with the rest.
         """
+        _allow_tf32(self.spec.smoothing.precision)
         f, M, seconds = self.f, len(self.f.local_noise_MCHW), dict.fromkeys(PARTS, 0.0)
         counts_K = torch.zeros(f.num_classes, dtype=torch.int64, device=self.device)
         image_1CHW = in_units(self.image_CHW[None], self.noise, [self.sample])
@@ -268,6 +290,7 @@ class _Pipeline:
 
     def profile(self, batch_size: int, clock: Clock) -> Profile | None:
         """Return what the device does during some batches, or None if it cannot be recorded."""
+        _allow_tf32(self.spec.smoothing.precision)
         f, x_BCHW = self.f, self.image_CHW[None].repeat(batch_size, 1, 1, 1)
 
         def scores(x_BCHW: Tensor) -> Tensor:
@@ -279,6 +302,10 @@ class _Pipeline:
             logger.warning("there is no profile: %s", first_line(error))
             return None
 
+    def scores(self, x_BCHW: Tensor) -> Tensor:
+        _allow_tf32(self.spec.smoothing.precision)
+        return self.f(x_BCHW)
+
     def agreement(self, others: Callable[[Tensor], Tensor], batch_size: int, least_draws: int) -> Agreement:
         """Compare with another f on the same noise; the draws are spread over the samples."""
         draws, equal, largest = 0, 0, 0.0
@@ -287,7 +314,7 @@ class _Pipeline:
             for start in range(0, per_sample, batch_size):
                 chosen = range(start, min(start + batch_size, per_sample))
                 x_BCHW = noisy_images(image_CHW, self.noise, "estimation", sample, chosen).to(self.device)
-                ours, theirs = (scores_of(x_BCHW).double() for scores_of in (self.f, others))
+                ours, theirs = (scores_of(x_BCHW).double() for scores_of in (self.scores, others))
                 equal += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
                 difference = ours - theirs / theirs.sum(dim=1, keepdim=True)
                 draws, largest = draws + len(x_BCHW), max(largest, float(difference.abs().max()))
@@ -305,13 +332,15 @@ def bench_speed(
     effort: Effort = _EFFORT,
     with_literal: bool = True,
     with_profile: bool = False,
+    f: BaseClassifier | None = None,
     cuda_graphs: bool = True,
 ) -> SpeedFigures:
     """Measure a spec. Weights and images that are not on this machine are random; nothing is downloaded.
 
     By default the batch sizes depend on the device. `precisions` are measured in addition to the spec's own; `threads`
     are those of a CPU. Without `with_literal`, the published algorithm is left out; without `cuda_graphs`, a compiled f
-    has none. Raises: UserError for a spec that cannot be certified and for a missing device.
+    has none. `f` is that of the spec, if it is loaded. Raises: UserError for a spec that cannot be certified and for a
+    missing device.
     """
     check_base_classifier(spec)
     device = device_of(spec)
@@ -321,7 +350,7 @@ def bench_speed(
     meter = _Meter(clock, batch_sizes or _BATCH_SIZES[device.type], effort)
     spec, random_weights = with_weights_at_hand(spec)
     samples, num_classes, random_images = _samples(spec)
-    ours = _Pipeline(spec, device, samples, num_classes, cuda_graphs=cuda_graphs)
+    ours = _Pipeline(spec, device, samples, num_classes, f=f, cuda_graphs=cuda_graphs)
     literal = _literal(ours, num_classes) if with_literal else None
     sides = ours.sides() + ([] if literal is None else [_literal_side(literal, ours)])
     for side in sides:
@@ -332,7 +361,7 @@ def bench_speed(
     sweep = [rate for side in sides for rate in side.sweep()]
     agreements = {}
     if literal is not None:
-        agreements["literal"] = ours.agreement(literal.scores, best["pipeline"], effort.agreement_draws)
+        agreements["literal"] = ours.agreement(partial(_scores, literal), best["pipeline"], effort.agreement_draws)
     for other in dict.fromkeys(precisions):
         if other != spec.smoothing.precision:
             agreements[other], measured = _other_precision(ours, other, best["pipeline"], meter)
@@ -377,7 +406,7 @@ def _other_precision(ours: _Pipeline, precision: str, batch_size: int, meter: _M
     sides = other.sides()
     for side in sides:
         side.tune(meter)
-    agreement = ours.agreement(other.f, batch_size, meter.effort.agreement_draws)
+    agreement = ours.agreement(other.scores, batch_size, meter.effort.agreement_draws)
     return agreement, [rate for side in sides for rate in side.sweep()]
 
 
@@ -445,7 +474,7 @@ def _peak(device: torch.device, precision: str, clock: Clock) -> float:
     times: list[float] = []
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(DTYPES[precision])
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    _allow_tf32(precision)
     while len(times) < 20 and sum(times) < 1.0:  # some CPUs need seconds for one in bf16
         start = clock()
         a @ a
@@ -477,6 +506,11 @@ def _literal(ours: _Pipeline, num_classes: int) -> Literal | None:
         return None
     channels, height, width = ours.image_CHW.shape
     return Literal(ours.spec, ours.device, (channels, height, width), num_classes)
+
+
+def _scores(literal: Literal, x_BCHW: Tensor) -> Tensor:
+    _allow_tf32("fp32")
+    return literal.scores(x_BCHW)
 
 
 def _literal_side(literal: Literal, ours: _Pipeline) -> _Side:
