@@ -257,7 +257,7 @@ SMALL = [
 
 def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     """A compiled row uses the batch size that its eager row found; torch.compile itself is replaced."""
-    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (4, 8)})
+    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (2, 4)})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     settings = SUITES["gpu"].settings(SMALL)
     assert [(setting.spec.smoothing.precision, setting.mode) for setting in settings][:4] == [
