@@ -107,6 +107,8 @@ def write_log(certificates: pd.DataFrame) -> str:
 
 def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     """The lines that are not blank, with their line numbers."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file; give the path of a log")
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > _MOST_BYTES:
             raise UserError(f"{path}: not a regular file of at most {_MOST_BYTES / 1e9:g} GB; give the path of a log")

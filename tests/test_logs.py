@@ -130,8 +130,10 @@ def test_what_is_not_a_text_file_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"\x89PNG\r\n\xff\xfe")
     with pytest.raises(UserError, match="not a log: it is not UTF-8 text"):
         read_log(tmp_path / "a")
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="b: no such file"):
         read_log(tmp_path / "b")
+    with pytest.raises(UserError, match="not a regular file"):
+        read_log(tmp_path)
 
 
 def certificates(radii, status="certified"):
