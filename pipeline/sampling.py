@@ -68,16 +68,21 @@ class Sampler:
     def _recall(self, read: ReadVotes) -> None:
         """Read the committed votes that decisions depend on."""
         order = self._order
+        # a plan depends on all pilots, the other modes on the samples that are not finished
         self._waiting = {
             sample
             for sample in order.samples
-            if any(block not in self._given for block in blocks_up_to(sample, "estimation", order.n, self._lengths))
+            if order.mode == "planned"
+            or any(block not in self._given for block in blocks_up_to(sample, "estimation", order.n, self._lengths))
         }
-        stages = STAGES if order.mode == "grid" else ("selection",)
-        # a plan depends on all pilots, the other modes on the samples that are not finished
-        samples = self._tallies.keys() if order.mode == "planned" else self._waiting
+        # an earlier order may have drawn more than this one looks at
+        limits = {"selection": order.n0, "estimation": order.n if order.mode == "grid" else 0}
         for votes in read(
-            [block for block in sorted(self._given) if block.sample in samples and block.stage in stages]
+            [
+                block
+                for block in sorted(self._given)
+                if block.sample in self._waiting and block.draw_stop <= limits[block.stage]
+            ]
         ):
             self._tallies[votes.block.sample].add(votes)
 

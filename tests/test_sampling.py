@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import norm
 
 from pipeline.block import Block
-from pipeline.certify import certified_radius
+from pipeline.certify import certified_radius, certify
 from pipeline.errors import UserError
 from pipeline.orders import (
     Order,
@@ -195,6 +196,29 @@ def test_decisions_depend_only_on_committed_votes(tmp_path, changes):
     assert found[0] < everything
     if asked.skip_wrong:
         assert {block.stage for block in found[0] if block.sample == 3} == {"selection"}
+
+
+def table_of(blocks):
+    rows = [(*votes_of(one).block, 0, k, count) for one in blocks for k, count in votes_of(one).counts.items()]
+    return pd.DataFrame(rows, columns=["sample", "stage", "draw_start", "draw_stop", "label", "class", "votes"])
+
+
+@pytest.mark.parametrize("earlier", [{"n0": 50, "n": 100}, {"n0": 300, "n": 100}, {"n0": 10, "n": 10_000}], ids=str)
+@pytest.mark.parametrize("changes", ADAPTIVE.values(), ids=ADAPTIVE.keys())
+def test_draws_of_an_earlier_order_change_no_certificate(tmp_path, changes, earlier):
+    """The earlier order has looked at more selection draws, or drawn all of the estimation."""
+    asked = Order(**{"samples": list(PROBABILITY), "n0": 20, "n": 10_000, "alpha": 0.001, **changes})
+    found = []
+    for name, before in (("001", []), ("002", [Order(samples=asked.samples, alpha=0.001, **earlier)])):
+        store, committed, rng = store_of(tmp_path / name), set(), np.random.default_rng(0)
+        for one in (*before, asked):
+            sampler = drive(store, one, committed, rng)
+        assert not sampler.open
+        plan = read_plan(store, name) if asked.mode == "planned" else None
+        rows = certify(table_of(committed), asked, sigma=0.5, num_classes=2, block=LENGTHS, plan=plan)
+        found.append(rows[["sample", "status", "prediction", "p_A_lower", "radius", "correct"]])
+    assert not (found[0]["status"] == "incomplete").any()
+    pd.testing.assert_frame_equal(*found)
 
 
 def test_a_plan_is_made_once_and_growing_keeps_it(tmp_path):
