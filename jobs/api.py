@@ -36,9 +36,9 @@ from pipeline.votes import to_table
 class Result:
     """The certificates of one order, and what follows from them."""
 
-    def __init__(self, stored: StoredRun, order: str | None = None) -> None:
+    def __init__(self, stored: StoredRun, order: str) -> None:
         self._stored = stored
-        self._name = order or list(stored.orders)[-1]
+        self._name = order
 
     @property
     def stored(self) -> StoredRun:
@@ -130,10 +130,10 @@ def certify(
         sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, device=device, progress=progress
     )
     in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
-    stored = certify_in_process(in_memory, images, labels, settings, out)
+    stored, order = certify_in_process(in_memory, images, labels, settings, out)
     if out is not None:
-        stored.finish(list(stored.orders)[-1])
-    return Result(stored)
+        stored.finish(order)
+    return Result(stored, order)
 
 
 def _checked_sigma(function: str, model: object, images: object, sigma: float | None) -> float:

@@ -6,10 +6,10 @@ batch size.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,8 +123,15 @@ def _as_label(label: Any, index: int, num_classes: int) -> int:
     return number
 
 
-def certify_in_process(model: Model, images: Any, labels: Any, settings: Settings, out: str | None) -> StoredRun:
-    """Cast and store all votes of an order on the images; returns the run, whose last placed order is this one.
+class Cast(NamedTuple):
+    """A run with all votes of one of its orders."""
+
+    stored: StoredRun
+    order: str  # its name
+
+
+def certify_in_process(model: Model, images: Any, labels: Any, settings: Settings, out: str | None) -> Cast:
+    """Cast and store all votes of an order on the images.
 
     `images` are N x C x H x W, or a data set with __len__ and __getitem__ that gives an image, or an image and its
     label. Raises: UserError for input that cannot be certified.
@@ -139,11 +146,24 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         run = describe_run(spec, _weights(model, stored=out is not None), f.num_classes)
         claim_run(store, run)
         stored = StoredRun(store)
+        committed = stored.committed()
+        _check_images(stored, committed, data)
         name = stored.place(order_of(spec, range(len(data))))
-        missing = stored.sampler(stored.orders[name], stored.committed(), name=name).start()
+        missing = stored.sampler(stored.orders[name], committed, name=name).start()
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
         _cast(Worker(setup, f, data, store), missing, show=settings.progress)
-    return stored
+    return Cast(stored, name)
+
+
+def _check_images(stored: StoredRun, committed: Iterable[Block], data: MemoryImages) -> None:
+    """Refuse other images than those that the run has votes of. Raises: UserError."""
+    first = {block.sample: block for block in committed if block.sample < len(data)}
+    for one in stored.read_blocks(first.values()):
+        if one.metadata.sample_sha256 != data[one.block.sample].sha256:
+            raise UserError(
+                f"{stored.store.uri}: image {one.block.sample} or its label is not that of the run; give the same "
+                "images and labels, or another folder with out="
+            )
 
 
 def attack_in_process(
@@ -165,6 +185,7 @@ def attack_in_process(
         run = describe_run(spec, _weights(model, stored=not isinstance(store, MemoryStore)), f.num_classes)
         claim_run(store, run)
         stored = StoredRun(store)
+        _check_images(stored, stored.committed(), data)
         wanted = chosen_samples(stored, request.samples or ":", data)
         attack = attack_settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
         claim_attack(store, attack)

@@ -118,8 +118,22 @@ def test_a_stored_run_resumes_and_grows(tmp_path):
     pd.testing.assert_frame_equal(grown.votes, whole.votes)
     with pytest.raises(ds.UserError, match="holds another run: weights"):
         ds.certify(HalfSpace(2.0), GREY, LABELS, sigma=0.25, n=1000, out=home)
-    with pytest.raises(ds.RunError, match="the image of sample 0 differs"):
-        ds.certify(HalfSpace(), GREY.flip(0), LABELS.flip(0), sigma=0.25, n=2000, out=home)
+
+
+def test_the_result_is_that_of_the_order_that_was_asked_for(tmp_path):
+    home = str(tmp_path / "run")
+    for alpha, order in ((0.001, "001"), (0.01, "002"), (0.001, "001")):
+        found = ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=1000, alpha=alpha, out=home).certificates
+        assert set(zip(found["alpha"], found["order"], strict=True)) == {(alpha, order)}
+
+
+@pytest.mark.parametrize("n", [1000, 2000])
+def test_other_images_are_refused_before_they_are_mixed_with_a_stored_run(tmp_path, n):
+    home = str(tmp_path / "run")
+    ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=1000, out=home)
+    with pytest.raises(ds.UserError, match=r"image 0 or its label is not that of the run; .* with out="):
+        ds.certify(HalfSpace(), GREY.flip(0), LABELS.flip(0), sigma=0.25, n=n, out=home)
+    assert len(ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=2000, out=home).certificates) == len(GREY)
 
 
 def test_a_stored_run_of_a_callable_needs_an_identity(tmp_path):
