@@ -30,7 +30,7 @@ from pipeline.attacks import (
     table_of,
     write_table,
 )
-from pipeline.data import Dataset, open_dataset, sample_indices
+from pipeline.data import Dataset, dataset_id, open_dataset, sample_indices
 from pipeline.errors import UserError
 from pipeline.foreign import attack_code
 from pipeline.gap import Attacks, Gap, Robustness, gap_of, robustness
@@ -146,6 +146,11 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
     if votes_id(seeded, weights_ids(seeded)) != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
     data = open_dataset(seeded.data)
+    if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
+        raise UserError(
+            f"{store.uri}: the data set differs from that of the run (its size or some of its samples); use the same "
+            "data set"
+        )
     wanted = chosen_samples(stored, request.samples, data)
     attack = settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
     store.prepare()

@@ -29,6 +29,7 @@ from pipeline.attacks import (
 )
 from pipeline.data import open_dataset
 from pipeline.errors import RunError, UserError
+from pipeline.orders import order_of, place_order
 from pipeline.smoothing import BaseClassifier
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
@@ -310,6 +311,17 @@ def test_an_attack_in_process_uses_the_run_of_its_certificates(tmp_path):
     pd.testing.assert_frame_equal(found.table, again.table)
     with pytest.raises(UserError, match="holds another run"):
         ds.attack(HalfSpace(), GREY, LABELS, sigma=0.5, certified=home, **QUICK)
+    with pytest.raises(UserError, match="image 0 or its label is not that of the run"):
+        ds.attack(HalfSpace(), GREY.flip(0), LABELS.flip(0), sigma=0.25, certified=home, **QUICK)
+
+
+def test_another_data_set_than_that_of_the_run_is_refused(made, tmp_path):
+    spec, store = made
+    place_order(store, order_of(spec, range(3), data_id="0" * 64))
+    (tmp_path / "spec.toml").write_text(to_toml(spec))
+    result = CliRunner().invoke(main, ["attack", store.uri, "--spec", str(tmp_path / "spec.toml")])
+    assert result.exit_code == 2
+    assert "the data set differs from that of the run" in result.output
 
 
 # reading
