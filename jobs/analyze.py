@@ -7,6 +7,7 @@ from jobs.console import print_order
 from jobs.places import writing
 from pipeline.block import STAGES, Block, Stage
 from pipeline.errors import UserError
+from pipeline.images import UNLABELLED
 from pipeline.logs import write_log
 from pipeline.orders import Certificate, Order, check_size, read_costly
 from pipeline.planning import planned_before, store_plan
@@ -42,6 +43,10 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
             "another certificate"
         )
     _check_drawn(stored, order)
+    if order.certificate == "cost":
+        (block,) = stored.read_blocks([next(order.blocks(stored.run.block))])
+        if block.label == UNLABELLED:
+            raise UserError("--certificate cost needs labels, but the data set has none; use another certificate")
     name = stored.place(order)
     if order.mode == "planned":  # the draws that were cast
         planned, samples = planned_before(stored.store, first), set(order.samples)

@@ -253,8 +253,8 @@ def _table(
     selected = n0_drawn == order.n0
     no = np.zeros(len(label), dtype=bool)
     skipped = selected & (verdict.top_class != label) if order.skip_wrong else no
-    # only a label that was read can be exempt: without votes it is -1
-    exempt = harmless & (label >= 0) if order.certificate == "cost" else no
+    # without votes, a label is -1 like that of an unlabelled sample, which has no costly class either
+    exempt = harmless & ((label >= 0) | bound.complete) if order.certificate == "cost" else no
     judged = bound.complete & ~skipped & ~exempt
     certified = judged & verdict.certified
     prediction = np.where(certified, verdict.top_class, np.where(judged, ABSTAINED, NO_PREDICTION))

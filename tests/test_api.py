@@ -136,6 +136,13 @@ def test_other_images_are_refused_before_they_are_mixed_with_a_stored_run(tmp_pa
     assert len(ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=2000, out=home).certificates) == len(GREY)
 
 
+def test_the_cost_certificate_of_an_unlabelled_run_is_refused(tmp_path):
+    (tmp_path / "costly.toml").write_text("0 = [1]\n")
+    ds.certify(HalfSpace(), GREY, sigma=0.25, n=1000, out=str(tmp_path / "run"))
+    with pytest.raises(ds.UserError, match="--certificate cost needs labels"):
+        ds.analyze(str(tmp_path / "run"), certificate="cost", costly=str(tmp_path / "costly.toml"))
+
+
 def test_a_stored_run_of_a_callable_needs_an_identity(tmp_path):
     model = half_space(None, None)
     with pytest.raises(ds.UserError, match=r"the classifier is a function.*identity="):

@@ -382,3 +382,10 @@ def test_a_sample_without_votes_is_incomplete_and_not_exempt():
     arguments = {"sigma": 1.0, "alpha": 0.001, "n0": 10, "n": 1000, "certificate": "cost", "num_classes": 3}
     rows = certify(votes, samples=[0, 1], costly={1: [2]}, **arguments)
     assert rows["status"].tolist() == ["exempt", "incomplete"]
+
+
+def test_an_unlabelled_sample_is_exempt_from_the_cost_certificate():
+    """It has no costly class, so a class that wins against all of them would claim nothing."""
+    votes = whole([[600, 380, 20]], selection=0).assign(label=-1)
+    arguments = {"sigma": 1.0, "alpha": 0.001, "n0": 10, "n": 1000, "certificate": "cost", "num_classes": 3}
+    assert certify(votes, costly={0: [2]}, **arguments)["status"].tolist() == ["exempt"]
