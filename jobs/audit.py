@@ -7,7 +7,7 @@ random. A fraction q of forged blocks escapes k redrawn blocks with probability 
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -315,23 +315,36 @@ def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Pub
 def _check_plans(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
     """Plans that do not follow from their pilots.
 
-    A plan follows if it is made from the order's own pilots, given what some of the other orders had planned before; or
-    if it repeats the draws of another plan (see `analyze`).
+    A plan follows if it is made from the order's own pilots, given what some of the plans that follow had planned
+    before; or if it repeats the draws of plans that follow (see `analyze`). Plans that only follow from each other do
+    not follow.
     """
-    findings, run = [], stored.run
-    for name, plan in stored.plans.items():
-        order, pilots = stored.orders[name], _pilots(votes, stored.orders[name])
-        others = {other: one for other, one in stored.plans.items() if other != name}
-        earlier = [one for other, one in others.items() if stored.orders[other].claim == order.claim]
-        given = [{}, *earlier, _union(earlier)]
-        made = [make_plan(order, run.block, run.sigma, pilots, before) for before in given] if pilots else []
-        repeated = {sample: n for sample, n in _union(others.values()).items() if sample in set(order.samples)}
-        if plan not in made and plan != repeated:
-            findings.append(
-                f"{stored.store.uri}/{OrderKeys(name).plan} does not follow from the selection votes; restore the run "
-                "from a copy"
-            )
-    return findings
+    follow: dict[str, Plan] = {}
+    while True:
+        more = {
+            name: plan for name, plan in stored.plans.items() if name in follow or _follows(stored, name, follow, votes)
+        }
+        if more == follow:
+            break
+        follow = more
+    return [
+        f"{stored.store.uri}/{OrderKeys(name).plan} does not follow from the selection votes; restore the run from a "
+        "copy"
+        for name in stored.plans
+        if name not in follow
+    ]
+
+
+def _follows(stored: StoredRun, name: str, follow: Mapping[str, Plan], votes: pd.DataFrame) -> bool:
+    """Whether the plan of an order follows from its pilots and the plans that `follow`."""
+    run, order, plan = stored.run, stored.orders[name], stored.plans[name]
+    repeated = {sample: n for sample, n in _union(follow.values()).items() if sample in set(order.samples)}
+    if plan == repeated:
+        return True
+    pilots = _pilots(votes, order)
+    earlier = [one for other, one in follow.items() if stored.orders[other].claim == order.claim]
+    given = [{}, *earlier, _union(earlier)]
+    return bool(pilots) and any(make_plan(order, run.block, run.sigma, pilots, before) == plan for before in given)
 
 
 def _union(plans: Iterable[Plan]) -> dict[int, int]:

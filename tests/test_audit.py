@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -140,15 +141,33 @@ def test_the_commitment_is_the_hash_of_the_first_order(store, tmp_path):
     assert any("--commitment 00" in one for one in audited("00" * 32))
 
 
-def test_a_plan_that_does_not_follow_from_the_pilots_is_found(raw_spec, tmp_path):
+@pytest.fixture
+def planned_spec(raw_spec):
     raw_spec["smoothing"] |= {"n": 2000, "n0": 200}
-    spec = load_spec(raw_spec | {"sampling": {"mode": "planned", "max_acr_loss": 0.05}})
-    store = make_run(spec, tmp_path / "planned")
-    assert found(store) == []
-    path = tmp_path / "planned" / "orders" / "001" / "plan.json"
+    return load_spec(raw_spec | {"sampling": {"mode": "planned", "max_acr_loss": 0.05}})
+
+
+def forge_plan(store, name):
+    path = Path(store.uri, "orders", name, "plan.json")
     plan = json.loads(path.read_text())
     path.write_text(json.dumps({**plan, "3": plan["3"] + 100}))
+
+
+def test_a_plan_that_does_not_follow_from_the_pilots_is_found(planned_spec, tmp_path):
+    store = make_run(planned_spec, tmp_path / "planned")
+    assert found(store) == []
+    forge_plan(store, "001")
     assert any("plan.json does not follow from the selection votes" in one for one in found(store))
+
+
+def test_plans_that_only_follow_from_each_other_are_found(planned_spec, tmp_path):
+    store = make_run(planned_spec, tmp_path / "planned", samples=4)
+    make_run(planned_spec, tmp_path / "planned", samples=5)  # keeps the draws of the first plan
+    analyze(store.uri, Request(alpha=0.01), quiet=True)  # repeats the draws of both
+    assert found(store) == []
+    for name in ("001", "002", "003"):
+        forge_plan(store, name)
+    assert sum("plan.json does not follow from the selection votes" in one for one in found(store)) == 3
 
 
 def test_a_fixed_seed_is_noted(store, spec, tmp_path):
