@@ -47,10 +47,10 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
         (block,) = stored.read_blocks([next(order.blocks(stored.run.block))])
         if block.label == UNLABELLED:
             raise UserError("--certificate cost needs labels, but the data set has none; use another certificate")
+    planned = _planned(stored, first, order) if order.mode == "planned" else {}
     name = stored.place(order)
-    if order.mode == "planned":  # the draws that were cast
-        planned, samples = planned_before(stored.store, first), set(order.samples)
-        store_plan(stored.store, name, {sample: n for sample, n in planned.items() if sample in samples})
+    if order.mode == "planned":
+        store_plan(stored.store, name, planned)
     result = StoredRun(stored.store).finish(name, rebuild=True)
     print_order(result, quiet=quiet)
     if export_tsv:
@@ -107,6 +107,17 @@ def _check_drawn(stored: StoredRun, order: Order) -> None:
                 f"--{name} {value} exceeds the {drawn} draws that every sample has; use at most that, or cast more "
                 "draws with certify"
             )
+
+
+def _planned(stored: StoredRun, first: Order, order: Order) -> dict[int, int]:
+    """The draws that were planned for each sample of the order. Raises: UserError for a sample without a plan."""
+    planned = planned_before(stored.store, first)
+    if missing := [sample for sample in order.samples if sample not in planned]:
+        raise UserError(
+            f"{stored.store.uri}: {len(missing)} samples, the first {missing[0]}, have no plan yet; run certify again, "
+            "or use --n for fixed mode"
+        )
+    return {sample: planned[sample] for sample in order.samples}
 
 
 def _drawn(committed: set[Block], sample: int, stage: Stage, length: int) -> int:

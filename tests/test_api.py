@@ -170,6 +170,17 @@ def test_an_open_run_gives_votes_certificates_curve_status_and_report(raw_spec, 
         ds.open_run(str(tmp_path / "nowhere"))
 
 
+def test_a_planned_order_is_analysed_only_once_its_plan_is_stored(raw_spec, tmp_path):
+    """An order with an empty plan could never be completed."""
+    store = make_run(load_spec(raw_spec | {"sampling": {"mode": "planned"}}), tmp_path / "run")
+    plan = tmp_path / "run" / "orders" / "001" / "plan.json"
+    plan.rename(tmp_path / "plan.json")
+    with pytest.raises(ds.UserError, match="8 samples, the first 0, have no plan yet; run certify again"):
+        ds.analyze(store.uri, alpha=0.01)
+    (tmp_path / "plan.json").rename(plan)
+    assert ds.analyze(store.uri, alpha=0.01).complete
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_spec_is_certified_as_by_the_command(raw_spec, tmp_path):
     result = ds.certify(load_spec(raw_spec), out=str(tmp_path / "run"), actors=2, batch_size=16)
