@@ -163,8 +163,11 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
         first = next(iter(stored.orders))
         note(f"commitment: {stored_hash(store, first)} (sha256 of order {first}; publish it before the first draw)")
     sampler = stored.sampler(order, committed, name=name, plans=True)
+    missing = sampler.start()
+    if missing:
+        stored.forget_deleted(committed)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
-    return _Ready(seeded, stored, name, order, sampler, sampler.start(), left)
+    return _Ready(seeded, stored, name, order, sampler, missing, left)
 
 
 def _warn(spec: RunSpec, order: Order) -> None:

@@ -150,6 +150,8 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         _check_images(stored, committed, data)
         name = stored.place(order_of(spec, range(len(data))))
         missing = stored.sampler(stored.orders[name], committed, name=name).start()
+        if missing:
+            stored.forget_deleted(committed)
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
         _cast(Worker(setup, f, data, store), missing, show=settings.progress)
     return Cast(stored, name)

@@ -315,6 +315,15 @@ class StoredRun:
                 self._write(self.result(votes, other))
         return result if result.incomplete else replace(result, root=add_seal(self.store, tables.sha256()).root)
 
+    def forget_deleted(self, committed: set[Block]) -> None:
+        """Remove the votes of sealed blocks that are not committed any more from the derived tables.
+
+        When such a block is cast again, `finish` would take its old votes from there.
+        """
+        seal, present = newest_seal(self.store), set(map(block_key, committed))
+        if seal is not None and any(key.startswith("votes/") and key not in present for key in seal.entries):
+            write_tables(self.store, self.run)
+
     def seal(self) -> Seal:
         """Seal the run with all its blocks, which are read and checked."""
         return add_seal(self.store, {block_key(one.block): one.sha256 for one in self.read_blocks()})

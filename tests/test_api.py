@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import diffsmooth as ds
+from jobs.audit import Effort, audit
 from jobs.specs import SPECS
 from pipeline.data import open_dataset
 from pipeline.smoothing import build_base_classifier
@@ -134,6 +135,15 @@ def test_other_images_are_refused_before_they_are_mixed_with_a_stored_run(tmp_pa
     with pytest.raises(ds.UserError, match=r"image 0 or its label is not that of the run; .* with out="):
         ds.certify(HalfSpace(), GREY.flip(0), LABELS.flip(0), sigma=0.25, n=n, out=home)
     assert len(ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=2000, out=home).certificates) == len(GREY)
+
+
+def test_a_sealed_block_that_is_deleted_and_cast_again_is_sealed_again(tmp_path):
+    """Its file is another one, and its votes may differ on another device."""
+    home = tmp_path / "run"
+    ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=1000, out=str(home))
+    (home / "votes" / "estimation" / "1-0.parquet").unlink()
+    ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=1000, out=str(home))
+    assert audit(str(home), spec=None, effort=Effort()).findings == []
 
 
 def test_the_cost_certificate_of_an_unlabelled_run_is_refused(tmp_path):

@@ -202,6 +202,13 @@ def test_growing_a_run_casts_only_missing_draws(raw_spec, tmp_path):
     pd.testing.assert_frame_equal(table(home), table(whole))
 
 
+def test_a_sealed_block_that_is_deleted_is_cast_and_sealed_again(raw_spec, tmp_path):
+    roots = [certify(load_spec(raw_spec), tmp_path / "run")["root"]]
+    (tmp_path / "run" / "votes" / "estimation" / "3-100.parquet").unlink()
+    roots.append(certify(load_spec(raw_spec), tmp_path / "run")["root"])
+    assert roots[0] != roots[1] == StoredRun.open(str(tmp_path / "run")).seal().root
+
+
 def test_a_wrong_program_stops_with_the_first_cause(raw_spec, tmp_path):
     raw_spec["classifier"] = {"arch": "tests.models:not_a_number"}
     with pytest.raises(UserError, match="not finite"):
