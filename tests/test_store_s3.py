@@ -173,6 +173,14 @@ def _server_name(server: StoreServer) -> str:
     return requests.get(server.url, timeout=10).headers.get("Server", "")
 
 
+def test_slashes_around_the_prefix_do_not_matter(store):
+    """With one before it, keys of a listing lost their first letter, and placing an order never ended."""
+    other = BucketStore(f"{store.uri.replace('bucket/', 'bucket//')}/")
+    assert other.put_if_absent("votes/a", b"1")
+    assert list(other.keys("votes")) == list(store.keys("votes")) == ["votes/a"]
+    assert other.uri == store.uri
+
+
 def test_a_run_needs_a_bucket_and_a_prefix(store):
     for rest in ("bucket", "bucket/", "", "/run"):
         with pytest.raises(UserError, match=r"write (s3|gs|az)://(BUCKET|CONTAINER)/PREFIX"):

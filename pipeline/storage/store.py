@@ -165,8 +165,9 @@ class BucketStore:
     _FIRST_PAUSE = 0.1  # seconds
 
     def __init__(self, uri: str) -> None:
-        self._prefix = split_object(uri, "PREFIX")[2].rstrip("/")
-        self.uri = self.location = uri.rstrip("/")
+        scheme, bucket, prefix = split_object(uri, "PREFIX")
+        self._prefix = prefix.strip("/")  # the client removes a slash before it
+        self.uri = self.location = f"{scheme}://{bucket}/{self._prefix}"
         self.failures = 0  # puts whose response was lost, or that met another put
         self._client = connect(self.uri)
 
