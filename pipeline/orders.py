@@ -308,7 +308,8 @@ def read_costly(certificate: Certificate, path: str | None, num_classes: int) ->
     try:
         costly = _parse_costly(path, num_classes)
     except OSError as error:
-        raise UserError(f"--costly {path}: cannot read it: {error.strerror}; give a .csv or .toml file") from error
+        reason = error.strerror or first_line(error)  # NumPy's own error has no strerror
+        raise UserError(f"--costly {path}: cannot read it: {reason}; give a .csv or .toml file") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"--costly {path}: {first_line(error)}; a .csv file must hold a cost matrix with a row per label, "

@@ -10,6 +10,7 @@ from jobs.analyze import Request, analyze
 from pipeline.certify import certified_radius
 from pipeline.errors import UserError
 from pipeline.noise import Noise
+from pipeline.orders import read_costly
 from pipeline.run import RUN_KEY, read_run
 from pipeline.spec import load_spec
 from pipeline.storage.store import open_store
@@ -133,6 +134,9 @@ def test_the_cost_certificate_needs_the_costly_classes(raw_spec, tmp_path):
             certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost", costly=str(costly))
     with pytest.raises(UserError, match="belong together"):
         certify(spec_of(raw_spec, {}), tmp_path / "run", certificate="cost")
+    for missing in ("no.csv", "no.toml"):
+        with pytest.raises(UserError, match=r"no\.(csv not found|toml: cannot read it: No such file)"):
+            read_costly("cost", str(tmp_path / missing), 2)
 
 
 def test_a_random_seed_is_drawn_once_per_run(raw_spec, tmp_path):
