@@ -420,11 +420,16 @@ def _npz(data: Data) -> Dataset:
     """Open a file of numpy.savez with the images x and their labels y."""
     path = _single_file(data)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array")
+        with loaded as arrays:
             if not {"x", "y"} <= set(arrays.files):
                 found = ", ".join(arrays.files[:10]) or "nothing"
                 raise UserError(f"data.path = {data.path!r}: holds {found}; save the arrays x (images) and y (labels)")
             pixels, labels = arrays["x"], arrays["y"]
+    except UserError:
+        raise
     except (ValueError, zipfile.BadZipFile, EOFError, zlib.error, AttributeError) as error:
         raise UserError(
             f"data.path = {data.path!r}: cannot be read as a file of numpy.savez ({first_line(error)}); save the "
@@ -464,7 +469,10 @@ def _csv(data: Data) -> Dataset:
         first = pd.read_csv(path, header=None, nrows=1, dtype=str)
         named = not str(first.iat[0, 0]).strip().lstrip("+-").isdigit()
         table = pd.read_csv(path, header=0 if named else None)
-        values = table.to_numpy(dtype=np.int64)
+        with np.errstate(invalid="ignore"):  # a missing pixel
+            values = table.to_numpy(dtype=np.int64)
+        if (fractions := values != table.to_numpy()).any():  # NumPy truncates them
+            raise ValueError(f"{table.to_numpy()[fractions][0]} is not a whole number")
     except (ValueError, OverflowError, UnicodeError) as error:  # pandas' errors are ValueErrors
         raise UserError(
             f"data.path = {data.path!r}: cannot be read as rows of a label and pixels ({first_line(error)}); write "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError, first_line
 from pipeline.sources import UNLABELLED, Source
@@ -113,12 +113,6 @@ class EncodedImages:
         return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)) / np.float32(255)
 
     def _check_mode(self, index: int, mode: str) -> None:
-        if mode not in (*_SAME_PIXELS, *self._converted):
-            self._converted.add(mode)
-            logger.warning(
-                "%s: the image of sample %d has mode %s; it is converted to RGB, as others of this mode",
-                self._source.place(index), index, mode,
-            )  # fmt: skip
         if mode.startswith(("I", "F")):
             raise UserError(
                 f"{self._source.place(index)}: the image of sample {index} has more than 8 bits per channel (mode "
@@ -129,6 +123,12 @@ class EncodedImages:
                 f"{self._source.place(index)}: the image of sample {index} has mode {mode}, but sample 0 is greyscale, "
                 "and all must be equal; convert the images to one mode"
             )
+        if mode not in (*_SAME_PIXELS, *self._converted):
+            self._converted.add(mode)
+            logger.warning(
+                "%s: the image of sample %d has mode %s; it is converted to RGB, as others of this mode",
+                self._source.place(index), index, mode,
+            )  # fmt: skip
 
     def _fit(self, index: int, image: Image.Image) -> Image.Image:
         if self._resize is None and self._crop is None:
@@ -150,5 +150,6 @@ class EncodedImages:
         return image
 
     def _damaged(self, index: int, error: Exception) -> UserError:
-        reason = first_line(error)
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message names a Python object
+        reason = f"not one of {', '.join(_FORMATS)}" if unknown else first_line(error)
         return UserError(f"{self._source.place(index)}: cannot decode sample {index} ({reason}); replace or exclude it")

@@ -217,8 +217,9 @@ class ParquetRows:
             greatest = [pc.max(table.column("label")).as_py() for table in tables]
             found = max((label for label in greatest if label is not None), default=UNLABELLED) + 1
         if found is None or found < 2:
+            reason = "the only class is 0" if found == 1 else "there are no labels"
             raise UserError(
-                f"data.path = {self._names[0]!r}: there are no labels to count classes; set data.num_classes"
+                f"data.path = {self._names[0]!r}: {reason}, so the classes cannot be counted; set data.num_classes"
             )
         if found > _MOST_CLASSES:
             raise UserError(

@@ -153,9 +153,10 @@ def hostile_parquet(folder: Path) -> dict[str, str]:
             r"label 1000000000000 exceeds the limit of 1,000,000",
         ),
         "null": (pa.table({"image": [good], "label": pa.array([None], pa.int64())}), r"set data\.num_classes"),
+        "one class": (pa.table({"image": [good], "label": [0]}), r"the only class is 0, .*; set data\.num_classes"),
         "rowless": (
             pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int8())}),
-            "no labels to count",
+            "there are no labels, so the classes cannot be counted",
         ),
     }
     for name, (table, _) in tables.items():
@@ -216,7 +217,7 @@ def test_hostile_image_files_give_one_line(tmp_path):
     assert len(data) == 6
     assert [data[index].label for index in (0, 5)] == [0, 1]
     cases = {
-        1: (UserError, r"1\.png: cannot decode sample 1 .*; replace or exclude it"),
+        1: (UserError, r"1\.png: cannot decode sample 1 \(not one of JPEG, .*; replace or exclude it"),
         2: (RunError, r"2\.png: cannot read the image of sample 2 \(not a regular file\); check the file"),
         3: (RunError, r"3\.png: cannot read the image of sample 3 \(Too many levels of symbolic links\); check"),
         4: (RunError, r"4\.png: cannot read the image of sample 4 \(not a regular file\); check the file"),
@@ -588,7 +589,7 @@ def test_images_of_different_modes(tmp_path):
     ("mode", "expected"),
     [("RGB", 100), ("RGBA", 100), ("LA", 100), ("P", None), ("1", 0), ("CMYK", None), ("I;16", UserError)],
 )
-def test_every_mode_is_decoded_or_refused(tmp_path, mode, expected):
+def test_every_mode_is_decoded_or_refused(tmp_path, caplog, mode, expected):
     with io.BytesIO() as buffer:
         image = Image.new("RGB", (4, 4), (100, 100, 100)).convert(mode) if mode != "I;16" else Image.new(mode, (4, 4))
         image.save(buffer, format="JPEG" if mode == "CMYK" else "PNG")
@@ -599,6 +600,7 @@ def test_every_mode_is_decoded_or_refused(tmp_path, mode, expected):
             UserError, match=r"image of sample 1 has more than 8 bits per channel .*convert the images to 8 bits"
         ):
             data[1]
+        assert not caplog.messages
         return
     assert data[1].image_CHW.shape == (3, 4, 4)
     if expected is not None and mode != "1":
@@ -784,7 +786,7 @@ def test_rows_of_labels_and_pixels(tmp_path, header):
 def test_unsuitable_arrays_and_tables_give_one_line(tmp_path):
     good = np.zeros((2, 4, 4), np.uint8)
     for arrays, message in (
-        ({"images": good}, r"holds images; save the arrays x \(images\) and y \(labels\)"),
+        ({"images": good}, r"npz': holds images; save the arrays x \(images\) and y \(labels\)$"),
         ({"x": good, "y": np.array([None, 1], dtype=object)}, "without Python objects"),
         ({"x": good[0], "y": [0]}, r"x has shape \(4, 4\)"),
         ({"x": good + 2.0, "y": [0, 1]}, "float with values in"),
@@ -799,18 +801,22 @@ def test_unsuitable_arrays_and_tables_give_one_line(tmp_path):
     np.savez(tmp_path / "a.npz", x=good, y=[0, 1])
     content = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
+    np.save(tmp_path / "one.npy", good)
     for name, text, message in (
+        ("one.npy", None, r"numpy\.savez \(it holds one array\); save"),
         ("half.npz", None, r"cannot be read as a file of numpy\.savez"),
         ("none.npz", None, "there is no such file"),
         ("a.csv", "0,1,2,3,4,5\n", "a row has 5 pixels after its label"),
         ("a.csv", "0,1,2,3,256\n", "they must be 0 to 255"),
         ("a.csv", "0,1,2,x,4\n", "write whole numbers"),
+        ("a.csv", "0,1,2,0.5,4\n", r"\(0.5 is not a whole number\); write whole numbers"),
+        ("a.csv", "0,1,2,,4\n", r"\(nan is not a whole number\); write whole numbers"),
         ("a.csv", "", "write whole numbers"),
         ("a.csv", "label,a\n", "contains no row"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
-            array_data(tmp_path / name, name.rpartition(".")[2])
+            array_data(tmp_path / name, "csv" if name.endswith(".csv") else "npz")
     with pytest.raises(UserError, match=r"are not applied to data\.name = 'npz'"):
         array_data(tmp_path / "a.npz", resize=8)
