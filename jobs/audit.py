@@ -139,7 +139,7 @@ class Findings:
                     "with the same votes"
                 )
         else:
-            lines.append("no block was cast again; use --spec SPEC, which says where data and weights are")
+            lines.append("no block was cast again; use --spec with the spec of this run")
         lines += [f"NOTE: {note}" for note in self.notes]
         lines += [f"FOUND: {finding}" for finding in self.findings] or ["no problem found"]
         return "\n".join(lines) + "\n"
@@ -302,8 +302,10 @@ def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Pub
     others = [key for key in seal.entries if key not in blocks_of]
     found = blocks_of | hash_objects(store, [*others, *record_keys(store)])
     present = {*record_keys(store), *store.keys("votes")} | {key for key in others if key in found}
-    lines = compare(seal, found, present=present if root else present & seal.entries.keys())
-    findings = [f"{store.uri}: {line} after seal {seal.name}; restore it from a copy" for line in lines]
+    lines, findings = compare(seal, found, present=present if root else present & seal.entries.keys()), []
+    for line in lines:
+        remedy = "use a later root, or delete it" if line.endswith("was added") else "restore it from a copy"
+        findings.append(f"{store.uri}: {line} after seal {seal.name}; {remedy}")
     if published.signers is not None:
         key = signature_key(seal.name)
         by = signer(seal, store.read(key), published.signers) if store.exists(key) else None

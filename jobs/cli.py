@@ -386,6 +386,9 @@ def audit(
     from jobs import audit as command
 
     how = command.Effort(**effort)
+    if spec_name is None and (how.blocks or overrides):
+        given = f"--blocks {how.blocks}" if how.blocks else f"--set {overrides[0]}"
+        raise UserError(f"{given} needs the spec of the run, which says where data and weights are; add --spec SPEC")
     spec = load_named(spec_name, overrides) if spec_name else None
     published = command.Published(commitment=commitment, root=root, signers=signers)
     found = command.audit(run, spec=spec, effort=how, published=published)
@@ -617,7 +620,7 @@ def publish(run: str, place: str, no_attacks: bool, as_json: bool, **options: An
     "--probe", is_flag=True, help="Measure f on this machine's CPU, with random weights if the weights are not here.",
 )  # fmt: skip
 @_SET
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
 def plan(
     specs: tuple[str, ...],
     gpus: tuple[str, ...],
@@ -707,7 +710,7 @@ def plan(
 @click.option(
     "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
 def bench(spec: str | None, as_json: bool, **options: Any) -> None:
     """Measure the speed of SPEC against its bare networks and the published algorithm, and compare their votes.
 

@@ -128,7 +128,7 @@ class CostEstimate(Estimate):
         else:
             copies, gflop = f" ({self.local_copies} copies)" if self.local_copies > 1 else "", self.gflop_per_draw
             lines.append(
-                f"GFLOP per draw: denoiser {gflop.denoiser:,.1f}, classifier {gflop.classifier:,.1f}{copies}; "
+                f"GFLOP per draw: denoiser {_gflop(gflop.denoiser)}, classifier {_gflop(gflop.classifier)}{copies}; "
                 f"{self.total_flop:.3g} FLOP in total, in {self.precision}"
             )
         if self.cpu is not None:
@@ -339,6 +339,10 @@ def _cell(hours: float | None, dollars: float | None) -> str:
     minutes = 60 * hours
     time = f"{hours:,.1f} h" if hours >= 0.1 else f"{minutes:.1f} min" if minutes >= 1 else "< 1 min"
     return time if dollars is None else f"{time} = ${dollars:,.2f}"
+
+
+def _gflop(number: float) -> str:
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def _floor(radius: float) -> str:

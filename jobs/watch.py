@@ -138,14 +138,14 @@ class Watch:
             note(f"{self._name}: {update.draws:,} of {update.draws_wanted:,} draws, {rate:,.0f}/s{left}; {text}")
 
     def _report_accuracy(self, clean: CleanAccuracy) -> None:
-        """Report the bare classifier's accuracy; warn if it is no better than chance and the samples can show that."""
+        """Report the bare classifier's accuracy; warn if it may be chance and the samples can show that."""
         chance = 1 / clean.num_classes
         if float(bdtrc(clean.samples - 1, clean.samples, chance)) > _TOO_FEW:
             return
         correct = f"{clean.right} of {clean.samples} clean samples"
         if float(bdtrc(clean.right - 1, clean.samples, chance)) > _CHANCE:
             logger.warning(
-                "WARNING: the classifier alone gets %s right, no better than chance (%g of %d); check "
+                "WARNING: the classifier alone gets %s right, not clearly better than chance (%g of %d); check "
                 "classifier.normalize and the order of the classes, since a certificate of this f is of little use",
                 correct, round(clean.samples * chance, 1), clean.samples,
             )  # fmt: skip
@@ -155,7 +155,7 @@ class Watch:
     def _note(self, update: Update) -> str:
         if not update.actors:
             return f"waiting for devices: 0 of {update.actors_wanted} ready"
-        return self._tally.describe() or f"{update.actors} actors"
+        return self._tally.describe() or f"{update.actors} actor{'s' if update.actors > 1 else ''}"
 
 
 class OrderTally:

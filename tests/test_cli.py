@@ -78,7 +78,14 @@ def test_bad_specs_end_with_status_2(tmp_path, change, words):
 
 
 def test_unknown_spec_names_the_shipped_ones():
-    assert "mnist-cohen-0.50" in refused(2, "certify", "mnsit")
+    assert "mnist-cohen-0.50, " in refused(2, "certify", "nowhere")
+    assert refused(2, "certify", "fashon").endswith("shipped name: fashion")
+
+
+def test_audit_does_not_ignore_options_that_need_the_spec(stored):
+    for option in (("--blocks", "3"), ("--set", "data.path=a")):
+        assert f"{' '.join(option)} needs the spec of the run" in refused(2, "audit", stored, *option)
+    assert run("audit", stored, "--blocks", "0").exit_code == 0
 
 
 def test_run_of_another_spec_is_refused_and_kept(tmp_path, monkeypatch):

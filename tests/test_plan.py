@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -73,6 +74,13 @@ def test_there_is_a_spec_for_each_published_number():
         assert spec.smoothing.local_sigma == (
             0.26 if "local" in path.stem else 0.25 if "diffsmooth" in path.stem else 0
         )
+
+
+def test_the_flops_of_a_small_network_are_not_rounded_to_nothing():
+    line = plan(load_spec(SPECS / "fashion.toml"), prices={}, utilization=0.4).describe()[1]
+    denoiser, classifier = re.search(r"GFLOP per draw: denoiser (\S+), classifier (\S+) \(5 copies\)", line).groups()
+    assert float(denoiser) > 0
+    assert float(classifier) > 0
 
 
 def test_draws_are_estimated_for_an_own_function_whose_flops_are_unknown(raw_spec):

@@ -118,7 +118,7 @@ def test_a_run_that_grew_has_a_chain_of_seals(home):
     assert grown.name == "002"
     assert "seals/001.sha256" in grown.entries
     assert found(home, grown.root) == []
-    assert found(home, root) == [f"{home}: orders/002.json was added after seal 001; restore it from a copy"]
+    assert found(home, root) == [f"{home}: orders/002.json was added after seal 001; use a later root, or delete it"]
     text = (home / "seals" / "001.sha256").read_text()
     (home / "seals" / "001.sha256").write_text(text.replace(text[:64], "0" * 64, 1))
     assert any("seals/001.sha256 was changed after seal 002" in one for one in found(home, grown.root))

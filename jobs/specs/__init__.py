@@ -3,6 +3,7 @@
 import sys
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -22,8 +23,9 @@ def find_spec(name: str, folder: Path = SPECS, kind: str = "spec") -> Path:
     shipped, path = folder / f"{name}.toml", Path(name)
     if path.is_file() or not shipped.is_file():
         if not path.exists():
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
-            raise UserError(f"{name}: no such {kind}; give the path of a TOML file or a shipped name: {names}")
+            names = sorted(path.stem for path in folder.glob("*.toml"))
+            listed = ", ".join(get_close_matches(name, names) or names)
+            raise UserError(f"{name}: no such {kind}; give the path of a TOML file or a shipped name: {listed}")
         return path
     return shipped
 
