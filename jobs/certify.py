@@ -153,7 +153,7 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     if needs_labels and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
     check_base_classifier(spec)
-    _warn(spec, order)
+    warn_of_settings(spec, order)
     weights = weights_ids(spec)
     store.prepare()
     seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
@@ -170,7 +170,7 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     return _Ready(seeded, stored, name, order, sampler, missing, left)
 
 
-def _warn(spec: RunSpec, order: Order) -> None:
+def warn_of_settings(spec: RunSpec, order: Order) -> None:
     """Warn about settings that are allowed but probably a mistake."""
     smoothing = spec.smoothing
     n, share = max(order.looks.items())

@@ -21,6 +21,7 @@ from cluster.attacker import Attacker, block_of
 from cluster.worker import Setup, Worker
 from jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
 from jobs.attack import settings as attack_settings
+from jobs.certify import warn_of_settings
 from jobs.watch import progress_bar
 from pipeline.attacks import attacked, claim_attack
 from pipeline.block import Block
@@ -60,7 +61,7 @@ class Settings:
     alpha: float = 0.001
     seed: int = 0
     batch_size: int | None = None
-    device: str | torch.device | None = None  # None: a GPU if there is one
+    device: str | torch.device | None = None  # None: that of the model
     progress: bool = False
 
 
@@ -70,6 +71,7 @@ class MemoryImages:
     def __init__(self, images: Any, labels: Any, num_classes: int) -> None:
         self.num_classes = num_classes
         self._images, self._labels = images, labels
+        self._shape: tuple[int, ...] | None = None  # of the first image that was read
         size = len(images)
         if size == 0:
             raise UserError("images is empty; give at least one image")
@@ -85,6 +87,9 @@ class MemoryImages:
         if label is None and isinstance(item, tuple | list) and len(item) == 2:
             item, label = item
         image_CHW = as_image(item, index)
+        self._shape = self._shape or image_CHW.shape
+        if image_CHW.shape != self._shape:
+            raise UserError(f"image {index} has shape {image_CHW.shape}, another {self._shape}; all must be equal")
         number = UNLABELLED if label is None else _as_label(label, index, self.num_classes)
         digest = hashlib.sha256(image_CHW.tobytes() + str(image_CHW.shape).encode() + str(number).encode())
         return Sample(image_CHW, number, digest.hexdigest())
@@ -107,8 +112,8 @@ def as_image(item: Any, index: int) -> NDArray[np.float32]:
     values = np.ascontiguousarray(values, dtype=np.float32)
     if not (values.size and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise UserError(
-            f"image {index} has values between {values.min():g} and {values.max():g}; they must be in [0, 1]: move the "
-            "normalisation into the model"
+            f"image {index} has values between {values.min():g} and {values.max():g}; they must be in [0, 1]: divide "
+            "them by 255, or move the normalisation into the model"
         )
     return values
 
@@ -116,6 +121,8 @@ def as_image(item: Any, index: int) -> NDArray[np.float32]:
 def _as_label(label: Any, index: int, num_classes: int) -> int:
     try:
         number = int(label)
+        if number != float(label):
+            raise ValueError
     except (TypeError, ValueError) as error:
         raise UserError(f"label {index} is {label!r}; it must be a whole number") from error
     if not UNLABELLED <= number < num_classes:
@@ -137,7 +144,7 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
     label. Raises: UserError for input that cannot be certified.
     """
     with _evaluating(model):
-        device = torch.device(settings.device) if settings.device is not None else _device_of(model)
+        device = _device_of(model, settings)
         f = _base_classifier(model, settings, MemoryImages(images, None, MOST_CLASSES)[0].image_CHW, device)
         data = MemoryImages(images, labels, f.num_classes)
         spec = _spec(model, settings, data)
@@ -148,8 +155,10 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         stored = StoredRun(store)
         committed = stored.committed()
         _check_images(stored, committed, data)
-        name = stored.place(order_of(spec, range(len(data))))
-        missing = stored.sampler(stored.orders[name], committed, name=name).start()
+        order = order_of(spec, range(len(data)))
+        warn_of_settings(spec, order)
+        name = stored.place(order)
+        missing = stored.sampler(order, committed, name=name).start()
         if missing:
             stored.forget_deleted(committed)
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
@@ -176,7 +185,7 @@ def attack_in_process(
     Raises: UserError for input that cannot be attacked, and for another model than that of `certified`.
     """
     with _evaluating(model):
-        device = torch.device(settings.device) if settings.device is not None else _device_of(model)
+        device = _device_of(model, settings)
         f = _base_classifier(model, settings, MemoryImages(images, None, MOST_CLASSES)[0].image_CHW, device)
         data = MemoryImages(images, labels, f.num_classes)
         spec = _spec(model, settings, data)
@@ -220,8 +229,16 @@ def _cast(worker: Worker, blocks: Sequence[Block], *, show: bool, each: bool = F
                 chunk = []
 
 
-def _device_of(model: Model) -> torch.device:
-    """Where the model's parameters are; the CPU for a callable without any."""
+def _device_of(model: Model, settings: Settings) -> torch.device:
+    """The chosen device, or where the model's parameters are; the CPU for a callable without any. Raises: UserError."""
+    if settings.device is not None:
+        try:
+            return torch.empty(0, device=settings.device).device
+        except (RuntimeError, AssertionError) as error:  # no such device; a torch without CUDA
+            raise UserError(
+                f"device = {str(settings.device)!r} cannot be used here ({first_line(error)}); use 'cpu', or a machine "
+                "with this device"
+            ) from error
     for part in (model.classifier, model.denoiser):
         if isinstance(part, nn.Module):
             for tensor in (*part.parameters(), *part.buffers()):

@@ -199,6 +199,11 @@ def test_a_spec_is_certified_as_by_the_command(raw_spec, tmp_path):
     pd.testing.assert_frame_equal(result.votes, read_votes(str(tmp_path / "plain")))
 
 
+def test_too_small_n_causes_a_warning(caplog):
+    ds.certify(HalfSpace(), GREY, LABELS, sigma=0.25, n=5)
+    assert "n = 5 is too small to certify" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -208,8 +213,15 @@ def test_a_spec_is_certified_as_by_the_command(raw_spec, tmp_path):
         ({"labels": LABELS[:3]}, "8 images but 3 labels"),
         ({"labels": LABELS + 1}, "label 1 is 2; it must be a class between 0 and 1"),
         ({"labels": ["a"] * 8}, "label 0 is 'a'; it must be a whole number"),
-        ({"images": GREY * 255}, "they must be in .0, 1.: move the normalisation into the model"),
+        ({"images": GREY * 255}, "they must be in .0, 1.: divide them by 255, or move the"),
         ({"images": GREY / 0}, "must be in"),
+        (
+            {"images": [*GREY[:7], GREY[7, :, :3]]},
+            r"image 7 has shape \(1, 3, 4\), another \(1, 4, 4\); all must be equal",
+        ),
+        ({"labels": [0.5] * 8}, "label 0 is 0.5; it must be a whole number"),
+        ({"device": "gpu"}, "device = 'gpu' cannot be used here .*; use 'cpu', or"),
+        ({"device": "meta:x"}, "device = 'meta:x' cannot be used here"),
         ({"images": GREY[:, 0]}, r"image 0 has shape \(4, 4\); it must be C x H x W"),
         ({"images": (GREY * 255).long()}, "they must be floats in .0, 1., or uint8"),
         ({"model": nn.Flatten()}, None),
