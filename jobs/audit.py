@@ -224,8 +224,11 @@ def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
         table = _typed_as(table, votes[columns], f"{store.uri}/{TABLE_KEY}")
     except FileNotFoundError:
         return []
-    both = table.merge(votes[columns], on=keys, how="left", suffixes=("", "_now"))
-    changed = both[(both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])]
+    # all rows of its blocks; the run may have other blocks since
+    now = votes[columns].merge(table[BLOCK_COLUMNS].drop_duplicates(), on=BLOCK_COLUMNS)
+    both = table.merge(now, on=keys, how="outer", suffixes=("", "_now"))
+    differs = (both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])
+    changed = both[differs | both.duplicated(keys)]
     for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
         key = block_key(Block(*block))
         if key in store.existing([key]):

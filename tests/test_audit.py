@@ -115,6 +115,15 @@ def rewrite(path, **columns):
     pd.read_parquet(path).assign(**columns).to_parquet(path)
 
 
+@pytest.mark.parametrize("rows", [lambda votes: votes[1:], lambda votes: pd.concat([votes, votes[:1]])], ids="-+")
+def test_a_row_that_was_removed_from_the_table_of_votes_or_repeated_is_found(store, tmp_path, rows):
+    path = tmp_path / "run" / "votes.parquet"
+    votes = pd.read_parquet(path)
+    assert (votes.iloc[0][["sample", "draw_start"]] == votes.iloc[1][["sample", "draw_start"]]).all()  # of one block
+    rows(votes).to_parquet(path)
+    assert any("0-0.parquet changed after votes.parquet was written" in one for one in found(store))
+
+
 def test_a_changed_post_hoc_mark_is_found(store, tmp_path):
     rewrite(tmp_path / "run" / "orders" / "001" / "certificates.parquet", post_hoc=True)
     assert any("does not follow from the votes (post_hoc)" in one for one in found(store))
