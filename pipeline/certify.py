@@ -99,8 +99,9 @@ def prediction_p_value(n_A: ArrayLike, n_B: ArrayLike) -> NDArray[np.float64]:
 
 
 def least_certifying_n(alpha: float, certificate: Certificate = "top") -> int:
-    """The smallest n at which a unanimous vote is enough: alpha^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
-    return int(np.ceil(np.log(alpha if certificate != "predict" else alpha / 2) / np.log(0.5)))
+    """The smallest n at which a unanimous vote is enough: level^(1/n) >= 1/2, for PREDICT 2 (1/2)^n <= alpha."""
+    level = alpha * {"top": 1.0, "multiclass": _W, "cost": _W_COST, "predict": 0.5}[certificate]
+    return int(np.ceil(np.log(level) / np.log(0.5)))
 
 
 def top_class(votes: Mapping[int, int]) -> int:

@@ -120,6 +120,17 @@ def test_least_certifying_n():
     assert certified_radius(n - 1, n - 1, 0.001, 1.0) == 0
 
 
+@pytest.mark.parametrize("certificate", ["top", "multiclass", "cost", "predict"])
+def test_a_unanimous_vote_is_enough_at_the_least_certifying_n(certificate):
+    costly = {0: [1]} if certificate == "cost" else None
+    statuses = []
+    for n in (least_certifying_n(0.001, certificate) - 1, least_certifying_n(0.001, certificate)):
+        votes = votes_of((0, 0, "selection", 0, 10, {0: 10}), (0, 0, "estimation", 0, n, {0: n}))
+        order = {"alpha": 0.001, "n0": 0 if certificate == "predict" else 10, "n": n, "costly": costly}
+        statuses += certify(votes, sigma=1.0, certificate=certificate, **order)["status"].tolist()
+    assert statuses == ["abstained", "predicted" if certificate == "predict" else "certified"]
+
+
 def votes_of(*rows: tuple[int, int, str, int, int, dict[int, int]]) -> pd.DataFrame:
     return to_table(
         [
