@@ -153,7 +153,9 @@ def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata
     )
     buffer = io.BytesIO()
     # for a few rows, dictionaries and statistics cost more bytes and time than the values
-    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    pq.write_table(
+        table, buffer, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
     return buffer.getvalue()
 
 
@@ -261,6 +263,7 @@ class _Decoder:
         try:
             data = self._fetch(key)
             table = self._read_table(data)
+            columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
             metadata = self._parse((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._refusal(key, f"is damaged or missing ({_reason(error)})") from error
@@ -268,7 +271,6 @@ class _Decoder:
             raise self._refusal(
                 key, f"belongs to another run (votes_id {metadata.votes_id[:32]}, not {self._run.votes_id})"
             )
-        columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
         classes, counts, labels = columns["class"], columns["votes"], columns["label"]
         for name, value in zip(BLOCK_COLUMNS, block, strict=True):
             if (columns[name] != value).any():
@@ -286,7 +288,7 @@ class _Decoder:
 
     def _read_table(self, data: bytes) -> pa.Table:
         # not pq.read_table, which takes four times as long: it sets up a data set for each file
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         size = sum(file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups))
         if (
             not 1 <= file.metadata.num_rows <= self._run.num_classes

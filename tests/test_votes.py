@@ -1,6 +1,8 @@
 """Votes: what is written is read back, and everything that is wrong with a block is found and named."""
 
 import hashlib
+import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -14,7 +16,7 @@ from pipeline.block import Block
 from pipeline.errors import RunError, UserError
 from pipeline.run import Run, claim_run
 from pipeline.spec import ClassifierIdentity, DataIdentity, Identity, SmoothingIdentity
-from pipeline.storage.store import FolderStore
+from pipeline.storage.store import FolderStore, MemoryStore
 from pipeline.votes import (
     block_key,
     encode_block,
@@ -98,6 +100,19 @@ def test_truncated_file_is_named_with_its_remedy(store, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RunError, match=r"4-20\.parquet is damaged.*delete it and run the same command to cast"):
         read_blocks(store, RUN)
+
+
+def test_no_flipped_bit_changes_a_vote_or_a_label():
+    """In particular not the class of a unanimous block, whose sum stays right."""
+    block, store = Block(9, "estimation", 0, 20), MemoryStore()
+    put(store, block, [0, 0, 20])
+    data, (whole,) = store.read(block_key(block)), read_blocks(store, RUN, [block])
+    for place, bit in itertools.product(range(len(data)), (0, 7)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << bit
+        store.replace(block_key(block), bytes(damaged))
+        with suppress(RunError):  # the metadata have no checksum, and may read differently
+            assert read_blocks(store, RUN, [block])[0].votes() == whole.votes()
 
 
 def test_foreign_and_false_blocks_are_refused(store):
