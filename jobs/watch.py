@@ -211,7 +211,7 @@ def stop_on_signals(stop: Callable[[int], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        note("diffsmooth: stopping; finishing the blocks in flight (repeat to stop at once)")
+        note("diffsmooth: stopping; finishing the work in progress (repeat to stop at once)")
         stop(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -80,6 +80,8 @@ def test_bad_specs_end_with_status_2(tmp_path, change, words):
 def test_unknown_spec_names_the_shipped_ones():
     assert "mnist-cohen-0.50, " in refused(2, "certify", "nowhere")
     assert refused(2, "certify", "fashon").endswith("shipped name: fashion")
+    assert refused(2, "certify", "folder/no.toml").endswith("or the name of a shipped spec")
+    assert "is a training; use diffsmooth train" in refused(2, "certify", "fashion-denoiser")
 
 
 def test_audit_does_not_ignore_options_that_need_the_spec(stored):

@@ -340,7 +340,7 @@ def test_stop_signals_end_gracefully(slow, number, status, own_ray):
     process.send_signal(number)
     _, errors = process.communicate(timeout=800)
     assert process.returncode == status, errors
-    assert "stopping; finishing the blocks in flight" in errors
+    assert "stopping; finishing the work in progress" in errors
     assert "stopped; run the same command to resume" in errors
     assert "Traceback" not in errors
     blocks = list_blocks(open_store(str(home)), spec.smoothing.block)

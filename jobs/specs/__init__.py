@@ -23,6 +23,8 @@ def find_spec(name: str, folder: Path = SPECS, kind: str = "spec") -> Path:
     shipped, path = folder / f"{name}.toml", Path(name)
     if path.is_file() or not shipped.is_file():
         if not path.exists():
+            if path.suffix == ".toml" or len(path.parts) > 1:
+                raise UserError(f"{name}: no such file; give the path of a TOML file, or the name of a shipped {kind}")
             names = sorted(path.stem for path in folder.glob("*.toml"))
             listed = ", ".join(get_close_matches(name, names) or names)
             raise UserError(f"{name}: no such {kind}; give the path of a TOML file or a shipped name: {listed}")
@@ -47,6 +49,8 @@ def load_named(name: str, overrides: Sequence[str]) -> RunSpec:
     If it names own functions, Python finds their modules in the working folder and in the spec's, after all packages.
     Only commands that were given a spec look there.
     """
+    if is_training(name):
+        raise UserError(f"{name} is a training; use diffsmooth train, then certify the certify.toml that it writes")
     path = find_spec(name)
     spec = load_spec(path, overrides)
     _find_own_modules(path, (spec.denoiser.arch, spec.classifier.arch))
