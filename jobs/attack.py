@@ -192,7 +192,7 @@ def settings(request: Request, run: Run, *, alpha: float, pixels: int) -> Attack
 def chosen_samples(stored: StoredRun, samples: str | None, data: Dataset) -> list[int]:
     """The samples to attack: those of --samples, or of the first order. Raises: UserError if one has no label."""
     if samples is not None:
-        wanted = list(sample_indices(samples, len(data)))
+        wanted = list(sample_indices(samples, len(data), "--samples"))
     else:
         first = next(iter(stored.orders.values()), None)
         wanted = list(first.samples) if first else []

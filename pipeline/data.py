@@ -590,7 +590,7 @@ def dataset_id(data: Dataset) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sample_indices(samples: str, size: int) -> range:
+def sample_indices(samples: str, size: int, key: str = "data.samples") -> range:
     """Return the indices that `samples` = "start:stop:step" selects from `size` samples; each part may be empty.
 
     Raises: UserError for another form, an empty selection, or one outside the data set.
@@ -602,14 +602,14 @@ def sample_indices(samples: str, size: int) -> range:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"data.samples = {shown!r} is not start:stop:step; use, for example, '0:100' or '0:10000:20'"
+            f"{key} = {shown!r} is not start:stop:step; use, for example, '0:100' or '0:10000:20'"
         ) from None
     start, stop, step = start or 0, size if stop is None else stop, 1 if step is None else step
     if step < 1 or start < 0 or stop > size:
         raise UserError(
-            f"data.samples = {shown!r} is outside the data set, which has samples 0 to {size - 1}; it must be "
+            f"{key} = {shown!r} is outside the data set, which has samples 0 to {size - 1}; it must be "
             f"0 <= start < stop <= {size} and step >= 1"
         )
     if start >= stop:
-        raise UserError(f"data.samples = {shown!r} selects no sample; start must be less than stop")
+        raise UserError(f"{key} = {shown!r} selects no sample; start must be less than stop")
     return range(start, stop, step)

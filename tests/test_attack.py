@@ -298,6 +298,8 @@ def test_an_unlabelled_data_set_is_refused():
         ds.attack(HalfSpace(), GREY, sigma=0.25)
     with pytest.raises(UserError, match="sigma is missing"):
         ds.attack(HalfSpace(), GREY, LABELS)
+    with pytest.raises(UserError, match="--samples = 'x' is not start:stop:step"):
+        ds.attack(HalfSpace(), GREY, LABELS, sigma=0.25, samples="x")
 
 
 def test_an_attack_in_process_uses_the_run_of_its_certificates(tmp_path):
