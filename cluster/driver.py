@@ -32,7 +32,7 @@ from cluster.scheduler import Scheduler, SetAside
 from cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
 from pipeline.block import Block
 from pipeline.errors import RunError, Stopped, UserError, first_line
-from pipeline.models.device import computes, device_of
+from pipeline.models.device import available_device, computes, device_of
 from pipeline.sampling import Sampler
 from pipeline.votes import Votes
 
@@ -175,7 +175,7 @@ class Cluster:
 
         Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
-        address = address or os.environ.get("RAY_ADDRESS") or address_of_symmetric_run() or "local"
+        address = _address(address)
         self.actors: dict[str, _Actor] = {}
         self._created = 0
         self.stop_signal: int | None = None
@@ -567,6 +567,19 @@ class _Metrics:
 
     def lost(self, error: Exception) -> None:
         self._lost.inc(1, {"run": self._run, "error": _line(error).partition(":")[0]})
+
+
+def check_device(address: str | None, device: str) -> None:
+    """Refuse a GPU that this machine lacks before anything is stored, if `Cluster` would use this machine.
+
+    Raises: UserError.
+    """
+    if device == "cuda" and not ray.is_initialized() and _address(address) == "local":
+        available_device(device)
+
+
+def _address(given: str | None) -> str:
+    return given or os.environ.get("RAY_ADDRESS") or address_of_symmetric_run() or "local"
 
 
 def _connect(address: str, actors: int | None, verbose: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.allocation import part_of
-from cluster.driver import Outcome, Work
+from cluster.driver import Outcome, Work, check_device
 from cluster.scheduler import Part, Scheduler
 from cluster.worker import Setup
 from jobs.console import note, print_order
@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.images import UNLABELLED
 from pipeline.orders import Certificate, Order, order_of, read_costly, stored_hash
 from pipeline.results import OrderResult, StoredRun
-from pipeline.run import claim_seeded_run
+from pipeline.run import RUN_KEY, claim_seeded_run
 from pipeline.sampling import Sampler
 from pipeline.smoothing import check_base_classifier, weights_ids
 from pipeline.spec import RunSpec
@@ -155,6 +155,8 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     check_base_classifier(spec)
     warn_of_settings(spec, order)
     weights = weights_ids(spec)
+    if not store.exists(RUN_KEY):  # a complete run can be certified again without a device
+        check_device(options.address, spec.compute.device)
     store.prepare()
     seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
     stored = StoredRun(store)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from cluster.driver import Cluster
+from cluster.driver import Cluster, check_device
 from cluster.trainer import Workers, train_on_ray
 from jobs.console import note
 from jobs.watch import stop_on_signals
@@ -61,6 +61,7 @@ def train(spec: TrainingSpec, home: str, *, address: str | None, workers: str | 
     if address is None and workers is None:
         return train_here(spec, home, quiet=quiet)
     count = Workers.parse(workers or "1")
+    check_device(address, spec.compute.device)
     check_training(spec, open_store(home))
 
     def stop(signal: int) -> None:

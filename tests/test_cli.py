@@ -14,6 +14,7 @@ import click
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 
 from jobs.cli import main
@@ -45,6 +46,18 @@ def refused(status: int, *arguments: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("diffsmooth: ")
     return lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_leaves_nothing_behind(raw_spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test of this process may have started one
+    path, home = tmp_path / "spec.toml", tmp_path / "run"
+    path.write_text(to_toml(load_spec(raw_spec)))
+    for command in (("certify", path), ("train", "fashion-classifier-0.50", "--workers", "1")):
+        line = refused(2, *command, "--out", home, "--set", "compute.device=cuda")
+        assert "sees no GPU" in line
+        assert "--set compute.device=cpu" in line
+        assert not home.exists()
 
 
 def test_every_shipped_spec_loads_and_has_its_file_name():

@@ -252,7 +252,7 @@ def test_actors_that_always_die_end_the_run(raw_spec, tmp_path, monkeypatch):
 
 
 def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
-    with pytest.raises(UserError, match=r"sees no GPU .*--cpu"):
+    with pytest.raises(UserError, match=r"sees no GPU .*--set compute.device=cpu"):
         certify(load_spec(raw_spec, ["compute.device=cuda"]), tmp_path / "run", actors=1)
 
 

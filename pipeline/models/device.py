@@ -40,7 +40,7 @@ def available_device(selected: str) -> torch.device:
     if selected == "cuda":
         raise UserError(
             f"compute.device = 'cuda', but torch {torch.__version__} sees no GPU on {platform.node()}; run on a GPU "
-            "node, or choose the CPU with --cpu"
+            "node, or choose the CPU with --set compute.device=cpu"
         )
     return torch.device("cpu")
 
