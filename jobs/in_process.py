@@ -32,7 +32,7 @@ from pipeline.noise import local_noise
 from pipeline.orders import order_of
 from pipeline.results import StoredRun
 from pipeline.run import claim_run, describe_run
-from pipeline.smoothing import BaseClassifier
+from pipeline.smoothing import BaseClassifier, check_function, check_networks
 from pipeline.spec import MOST_CLASSES, RunSpec, load_spec
 from pipeline.storage.store import MemoryStore, open_store
 
@@ -280,13 +280,16 @@ def _base_classifier(
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model returns {found} for one image; it must return logits of shape (1, classes)")
-    return BaseClassifier(
+    f = BaseClassifier(
         denoiser=model.denoiser,
         classifier=model.classifier,
         local_noise_MCHW=torch.from_numpy(copies_MCHW).to(device),
         sigma=settings.sigma,
         num_classes=logits.shape[1],
     )
+    check_networks(f, torch.full_like(x_BCHW, 0.5))
+    check_function(f, image_CHW.shape, "bf16")  # the model's own precision is not known
+    return f
 
 
 def _spec(model: Model, settings: Settings, data: MemoryImages) -> RunSpec:

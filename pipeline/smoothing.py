@@ -432,7 +432,7 @@ def _output(part: str, network: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> T
     except Exception as error:  # an own function or a library's network can raise anything
         raise UserError(
             f"the {part} cannot process images of shape {shape} ({type(error).__name__}: {first_line(error)}); use a "
-            f"{part} for such images, or set data.resize and data.crop"
+            f"{part} for such images, or resize them (data.resize, data.crop)"
         ) from error
     if not isinstance(found, Tensor):
         hint = ", such as its logits" if hasattr(found, "logits") else ""

@@ -17,10 +17,11 @@ import diffsmooth as ds
 from jobs.audit import Effort, audit
 from jobs.specs import SPECS
 from pipeline.data import open_dataset
+from pipeline.errors import UserError
 from pipeline.smoothing import build_base_classifier
 from pipeline.spec import load_spec
 from pipeline.votes import read_votes
-from tests.models import half_space, make_run
+from tests.models import half_space, make_run, with_memory
 
 ROOT = Path(__file__).parent.parent
 GREY = torch.tensor([100, 155]).repeat(4)[:, None, None, None].expand(8, 1, 4, 4) / 255
@@ -43,6 +44,19 @@ class HalfSpace(nn.Module):
 def coordinates(votes: pd.DataFrame) -> pd.DataFrame:
     """Votes per sample, stage and class, however they are cut into blocks."""
     return votes.groupby(["sample", "label", "stage", "class"], as_index=False)["votes"].sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "denoiser", "message"),
+    [
+        (with_memory(None, None), None, "differ by .* between two calls"),
+        (HalfSpace(), lambda x, sigma: x[:, :, :2], r"the denoiser returned shape \(1, 1, 2, 4\) for images of shape"),
+        (HalfSpace(), lambda x: x, r"the denoiser cannot process images of shape \(1, 4, 4\) \(TypeError"),
+    ],
+)
+def test_parts_that_are_no_f_are_refused(model, denoiser, message):
+    with pytest.raises(UserError, match=message):
+        ds.certify(model, GREY, LABELS, sigma=0.25, denoiser=denoiser)
 
 
 def test_a_half_space_gets_its_exact_radius():
