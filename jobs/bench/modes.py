@@ -26,7 +26,7 @@ ALPHA, N0, PILOT, LENGTH = 0.001, 100, 1000, 100
 LEAST_SAMPLES = 1000
 RADII = tuple(0.25 * step for step in range(13))  # of the published tables
 
-_CONCENTRATION = 1e9  # of a Beta law that stands for a number
+_CONCENTRATION = 1e9  # of a Beta law that is narrow enough to be one number
 _ROUNDING = 5e-3  # relative; logs print three digits of a radius
 _MOST_DRAWS = 10_000_000
 

@@ -1,9 +1,9 @@
 """`diffsmooth bench --suite`: the published networks on a GPU, or the embedded ones on a CPU, in all precisions.
 
 Each row is a spec in one precision and one mode: eager, compiled, or compiled with CUDA graphs. An eager row finds the
-best batch size, which the compiled rows of its network use, because each size is compiled anew. The rows that matter
-most come first; those that do not start before the time is over have no figures. Neither has a row that fails, for
-example because its network does not fit the memory: it says why.
+best batch size, which the compiled rows of its network use, because each size would be compiled separately. The rows
+that matter most come first; those that do not start before the time is over have no figures. Neither has a row that
+fails, for example because its network does not fit the memory: it says why.
 """
 
 import dataclasses
