@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from cluster.scheduler import Part
-from pipeline.errors import UserError
+from diffsmooth.cluster.scheduler import Part
+from diffsmooth.pipeline.errors import UserError
 
 _NAMES = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cluster.worker import Progress, Receipt, Setup, Worker, to_compute
-from pipeline.attacks import (
+from diffsmooth.cluster.worker import Progress, Receipt, Setup, Worker, to_compute
+from diffsmooth.pipeline.attack.foreign import search_of
+from diffsmooth.pipeline.attack.record import (
     Attack,
     AttackedSample,
     AttackMetadata,
@@ -18,14 +19,13 @@ from pipeline.attacks import (
     read_samples,
     rival,
 )
-from pipeline.block import Block
-from pipeline.errors import UserError
-from pipeline.foreign import search_of
-from pipeline.images import UNLABELLED, Sample
-from pipeline.run import read_run
-from pipeline.search import attack_sample
-from pipeline.smoothing import CastOptions
-from pipeline.votes import Votes
+from diffsmooth.pipeline.attack.search import attack_sample
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.images import UNLABELLED, Sample
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.smoothing import CastOptions
+from diffsmooth.pipeline.votes.blocks import Votes
+from diffsmooth.pipeline.votes.run import read_run
 
 
 def load_worker(setup: Setup, known: Mapping[str, bytes]) -> Worker:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.storage.fetch import private_folder
-from pipeline.storage.local import read_regular
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.storage.fetch import private_folder
+from diffsmooth.pipeline.storage.folder import read_regular
 
 logger = logging.getLogger(__name__)
 

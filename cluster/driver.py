@@ -24,17 +24,17 @@ import torch
 from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
-from cluster import compiled
-from cluster.allocation import address_of_symmetric_run, cores
-from cluster.attacker import load_worker
-from cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
-from cluster.scheduler import Scheduler, SetAside
-from cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
-from pipeline.block import Block
-from pipeline.errors import RunError, Stopped, UserError, first_line
-from pipeline.models.device import available_device, computes, device_of
-from pipeline.sampling import Sampler
-from pipeline.votes import Votes
+from diffsmooth.cluster import compiled
+from diffsmooth.cluster.allocation import address_of_symmetric_run, cores
+from diffsmooth.cluster.attacker import load_worker
+from diffsmooth.cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
+from diffsmooth.cluster.scheduler import Scheduler, SetAside
+from diffsmooth.cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.errors import RunError, Stopped, UserError, first_line
+from diffsmooth.pipeline.models.device import available_device, computes, device_of
+from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
 

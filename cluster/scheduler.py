@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.block import Block
+from diffsmooth.pipeline.block import Block
 
 TARGET_SECONDS = 60.0
 MAX_ATTEMPTS = 4

@@ -14,14 +14,14 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device
 
-from cluster.driver import Cluster
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.storage.store import open_store
-from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Row
-from pipeline.training.loop import Diverged, Report, run_training
-from pipeline.training.settings import TrainingSpec
-from pipeline.training.world import World
+from diffsmooth.cluster.driver import Cluster
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.training import checkpoint
+from diffsmooth.pipeline.training.checkpoint import Row
+from diffsmooth.pipeline.training.loop import Diverged, Report, run_training
+from diffsmooth.pipeline.training.settings import TrainingSpec
+from diffsmooth.pipeline.training.world import World
 
 MOST_FAILURES = 8  # of workers, before the training is given up; lost spot nodes count separately
 

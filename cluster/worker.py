@@ -16,20 +16,27 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from cluster import compiled
-from pipeline.attacks import Attack
-from pipeline.block import Block
-from pipeline.data import Dataset, hub_location, open_dataset, sample_indices
-from pipeline.errors import UserError, first_line
-from pipeline.images import UNLABELLED, Sample
-from pipeline.models.device import device_facts, device_of
-from pipeline.noise import Noise, check_known_answers
-from pipeline.run import read_run
-from pipeline.smoothing import BaseClassifier, CastBlock, CastOptions, build_base_classifier, cast_votes, weights_ids
-from pipeline.spec import RunSpec, votes_id
-from pipeline.storage.hub import cached_commits, on_hub
-from pipeline.storage.store import Store, open_store
-from pipeline.votes import BlockMetadata, Votes, block_key, encode_block, read_blocks
+from diffsmooth.cluster import compiled
+from diffsmooth.pipeline.attack.record import Attack
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.images import UNLABELLED, Sample
+from diffsmooth.pipeline.data.sets import Dataset, hub_location, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.models.device import device_facts, device_of
+from diffsmooth.pipeline.noise import Noise, check_known_answers
+from diffsmooth.pipeline.smoothing import (
+    BaseClassifier,
+    CastBlock,
+    CastOptions,
+    build_base_classifier,
+    cast_votes,
+    weights_ids,
+)
+from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.storage.hub import cached_commits, on_hub
+from diffsmooth.pipeline.storage.store import Store, open_store
+from diffsmooth.pipeline.votes.blocks import BlockMetadata, Votes, block_key, encode_block, read_blocks
+from diffsmooth.pipeline.votes.run import read_run
 
 logger = logging.getLogger(__name__)
 

@@ -14,32 +14,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.api import AttackResult, OpenRun, Result, analyze, attack, cascade, certify, compare, load_spec, open_run
-    from pipeline.certify import certified_radius, lower_confidence_bound
-    from pipeline.compare import Comparison
-    from pipeline.curve import Curve
-    from pipeline.errors import RunError, Stopped, UserError
-    from pipeline.spec import RunSpec
+    from diffsmooth.api import (
+        AttackResult,
+        OpenRun,
+        Result,
+        analyze,
+        attack,
+        cascade,
+        certify,
+        compare,
+        load_spec,
+        open_run,
+    )
+    from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound
+    from diffsmooth.pipeline.certify.compare import Comparison
+    from diffsmooth.pipeline.certify.curve import Curve
+    from diffsmooth.pipeline.errors import RunError, Stopped, UserError
+    from diffsmooth.pipeline.spec import RunSpec
 
 _HOMES = {
-    "AttackResult": "jobs.api",
-    "OpenRun": "jobs.api",
-    "Result": "jobs.api",
-    "analyze": "jobs.api",
-    "attack": "jobs.api",
-    "cascade": "jobs.api",
-    "certify": "jobs.api",
-    "compare": "jobs.api",
-    "load_spec": "jobs.api",
-    "open_run": "jobs.api",
-    "certified_radius": "pipeline.certify",
-    "lower_confidence_bound": "pipeline.certify",
-    "Comparison": "pipeline.compare",
-    "Curve": "pipeline.curve",
-    "RunError": "pipeline.errors",
-    "Stopped": "pipeline.errors",
-    "UserError": "pipeline.errors",
-    "RunSpec": "pipeline.spec",
+    "AttackResult": "diffsmooth.api",
+    "OpenRun": "diffsmooth.api",
+    "Result": "diffsmooth.api",
+    "analyze": "diffsmooth.api",
+    "attack": "diffsmooth.api",
+    "cascade": "diffsmooth.api",
+    "certify": "diffsmooth.api",
+    "compare": "diffsmooth.api",
+    "load_spec": "diffsmooth.api",
+    "open_run": "diffsmooth.api",
+    "certified_radius": "diffsmooth.pipeline.certify.certificates",
+    "lower_confidence_bound": "diffsmooth.pipeline.certify.certificates",
+    "Comparison": "diffsmooth.pipeline.certify.compare",
+    "Curve": "diffsmooth.pipeline.certify.curve",
+    "RunError": "diffsmooth.pipeline.errors",
+    "Stopped": "diffsmooth.pipeline.errors",
+    "UserError": "diffsmooth.pipeline.errors",
+    "RunSpec": "diffsmooth.pipeline.spec",
 }
 
 __all__ = [

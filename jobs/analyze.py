@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.console import print_order
-from jobs.places import writing
-from pipeline.block import STAGES, Block, Stage
-from pipeline.errors import UserError
-from pipeline.images import UNLABELLED
-from pipeline.logs import write_log
-from pipeline.orders import Certificate, Order, check_size, read_costly
-from pipeline.planning import planned_before, store_plan
-from pipeline.results import OrderResult, StoredRun
-from pipeline.spec import check_alpha, check_multiple
+from diffsmooth.jobs.console import print_order
+from diffsmooth.jobs.places import writing
+from diffsmooth.pipeline.block import STAGES, Block, Stage
+from diffsmooth.pipeline.certify.orders import Certificate, Order, check_size, read_costly
+from diffsmooth.pipeline.certify.planning import planned_before, store_plan
+from diffsmooth.pipeline.data.images import UNLABELLED
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
+from diffsmooth.pipeline.show.logs import write_log
+from diffsmooth.pipeline.spec import check_alpha, check_multiple
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.allocation import part_of
-from cluster.attacker import block_of
-from cluster.driver import Outcome, Work
-from cluster.scheduler import Scheduler
-from cluster.worker import Setup
-from jobs.plan import warn_of_cost
-from jobs.watch import ClusterOptions, Watch, stop_on_signals
-from pipeline.attacks import (
+from diffsmooth.cluster.allocation import part_of
+from diffsmooth.cluster.attacker import block_of
+from diffsmooth.cluster.driver import Outcome, Work
+from diffsmooth.cluster.scheduler import Scheduler
+from diffsmooth.cluster.worker import Setup
+from diffsmooth.jobs.plan import warn_of_cost
+from diffsmooth.jobs.watch import ClusterOptions, Watch, stop_on_signals
+from diffsmooth.pipeline.attack.foreign import attack_code
+from diffsmooth.pipeline.attack.gap import Attacks, Gap, Robustness, gap_of, robustness
+from diffsmooth.pipeline.attack.record import (
     FOLDER,
     Attack,
     AttackedSample,
@@ -30,17 +32,15 @@ from pipeline.attacks import (
     table_of,
     write_table,
 )
-from pipeline.data import Dataset, dataset_id, open_dataset, sample_indices
-from pipeline.errors import UserError
-from pipeline.foreign import attack_code
-from pipeline.gap import Attacks, Gap, Robustness, gap_of, robustness
-from pipeline.images import UNLABELLED
-from pipeline.records import first_problem
-from pipeline.results import StoredRun
-from pipeline.run import Run
-from pipeline.smoothing import check_base_classifier, weights_ids
-from pipeline.spec import RunSpec, votes_id
-from pipeline.votes import Votes
+from diffsmooth.pipeline.data.images import UNLABELLED
+from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.records import first_problem
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
+from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.votes.blocks import Votes
+from diffsmooth.pipeline.votes.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Attacked:
     attack: Attack
     wanted: list[int]  # samples that this call asked for
     samples: list[AttackedSample]  # all that are finished
-    table: pd.DataFrame  # columns as in `pipeline.attacks.TABLE_COLUMNS`
+    table: pd.DataFrame  # columns as in `diffsmooth.pipeline.attack.record.TABLE_COLUMNS`
     gap: Gap | None  # None if the run has no certificates
     robustness: list[Robustness]
     seconds: float  # of this call's search, on the cluster

@@ -18,22 +18,20 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from pipeline.attacks import Attack, AttackedSample, attack_ids, attacked, read_attack, read_samples
-from pipeline.block import Block, Stage
-from pipeline.data import Dataset, open_dataset
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.models.device import DeviceFacts, device_facts, device_of
-from pipeline.noise import Noise, check_known_answers
-from pipeline.orders import Order, OrderKeys, broken_links, stored_hash
-from pipeline.planning import Pilot, Plan, make_plan
-from pipeline.results import StoredRun
-from pipeline.run import SECRET_SEED, Run
-from pipeline.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
-from pipeline.search import proof_noise, votes_at
-from pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
-from pipeline.spec import RunSpec, votes_id
-from pipeline.storage.store import open_store
-from pipeline.votes import (
+from diffsmooth.pipeline.attack.record import Attack, AttackedSample, attack_ids, attacked, read_attack, read_samples
+from diffsmooth.pipeline.attack.search import proof_noise, votes_at
+from diffsmooth.pipeline.block import Block, Stage
+from diffsmooth.pipeline.certify.orders import Order, OrderKeys, broken_links, stored_hash
+from diffsmooth.pipeline.certify.planning import Pilot, Plan, make_plan
+from diffsmooth.pipeline.data.sets import Dataset, open_dataset
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.models.device import DeviceFacts, device_facts, device_of
+from diffsmooth.pipeline.noise import Noise, check_known_answers
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
+from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import (
     BLOCK_COLUMNS,
     TABLE_KEY,
     StoredBlock,
@@ -43,6 +41,8 @@ from pipeline.votes import (
     read_derived,
     to_table,
 )
+from diffsmooth.pipeline.votes.run import SECRET_SEED, Run
+from diffsmooth.pipeline.votes.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
 
 _MOMENT_VALUES = 2_000_000
 _MOMENT_LIMIT = 5.0  # standard errors

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from pipeline.block import STAGES
-from pipeline.cascade import CASCADE, CascadeRecord, CascadeScale, ScaleVotes, certify_cascade
-from pipeline.certify import certified_radius
-from pipeline.curve import Curve, curve_of, grid, plot, table_radii
-from pipeline.errors import RunError, UserError
-from pipeline.records import parse_record
-from pipeline.results import StoredRun, sample_set_grew
-from pipeline.run import RUN_KEY, Run
-from pipeline.spec import check_alpha, check_multiple
-from pipeline.storage.store import Store, open_store
-from pipeline.tables import render
-from pipeline.votes import to_table
+from diffsmooth.pipeline.block import STAGES
+from diffsmooth.pipeline.certify.cascade import CASCADE, CascadeRecord, CascadeScale, ScaleVotes, certify_cascade
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.curve import Curve, curve_of, grid, plot, table_radii
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.records import parse_record
+from diffsmooth.pipeline.results.stored import StoredRun, sample_set_grew
+from diffsmooth.pipeline.show.tables import render
+from diffsmooth.pipeline.spec import check_alpha, check_multiple
+from diffsmooth.pipeline.storage.store import Store, open_store
+from diffsmooth.pipeline.votes.blocks import to_table
+from diffsmooth.pipeline.votes.run import RUN_KEY, Run
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ CASCADE_KEY = "cascade.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Cascade:
-    """A cascade of stored runs: `certificates` has a row per sample, columns as in pipeline.cascade.CASCADE_COLUMNS."""
+    """A cascade of stored runs: `certificates` has a row per sample, columns as in CASCADE_COLUMNS."""
 
     record: CascadeRecord
     certificates: pd.DataFrame

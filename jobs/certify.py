@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cluster.allocation import part_of
-from cluster.driver import Outcome, Work, check_device
-from cluster.scheduler import Part, Scheduler
-from cluster.worker import Setup
-from jobs.console import note, print_order
-from jobs.hooks import tell_result
-from jobs.plan import warn_of_cost
-from jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
-from pipeline.block import Block
-from pipeline.certify import least_certifying_n
-from pipeline.data import dataset_id, open_dataset, sample_indices
-from pipeline.errors import UserError
-from pipeline.images import UNLABELLED
-from pipeline.orders import Certificate, Order, order_of, read_costly, stored_hash
-from pipeline.results import OrderResult, StoredRun
-from pipeline.run import RUN_KEY, claim_seeded_run
-from pipeline.sampling import Sampler
-from pipeline.smoothing import check_base_classifier, weights_ids
-from pipeline.spec import RunSpec
-from pipeline.storage.published import PublishedStore
-from pipeline.storage.store import open_store
+from diffsmooth.cluster.allocation import part_of
+from diffsmooth.cluster.driver import Outcome, Work, check_device
+from diffsmooth.cluster.scheduler import Part, Scheduler
+from diffsmooth.cluster.worker import Setup
+from diffsmooth.jobs.console import note, print_order
+from diffsmooth.jobs.hooks import tell_result
+from diffsmooth.jobs.plan import warn_of_cost
+from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.certificates import least_certifying_n
+from diffsmooth.pipeline.certify.orders import Certificate, Order, order_of, read_costly, stored_hash
+from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.data.images import UNLABELLED
+from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
+from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
+from diffsmooth.pipeline.spec import RunSpec
+from diffsmooth.pipeline.storage.published import PublishedStore
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.run import RUN_KEY, claim_seeded_run
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training
-from pipeline.cascade import CASCADE
-from pipeline.errors import RunError, Stopped, UserError, printable, redacted
-from pipeline.orders import CERTIFICATES, Certificate
-from pipeline.spec import RunSpec, load_spec
-from pipeline.tables import FORMATS
-from pipeline.units import UNITS
+from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training
+from diffsmooth.pipeline.certify.cascade import CASCADE
+from diffsmooth.pipeline.certify.orders import CERTIFICATES, Certificate
+from diffsmooth.pipeline.certify.units import UNITS
+from diffsmooth.pipeline.errors import RunError, Stopped, UserError, printable, redacted
+from diffsmooth.pipeline.show.tables import FORMATS
+from diffsmooth.pipeline.spec import RunSpec, load_spec
 
 
 class _Main(click.Group):
@@ -84,7 +84,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
-    for module in ("pipeline.storage.fetch", "pipeline.data"):  # downloads in progress, and the order of the classes
+    for module in (
+        "diffsmooth.pipeline.storage.fetch",
+        "diffsmooth.pipeline.data.sets",
+    ):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
 
 
@@ -213,8 +216,8 @@ def _cast(
     as_json: bool,
     **options: Any,
 ) -> None:
-    from jobs.certify import Options, certify_all
-    from jobs.specs import home_of, load_specs
+    from diffsmooth.jobs.certify import Options, certify_all
+    from diffsmooth.jobs.specs import home_of, load_specs
 
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
@@ -261,8 +264,8 @@ def status(run: str, as_json: bool) -> None:
     \b
     diffsmooth status s3://BUCKET/runs/a
     """
-    from jobs.console import print_status
-    from pipeline.results import StoredRun
+    from diffsmooth.jobs.console import print_status
+    from diffsmooth.pipeline.results.stored import StoredRun
 
     found = StoredRun.open(run).status()
     if as_json:
@@ -304,7 +307,7 @@ def analyze(runs: tuple[str, ...], out: str | None, export_tsv: str | None, as_j
     if len(runs) > 1 or out:
         reason = "several runs are analyzed together" if len(runs) > 1 else "--out is available"
         raise UserError(f"{reason} only with --certificate cascade; give one RUN without --out")
-    from jobs import analyze as command
+    from diffsmooth.jobs import analyze as command
 
     result = command.analyze(runs[0], command.Request(**request), export_tsv=export_tsv, quiet=as_json)
     if as_json:
@@ -315,9 +318,9 @@ def analyze(runs: tuple[str, ...], out: str | None, export_tsv: str | None, as_j
 def _analyze_cascade(
     runs: tuple[str, ...], out: str, export_tsv: str | None, as_json: bool, *, costly: str | None, **request: Any
 ) -> None:
-    from jobs.cascade import cascade, print_cascade, write_cascade
-    from jobs.places import writing
-    from pipeline.logs import write_log
+    from diffsmooth.jobs.cascade import cascade, print_cascade, write_cascade
+    from diffsmooth.jobs.places import writing
+    from diffsmooth.pipeline.show.logs import write_log
 
     if costly:
         raise UserError("--costly belongs to --certificate cost; remove it")
@@ -345,7 +348,7 @@ def seal(run: str, key_file: str | None, sample: int | None, as_json: bool) -> N
     diffsmooth seal runs/mnist
     diffsmooth seal runs/mnist --sign ~/.ssh/id_ed25519
     """
-    from jobs import seal as command
+    from diffsmooth.jobs import seal as command
 
     if sample is not None:
         click.echo(command.prove_sample(run, sample).model_dump_json(indent=2))
@@ -383,7 +386,7 @@ def audit(
     \b
     diffsmooth audit runs/mnist --spec mnist --share 0.05
     """
-    from jobs import audit as command
+    from diffsmooth.jobs import audit as command
 
     how = command.Effort(**effort)
     if spec_name is None and (how.blocks or overrides):
@@ -446,8 +449,8 @@ def attack(
     diffsmooth attack runs/mnist --samples 0:10
     diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
     """
-    from jobs.attack import Request, attack_run
-    from jobs.watch import ClusterOptions
+    from diffsmooth.jobs.attack import Request, attack_run
+    from diffsmooth.jobs.watch import ClusterOptions
 
     if given["verbose"]:
         logging.getLogger().setLevel(logging.INFO)
@@ -468,7 +471,7 @@ def attack(
 
 def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) -> RunSpec:
     """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
-    from pipeline.results import StoredRun
+    from diffsmooth.pipeline.results.stored import StoredRun
 
     name = spec_name or StoredRun.open(run).run.name
     if spec_name is None and not (SPECS / f"{name}.toml").is_file():
@@ -507,7 +510,7 @@ def curve(sources: tuple[str, ...], **layout: Any) -> None:
     diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
     diffsmooth curve runs/my-0.50 Cohen=sigma_0.50@0.5 --grid 0:1.5:0.25 --format latex
     """
-    from jobs import curve as command
+    from diffsmooth.jobs import curve as command
 
     command.curve(sources, command.Layout(**layout))
 
@@ -529,7 +532,7 @@ def compare(
     \b
     diffsmooth compare runs/mnist-diffsmooth-0.50 runs/mnist-cohen-0.50 --grid 0:1.5:0.25
     """
-    from jobs import compare as command
+    from diffsmooth.jobs import compare as command
 
     command.print_comparison(
         command.compare_sources(sources, order_name=order_name, grid=grid), as_json=as_json, output=output
@@ -561,8 +564,8 @@ def report(
     diffsmooth report runs/mnist
     diffsmooth report runs/mnist-*-0.50 --output mnist.html
     """
-    from jobs import report as command
-    from jobs.specs import load_shipped
+    from diffsmooth.jobs import report as command
+    from diffsmooth.jobs.specs import load_shipped
 
     loaded = [load_named(name, overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
@@ -590,7 +593,7 @@ def publish(run: str, place: str, no_attacks: bool, as_json: bool, **options: An
     diffsmooth publish runs/mnist hf://datasets/ORG/NAME --dry-run published
     diffsmooth audit hf://datasets/ORG/NAME
     """
-    from jobs import publish as command
+    from diffsmooth.jobs import publish as command
 
     done = command.publish(run, place, attacks=not no_attacks, **options)
     click.echo(json.dumps(done.to_json(), indent=2) if as_json else printable(str(done)), nl=as_json)
@@ -640,8 +643,8 @@ def plan(
     """
     from rich.console import Console
 
-    from jobs import plan as planning
-    from jobs.plan_training import plan_training
+    from diffsmooth.jobs import plan as planning
+    from diffsmooth.jobs.plan_training import plan_training
 
     prices = planning.parse_gpus(gpus)
     passes = planning.attack_passes() if of_attack else None
@@ -743,7 +746,7 @@ def bench(spec: str | None, as_json: bool, **options: Any) -> None:
 def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ...], **options: Any) -> None:
     from rich.console import Console
 
-    from jobs.bench.speed import Effort, bench_speed, print_speed
+    from diffsmooth.jobs.bench.speed import Effort, bench_speed, print_speed
 
     figures = bench_speed(
         load_named(spec, (*overrides, "compute.device=cpu") if cpu else overrides),
@@ -762,9 +765,9 @@ def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ..
 def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
     from rich.console import Console
 
-    from jobs.bench.suite import SUITES, print_suite, run_suite
-    from jobs.console import note
-    from jobs.places import writing
+    from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
+    from diffsmooth.jobs.console import note
+    from diffsmooth.jobs.places import writing
 
     with ExitStack() as stack:
         path = None if output is None else Path(stack.enter_context(writing("--output", output)))
@@ -790,10 +793,10 @@ def _bench_part(
     **options: Any,
 ) -> tuple[Any, str]:
     """The costs of one part of the system, and the same in words."""
-    from jobs.bench.driver import bench_driver
-    from jobs.bench.fleet import bench_simulation, describe_simulation
-    from jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
-    from jobs.bench.storage import bench_storage
+    from diffsmooth.jobs.bench.driver import bench_driver
+    from diffsmooth.jobs.bench.fleet import bench_simulation, describe_simulation
+    from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
+    from diffsmooth.jobs.bench.storage import bench_storage
 
     if sampling:
         populations = [population_of_log(*log) for log in logs] or INVENTED
@@ -844,9 +847,9 @@ def submit(
     \b
     diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
     """
-    from jobs import submit as submission
+    from diffsmooth.jobs import submit as submission
 
-    logging.getLogger("jobs.submit").setLevel(logging.INFO)
+    logging.getLogger("diffsmooth.jobs.submit").setLevel(logging.INFO)
     options = [] if actors is None else [f"--actors={actors}"]
     options += [f"--accelerator={name}" for name in accelerators]
     options += [] if memory_gb is None else [f"--memory={memory_gb:g}"]
@@ -899,7 +902,7 @@ def train(
     diffsmooth train my-training.toml --out trainings/mine
     diffsmooth certify trainings/mine/certify.toml
     """
-    from jobs import train as command
+    from diffsmooth.jobs import train as command
 
     spec = load_named_training(training, overrides)
     home = out or f"trainings/{spec.name}"

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jobs.places import (
+from diffsmooth.jobs.places import (
     Source,
     is_log,
     parse_grid,
@@ -22,12 +22,12 @@ from jobs.places import (
     with_distinct_names,
     writing,
 )
-from pipeline.compare import MOST_RUNS, Comparison, PairDifference, compare, shared_rows
-from pipeline.curve import GROWN, Curve, table_radii
-from pipeline.errors import UserError
-from pipeline.logs import read_log
-from pipeline.results import OrderResult, comparison_notes, read_result
-from pipeline.votes import StoredBlock
+from diffsmooth.pipeline.certify.compare import MOST_RUNS, Comparison, PairDifference, compare, shared_rows
+from diffsmooth.pipeline.certify.curve import GROWN, Curve, table_radii
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import OrderResult, comparison_notes, read_result
+from diffsmooth.pipeline.show.logs import read_log
+from diffsmooth.pipeline.votes.blocks import StoredBlock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ import time
 
 from rich.console import Console
 
-from pipeline.errors import printable
-from pipeline.results import OrderResult, OrderStatus, RunStatus
-from pipeline.tables import render
+from diffsmooth.pipeline.errors import printable
+from diffsmooth.pipeline.results.stored import OrderResult, OrderStatus, RunStatus
+from diffsmooth.pipeline.show.tables import render
 
 logger = logging.getLogger(__name__)
 

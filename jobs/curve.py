@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from jobs.cascade import cascade
-from jobs.places import (
+from diffsmooth.jobs.cascade import cascade
+from diffsmooth.jobs.places import (
     images_of,
     is_log,
     parse_grid,
@@ -18,12 +18,12 @@ from jobs.places import (
     with_distinct_names,
     writing,
 )
-from pipeline.cascade import CASCADE
-from pipeline.curve import Curve, plot
-from pipeline.errors import UserError
-from pipeline.results import comparison_notes
-from pipeline.tables import ENVELOPE, render
-from pipeline.units import converted
+from diffsmooth.pipeline.certify.cascade import CASCADE
+from diffsmooth.pipeline.certify.curve import Curve, plot
+from diffsmooth.pipeline.certify.units import converted
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import comparison_notes
+from diffsmooth.pipeline.show.tables import ENVELOPE, render
 
 logger = logging.getLogger(__name__)
 

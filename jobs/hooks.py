@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from pipeline.errors import first_line
-from pipeline.locations import shown
-from pipeline.results import OrderResult, Progress, Summary
+from diffsmooth.pipeline.errors import first_line
+from diffsmooth.pipeline.locations import shown
+from diffsmooth.pipeline.results.stored import OrderResult, Progress, Summary
 
 logger = logging.getLogger(__name__)
 

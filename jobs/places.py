@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.curve import Curve, curve_of
-from pipeline.data import known_facts
-from pipeline.errors import UserError, printable
-from pipeline.locations import is_remote
-from pipeline.logs import read_log
-from pipeline.results import OrderResult, read_result
-from pipeline.run import Run
-from pipeline.spec import Data
-from pipeline.units import Images
+from diffsmooth.pipeline.certify.curve import Curve, curve_of
+from diffsmooth.pipeline.certify.units import Images
+from diffsmooth.pipeline.data.sets import known_facts
+from diffsmooth.pipeline.errors import UserError, printable
+from diffsmooth.pipeline.locations import is_remote
+from diffsmooth.pipeline.results.stored import OrderResult, read_result
+from diffsmooth.pipeline.show.logs import read_log
+from diffsmooth.pipeline.spec import Data
+from diffsmooth.pipeline.votes.run import Run
 
 _MOST_RADII = 10_000
 

@@ -19,15 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.probe import CpuRate, probe_cpu
-from pipeline.attacks import Attack
-from pipeline.block import STAGES
-from pipeline.certify import certified_radius
-from pipeline.data import Facts, known_facts, open_dataset, sample_indices
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.models.own import OwnFunctionError
-from pipeline.smoothing import base_classifier, check_base_classifier
-from pipeline.spec import Data, RunSpec, looks_at
+from diffsmooth.jobs.probe import CpuRate, probe_cpu
+from diffsmooth.pipeline.attack.record import Attack
+from diffsmooth.pipeline.block import STAGES
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.data.sets import Facts, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.models.own import OwnFunctionError
+from diffsmooth.pipeline.smoothing import base_classifier, check_base_classifier
+from diffsmooth.pipeline.spec import Data, RunSpec, looks_at
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import torch
 from rich.markup import escape
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.plan import Estimate, facts_of, gpu_cost, on_meta_or_none
-from jobs.probe import CpuRate, measure_on_one_core
-from pipeline.data import sample_indices
-from pipeline.training.batches import HELD_OUT, Batch
-from pipeline.training.randomness import Randomness
-from pipeline.training.settings import TrainingSpec
-from pipeline.training.tasks import make_task
+from diffsmooth.jobs.plan import Estimate, facts_of, gpu_cost, on_meta_or_none
+from diffsmooth.jobs.probe import CpuRate, measure_on_one_core
+from diffsmooth.pipeline.data.sets import sample_indices
+from diffsmooth.pipeline.training.batches import HELD_OUT, Batch
+from diffsmooth.pipeline.training.randomness import Randomness
+from diffsmooth.pipeline.training.settings import TrainingSpec
+from diffsmooth.pipeline.training.tasks import make_task
 
 _COUNTED = 2  # images of the batch that is counted
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.allocation import cores
-from pipeline.data import Facts
-from pipeline.locations import EMBEDDED
-from pipeline.models.own import is_own
-from pipeline.models.weights import RANDOM
-from pipeline.smoothing import base_classifier
-from pipeline.spec import RunSpec
-from pipeline.storage.fetch import at_hand
+from diffsmooth.cluster.allocation import cores
+from diffsmooth.pipeline.data.sets import Facts
+from diffsmooth.pipeline.locations import EMBEDDED
+from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.weights import RANDOM
+from diffsmooth.pipeline.smoothing import base_classifier
+from diffsmooth.pipeline.spec import RunSpec
+from diffsmooth.pipeline.storage.fetch import at_hand
 
 _LARGEST_BATCH = 64  # what a worker uses on a CPU
 _SECONDS = 2.0  # CPU time of the measured batches; a single draw may take longer

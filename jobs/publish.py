@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jobs.places import images_of
-from pipeline.attacks import FOLDER, attacked, read_attacks
-from pipeline.card import card, results_file, results_name
-from pipeline.errors import UserError
-from pipeline.orders import OrderKeys
-from pipeline.report import RunReport, render_report, report_of
-from pipeline.results import StoredResult, StoredRun, read_result
-from pipeline.run import RUN_KEY
-from pipeline.seal import add_seal, seal_key, seal_names, signature_key
-from pipeline.storage.hub import check_repository, commit_files, page_of
-from pipeline.storage.local import Entry
-from pipeline.storage.published import write_published
-from pipeline.units import Images
-from pipeline.votes import BLOCKS_KEY, TABLE_KEY, block_key
+from diffsmooth.jobs.places import images_of
+from diffsmooth.pipeline.attack.record import FOLDER, attacked, read_attacks
+from diffsmooth.pipeline.certify.orders import OrderKeys
+from diffsmooth.pipeline.certify.units import Images
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import StoredResult, StoredRun, read_result
+from diffsmooth.pipeline.show.card import card, results_file, results_name
+from diffsmooth.pipeline.show.report import RunReport, render_report, report_of
+from diffsmooth.pipeline.storage.folder import Entry
+from diffsmooth.pipeline.storage.hub import check_repository, commit_files, page_of
+from diffsmooth.pipeline.storage.published import write_published
+from diffsmooth.pipeline.votes.blocks import BLOCKS_KEY, TABLE_KEY, block_key
+from diffsmooth.pipeline.votes.run import RUN_KEY
+from diffsmooth.pipeline.votes.seal import add_seal, seal_key, seal_names, signature_key
 
 _NO_PICTURES = "a published report shows no images of the data set"
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.console import report_incomplete
-from jobs.gallery import attack_exhibits, gallery
-from jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
-from pipeline.errors import RunError, UserError
-from pipeline.models.device import any_device
-from pipeline.report import Exhibit, render_report, report_of
-from pipeline.results import StoredResult, comparison_notes, read_result
-from pipeline.smoothing import weights_ids
-from pipeline.spec import RunSpec, votes_id
+from diffsmooth.jobs.console import report_incomplete
+from diffsmooth.jobs.places import images_of, is_log, parse_images, parse_source, with_distinct_names, writing
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.models.device import any_device
+from diffsmooth.pipeline.results.stored import StoredResult, comparison_notes, read_result
+from diffsmooth.pipeline.show.gallery import attack_exhibits, gallery
+from diffsmooth.pipeline.show.report import Exhibit, render_report, report_of
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import RunSpec, votes_id
 
 logger = logging.getLogger(__name__)
 

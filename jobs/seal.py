@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
-from pipeline.results import StoredRun
-from pipeline.seal import SampleProof, Seal, prove, read_seals, sign, signature_key
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.votes.seal import SampleProof, Seal, prove, read_seals, sign, signature_key
 
 
 @dataclass(frozen=True, kw_only=True)

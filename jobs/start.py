@@ -8,7 +8,7 @@ from contextlib import suppress
 def main() -> None:
     """Run the command line. Exit status 130 after Ctrl-C."""
     try:
-        from jobs.cli import main as command
+        from diffsmooth.jobs.cli import main as command
 
         command()
     except KeyboardInterrupt:

@@ -29,12 +29,12 @@ from pydantic import BaseModel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.plan import warn_of_cost
-from jobs.specs import load_named
-from pipeline.errors import RunError, UserError, one_line, redacted
-from pipeline.locations import in_store, is_relative, is_remote, shown
-from pipeline.models.own import imported_names, is_own
-from pipeline.spec import LOCATIONS, RunSpec, locations_in
+from diffsmooth.jobs.plan import warn_of_cost
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.errors import RunError, UserError, one_line, redacted
+from diffsmooth.pipeline.locations import in_store, is_relative, is_remote, shown
+from diffsmooth.pipeline.models.own import imported_names, is_own
+from diffsmooth.pipeline.spec import LOCATIONS, RunSpec, locations_in
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _STOP_SECONDS = 60  # from `ray job stop` to SIGKILL; Ray's own 3 s would cost t
 _LIMIT = 50_000_000  # bytes that are sent
 _STOPPED = 143
 _SECRET_NAMES = ("SECRET", "TOKEN", "PASSW", "CREDENTIAL", "PRIVATE", "API_KEY", "APIKEY", "ACCESS_KEY")
-_INSTALLED = ("pipeline", "cluster", "jobs", "diffsmooth")  # on the cluster; copies from here must not shadow them
+_INSTALLED = "diffsmooth"  # on the cluster; a copy from here must not shadow it
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 _DASHBOARD = "give the address of the dashboard, by default port 8265 of the head"
 
@@ -406,7 +406,7 @@ def _ship_module(module: str, root: Path, folder: Path) -> None:
     waiting, seen = [module], set()
     while waiting:
         name = waiting.pop()
-        if name in seen or name.split(".")[0] in _INSTALLED:
+        if name in seen or name.split(".")[0] == _INSTALLED:
             continue
         seen.add(name)
         waiting.extend([name.rpartition(".")[0]] if "." in name else [])

@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from cluster.driver import Cluster, check_device
-from cluster.trainer import Workers, train_on_ray
-from jobs.console import note
-from jobs.watch import stop_on_signals
-from pipeline.errors import Stopped
-from pipeline.models.device import available_device
-from pipeline.storage.store import open_store
-from pipeline.training.checkpoint import Row
-from pipeline.training.loop import Report, check_training, run_training
-from pipeline.training.settings import TrainingSpec
-from pipeline.training.world import World
+from diffsmooth.cluster.driver import Cluster, check_device
+from diffsmooth.cluster.trainer import Workers, train_on_ray
+from diffsmooth.jobs.console import note
+from diffsmooth.jobs.watch import stop_on_signals
+from diffsmooth.pipeline.errors import Stopped
+from diffsmooth.pipeline.models.device import available_device
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.training.checkpoint import Row
+from diffsmooth.pipeline.training.loop import Report, check_training, run_training
+from diffsmooth.pipeline.training.settings import TrainingSpec
+from diffsmooth.pipeline.training.world import World
 
 
 def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> Row:

@@ -12,7 +12,7 @@ The images are the 4,000 that no run of the embedded default certifies (split `t
 
 All randomness comes from generators seeded here, on one thread, so the same machine always writes the same files.
 
-    python -m jobs.train_networks --output FOLDER [edm] [consistency] [conditional] [rrcm]
+    python -m diffsmooth.jobs.train_networks --output FOLDER [edm] [consistency] [conditional] [rrcm]
 """
 
 import argparse
@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.specs import SPECS
-from pipeline.data import open_dataset
-from pipeline.models.edm import EDMSettings, EDMUNet, Scalings, consistency_scalings, edm_scalings, load_edm
-from pipeline.models.fused import use_fast_group_norms
-from pipeline.models.rrcm import RRCM, RRCMSettings, nearest_level
-from pipeline.models.unet import UNet
-from pipeline.spec import Data, load_spec
+from diffsmooth.jobs.specs import SPECS
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.models.edm import EDMSettings, EDMUNet, Scalings, consistency_scalings, edm_scalings, load_edm
+from diffsmooth.pipeline.models.fused import use_fast_group_norms
+from diffsmooth.pipeline.models.rrcm import RRCM, RRCMSettings, nearest_level
+from diffsmooth.pipeline.models.unet import UNet
+from diffsmooth.pipeline.spec import Data, load_spec
 
 logger = logging.getLogger(__name__)
 

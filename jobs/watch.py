@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.special import bdtrc
 
-from cluster.driver import Cluster, Update
-from cluster.worker import CleanAccuracy
-from jobs.console import note
-from jobs.hooks import tell_progress
-from pipeline import results
-from pipeline.block import STAGES
-from pipeline.certify import certified_radius, lower_confidence_bound, top_class
-from pipeline.orders import Order
-from pipeline.storage.store import Store
-from pipeline.votes import Votes
+from diffsmooth.cluster.driver import Cluster, Update
+from diffsmooth.cluster.worker import CleanAccuracy
+from diffsmooth.jobs.console import note
+from diffsmooth.jobs.hooks import tell_progress
+from diffsmooth.pipeline.block import STAGES
+from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound, top_class
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.results import stored as results
+from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from pipeline.errors import UserError, one_line
+from diffsmooth.pipeline.errors import UserError, one_line
 
 EMBEDDED = "embedded:"
 _STORES = ("s3", "gs", "az")
@@ -74,7 +74,7 @@ def is_relative(location: str) -> bool:
 def embedded_path(location: str) -> Path:
     """The file that `embedded:FILE` names. Raises: UserError unless it is a file that ships with the package."""
     name = location.removeprefix(EMBEDDED)
-    folder = Path(str(resources.files("pipeline.embedded")))
+    folder = Path(str(resources.files("diffsmooth.pipeline.embedded")))
     shipped = sorted(path.name for path in folder.iterdir() if path.suffix in (".parquet", ".safetensors"))
     if name not in shipped:
         raise UserError(

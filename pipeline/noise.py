@@ -17,9 +17,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.block import Stage
-from pipeline.errors import RunError
-from pipeline.spec import SmoothingIdentity
+from diffsmooth.pipeline.block import Stage
+from diffsmooth.pipeline.errors import RunError
+from diffsmooth.pipeline.spec import SmoothingIdentity
 
 STREAMS: dict[Stage, int] = {"selection": 0, "estimation": 1}
 

@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.block import Block, Stage
-from pipeline.data import Dataset, open_dataset, sample_indices
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.images import Sample
-from pipeline.models.classifiers import ClassifierSource, resolve_classifier
-from pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
-from pipeline.models.own import signature_of
-from pipeline.noise import STREAMS, Draws, Noise, local_noise
-from pipeline.spec import RunSpec
+from diffsmooth.pipeline.block import Block, Stage
+from diffsmooth.pipeline.data.images import Sample
+from diffsmooth.pipeline.data.sets import Dataset, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.models.classifiers import ClassifierSource, resolve_classifier
+from diffsmooth.pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
+from diffsmooth.pipeline.models.own import signature_of
+from diffsmooth.pipeline.noise import STREAMS, Draws, Noise, local_noise
+from diffsmooth.pipeline.spec import RunSpec
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from pipeline.block import Stage
-from pipeline.errors import UserError, first_line
-from pipeline.locations import resolve
-from pipeline.records import Record, shortened
+from diffsmooth.pipeline.block import Stage
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.locations import resolve
+from diffsmooth.pipeline.records import Record, shortened
 
 # Raised by hand whenever a change to f's code can change a vote.
 F_VERSION = 3

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.attacker import Attacker, block_of
-from cluster.worker import Setup
-from pipeline.attacks import (
+from diffsmooth.cluster.attacker import Attacker, block_of
+from diffsmooth.cluster.worker import Setup
+from diffsmooth.pipeline.attack.record import (
     Attack,
     claim_attack,
     read_samples,
@@ -27,7 +27,7 @@ class HalfSpace(nn.Module):
 
 def attack_alone(spec, store, samples=range(8), **settings):
     """Attack with one worker, without Ray."""
-    from pipeline.run import read_run
+    from diffsmooth.pipeline.votes.run import read_run
 
     run = read_run(store)
     attack = Attack(votes_id=run.votes_id, **{"attack": "pgd", "eps": [2.0, 1.0, 0.5], **QUICK, **settings})

@@ -34,10 +34,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
-from pipeline.orders import OrderKeys, order_of
-from pipeline.spec import RunSpec, load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import list_blocks, read_votes
+from diffsmooth.pipeline.certify.orders import OrderKeys, order_of
+from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import list_blocks, read_votes
 from tests.cloud_servers import StoreServer, find_azurite, find_gcs, start_azure, start_gcs
 from tests.models import make_run, png, to_toml
 from tests.processes import starting_ray, worker_actors
@@ -93,7 +93,15 @@ class Chaos:
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
             self.nodes = [self.new_node() for _ in range(2)]
         (folder / "spec.toml").write_text(to_toml(spec))
-        self.command = [sys.executable, "-m", "jobs.cli", "certify", str(folder / "spec.toml"), "--out", home]
+        self.command = [
+            sys.executable,
+            "-m",
+            "diffsmooth.jobs.cli",
+            "certify",
+            str(folder / "spec.toml"),
+            "--out",
+            home,
+        ]
         self.command += ["--address", self.cluster.address, "--actors", "2", "--batch-size", str(BATCH), "--json"]
         self.log, self.rng = log.open("wb"), rng
         self.drivers = [self.new_driver() for _ in range(2)]

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.spec import RunSpec, load_spec
-from pipeline.storage.store import Store
+from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.storage.store import Store
 from tests.cloud_servers import azure_server, gcs_server  # noqa: F401  fixtures
 from tests.hub_server import hub  # noqa: F401  fixture
 from tests.processes import starting_ray
@@ -58,8 +58,8 @@ def ray_session() -> Iterator[RaySession]:
     """Start one Ray for all tests of this process. Commands that run in this process reuse their actors."""
     import ray
 
-    import jobs.bench.driver
-    import jobs.watch
+    import diffsmooth.jobs.bench.driver
+    import diffsmooth.jobs.watch
 
     (port,) = free_ports(1)
     with starting_ray():
@@ -75,7 +75,7 @@ def ray_session() -> Iterator[RaySession]:
             _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
         )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (jobs.watch, jobs.bench.driver):
+        for module in (diffsmooth.jobs.watch, diffsmooth.jobs.bench.driver):
             patch.setattr(module, "Cluster", pooled_cluster())
         yield RaySession(address=context.address_info["address"], metrics_url=f"http://127.0.0.1:{port}/metrics")
     ray.shutdown()
@@ -86,7 +86,7 @@ def pooled_cluster() -> type:
 
     An actor that is passed on loads the models of the next run, as it does between the specs of one command.
     """
-    from cluster.driver import Cluster
+    from diffsmooth.cluster.driver import Cluster
 
     pool: list[Any] = []
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.noise import Draws
-from pipeline.orders import order_of, place_order
-from pipeline.results import StoredRun
-from pipeline.run import claim_run, describe_run
-from pipeline.spec import RunSpec
-from pipeline.storage.store import Store, open_store
-from pipeline.votes import BlockMetadata
+from diffsmooth.pipeline.certify.orders import order_of, place_order
+from diffsmooth.pipeline.noise import Draws
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.spec import RunSpec
+from diffsmooth.pipeline.storage.store import Store, open_store
+from diffsmooth.pipeline.votes.blocks import BlockMetadata
+from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
 Model = Callable[[Tensor], Tensor]
 
@@ -98,7 +98,7 @@ def loses_its_device(spec: RunSpec, device: torch.device) -> Model:
     """
     inner = half_space(spec, device)
 
-    driver = sys.modules["cluster.driver"]
+    driver = sys.modules["diffsmooth.cluster.driver"]
 
     def use_device(occasion: str) -> None:
         path = Path(spec.data.path or "").with_name(f"failed-{occasion}")
@@ -149,9 +149,9 @@ def slow_half_space(spec: RunSpec, device: torch.device) -> Model:
 
 def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
     """A complete run on the first samples, made by one worker without Ray."""
-    from cluster.worker import Setup, Worker
-    from pipeline.data import open_dataset
-    from pipeline.smoothing import weights_ids
+    from diffsmooth.cluster.worker import Setup, Worker
+    from diffsmooth.pipeline.data.sets import open_dataset
+    from diffsmooth.pipeline.smoothing import weights_ids
 
     store = open_store(str(home))
     run = describe_run(spec, weights_ids(spec), open_dataset(spec.data).num_classes)

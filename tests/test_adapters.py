@@ -6,15 +6,15 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.models import classifiers
-from pipeline.models.classifiers import Architecture, Input, resolve_classifier
-from pipeline.models.weights import RANDOM, build, load_weights
-from pipeline.smoothing import weights_ids
-from pipeline.spec import Normalize, identity, load_spec, votes_id
-from pipeline.storage.store import MemoryStore, open_store
-from pipeline.training import loop
-from pipeline.training.settings import load_training
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models import classifiers
+from diffsmooth.pipeline.models.classifiers import Architecture, Input, resolve_classifier
+from diffsmooth.pipeline.models.weights import RANDOM, build, load_weights
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import Normalize, identity, load_spec, votes_id
+from diffsmooth.pipeline.storage.store import MemoryStore, open_store
+from diffsmooth.pipeline.training import loop
+from diffsmooth.pipeline.training.settings import load_training
 from tests.test_training import CPU, Killed, assert_equal, die_after, raw_training, train, weights, write_images
 
 timm = pytest.importorskip("timm")

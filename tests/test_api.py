@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import diffsmooth as ds
-from jobs.audit import Effort, audit
-from jobs.specs import SPECS
-from pipeline.data import open_dataset
-from pipeline.errors import UserError
-from pipeline.smoothing import build_base_classifier
-from pipeline.spec import load_spec
-from pipeline.votes import read_votes
+from diffsmooth.jobs.audit import Effort, audit
+from diffsmooth.jobs.specs import SPECS
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.smoothing import build_base_classifier
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.votes.blocks import read_votes
 from tests.models import half_space, make_run, with_memory
 
 ROOT = Path(__file__).parent.parent
@@ -276,7 +276,7 @@ def test_a_fresh_notebook_certifies_a_torchvision_model_in_three_lines(tmp_path)
         "assert ds.certify(f, images, labels, sigma=0.25, n=100).complete",
         "spec = {'name': 'a', 'data': {'name': 'mnist', 'split': 'heldout', 'samples': '0:2'},\n"
         "        'classifier': {'arch': '__main__:f'}, 'smoothing': {'sigma': 0.5}, 'compute': {'device': 'cpu'}}\n"
-        "from pipeline.spec import load_spec\n"
+        "from diffsmooth.pipeline.spec import load_spec\n"
         "try:\n    ds.certify(load_spec(spec), out='run')\nexcept ds.UserError as error:\n    print(error)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

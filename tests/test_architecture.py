@@ -1,6 +1,7 @@
 """The import rules of docs/contributing.md: imports run one way, so that the code can be read from left to right."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,99 +9,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pipeline", "cluster", "jobs", "diffsmooth")
+FOLDERS = ("pipeline", "cluster", "jobs")
 
 EVERYWHERE = {"pipeline.errors", "pipeline.block", "pipeline.locations"}  # anything may import these
 
-# In reading order: module -> the modules of ours that it imports, exactly; those of pipeline/ without the prefix.
-ARROWS = {
-    "pipeline.records": "",
-    "pipeline.spec": "records",
-    "pipeline.noise": "spec",
-    "pipeline.storage.local": "",
-    "pipeline.storage.remote": "storage.local",
-    "pipeline.storage.hub": "storage.local storage.remote",
-    "pipeline.storage.fetch": "storage.hub storage.local storage.remote",
-    "pipeline.storage.published": "storage.fetch storage.hub storage.local storage.remote",
-    "pipeline.storage.store": "storage.hub storage.local storage.published storage.remote",
-    "pipeline.models.files": "storage.fetch",
-    "pipeline.models.own": "models.files spec storage.fetch",
-    "pipeline.models.weights": "models.files",
-    "pipeline.models.unet": "spec",
-    "pipeline.models.fused": "models.unet",
-    "pipeline.models.restoration": "models.files models.weights",
-    "pipeline.models.edm": "models.fused models.weights",
-    "pipeline.models.denoisers": (
-        "models.edm models.files models.fused models.own models.restoration models.unet models.weights spec"
-    ),
-    "pipeline.models.options": "records spec",
-    "pipeline.models.rrcm": "models.files models.options models.weights spec",
-    "pipeline.models.diffusion_classifier": "models.edm models.files models.options noise spec",
-    "pipeline.models.adapters": "models.files models.weights spec",
-    "pipeline.models.classifiers": (
-        "models.adapters models.diffusion_classifier models.files models.own models.rrcm models.weights spec"
-    ),
-    "pipeline.models.device": "spec",
-    "pipeline.sources": "storage.remote",
-    "pipeline.images": "sources",
-    "pipeline.data": "images sources spec storage.fetch storage.hub storage.remote",
-    "pipeline.smoothing": "data images models.classifiers models.denoisers models.own noise spec",
-    "pipeline.run": "records spec storage.store",
-    "pipeline.attacks": "records run storage.store",
-    "pipeline.search": "attacks images noise smoothing",
-    "pipeline.foreign": "attacks models.own search",
-    "pipeline.votes": "records run spec storage.remote storage.store",
-    "pipeline.sequential": "",
-    "pipeline.orders": "records run sequential spec storage.store",
-    "pipeline.certify": "orders sequential spec",
-    "pipeline.cascade": "certify records",
-    "pipeline.planning": "certify orders records spec storage.store",
-    "pipeline.sampling": "certify orders planning spec votes",
-    "pipeline.seal": "records run storage.remote storage.store votes",
-    "pipeline.curve": "",
-    "pipeline.gap": "attacks curve",
-    "pipeline.logs": "certify records",
-    "pipeline.tables": "curve",
-    "pipeline.units": "curve",
-    "pipeline.compare": "certify curve",
-    "pipeline.results": "attacks certify curve gap orders planning records run sampling seal storage.store votes",
-    "pipeline.report": "curve gap orders results run tables votes",
-    "pipeline.card": "results tables",
-    "pipeline.training.settings": "models.own records spec",
-    "pipeline.training.randomness": "",
-    "pipeline.training.world": "",
-    "pipeline.training.losses": "models.edm",
-    "pipeline.training.batches": ("data images spec training.randomness training.settings"),
-    "pipeline.training.checkpoint": "records storage.store training.settings",
-    "pipeline.training.tasks": (
-        "models.classifiers models.denoisers models.edm models.fused models.own models.weights training.batches "
-        "training.losses training.randomness training.settings"
-    ),
-    "pipeline.training.outcome": (
-        "models.classifiers models.denoisers models.device models.own storage.store training.batches "
-        "training.checkpoint training.settings training.tasks"
-    ),
-    "pipeline.training.loop": (
-        "storage.store training.batches training.checkpoint training.outcome training.settings training.tasks "
-        "training.world"
-    ),
-    "cluster.scheduler": "",
-    "cluster.allocation": "cluster.scheduler",
-    "cluster.compiled": "storage.fetch storage.local",
-    "cluster.worker": (
-        "cluster.compiled attacks data images models.device noise run smoothing spec storage.hub storage.store votes"
-    ),
-    "cluster.attacker": "cluster.worker attacks foreign images run search smoothing votes",
-    "cluster.ray_private": "",
-    "cluster.driver": (
-        "cluster.allocation cluster.attacker cluster.compiled cluster.ray_private cluster.scheduler cluster.worker "
-        "models.device sampling votes"
-    ),
-    "cluster.trainer": (
-        "cluster.driver storage.store training.checkpoint training.loop training.settings training.world"
-    ),
+# In reading order: a folder or loose module of pipeline/ -> the folders and loose modules that it may import.
+MAY_IMPORT = {
+    "records": "",
+    "spec": "records",
+    "noise": "spec",
+    "storage": "",
+    "data": "spec storage",
+    "models": "noise records spec storage",
+    "smoothing": "data models noise spec",
+    "votes": "records spec storage",
+    "certify": "records spec storage votes",
+    "attack": "certify data models noise records smoothing storage votes",
+    "results": "attack certify records storage votes",
+    "training": "data models records spec storage",
+    "show": "attack certify data noise records results smoothing spec votes",
 }
-TORCH = {"pipeline.smoothing", "pipeline.search", "pipeline.foreign", "pipeline.models", "pipeline.training"}
+TORCH = {
+    "pipeline.smoothing",
+    "pipeline.models",
+    "pipeline.attack.search",
+    "pipeline.attack.foreign",
+    "pipeline.training",
+    "pipeline.show.gallery",  # draws the images at each step of f
+}
 RAY = {"cluster.driver", "cluster.ray_private", "cluster.trainer", "jobs.submit"}
 COMMANDS = {
     f"jobs.{name}"
@@ -120,11 +56,12 @@ COMMANDS = {
     )
 }
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
-PARSES_JSON = {"pipeline.votes", "pipeline.models.files", "pipeline.sources"}
+PARSES_JSON = {"pipeline.votes.blocks", "pipeline.models.files", "pipeline.data.sources"}
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    """All modules by name, without `diffsmooth.` before it."""
+    found = {name: ROOT / "diffsmooth" / f"{name}.py" for name in ("__init__", "__main__", "api")}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -136,6 +73,7 @@ MODULES = modules()
 
 
 def imported(nodes) -> set[str]:
+    """The names that imports mention, those of our own modules without `diffsmooth.`."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -144,8 +82,9 @@ def imported(nodes) -> set[str]:
             assert node.level == 0, f"line {node.lineno}: relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                names.add(whole if whole in MODULES else node.module)
-    return names
+                names.add(whole if whole.removeprefix("diffsmooth.") in MODULES else node.module)
+    assert not {name.split(".")[0] for name in names} & set(FOLDERS), "import it as diffsmooth...."
+    return {name.removeprefix("diffsmooth.") for name in names}
 
 
 def imports_of(module: str) -> set[str]:
@@ -153,41 +92,61 @@ def imports_of(module: str) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    return {name for name in names if name.split(".")[0] in FOLDERS}
+    return {name for name in names if name in MODULES}
 
 
 def third_party(names: set[str], package: str) -> bool:
     return package in {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_a_module_imports_exactly_what_the_table_says(module):
-    allowed = {name if name.startswith("cluster.") else f"pipeline.{name}" for name in ARROWS[module].split()}
-    assert ours(imports_of(module)) - EVERYWHERE == allowed
+def unit(module: str) -> str:
+    """The folder or loose module of pipeline/ that a module belongs to."""
+    return module.split(".")[1]
+
+
+def belongs(module: str, listed: set[str]) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in listed)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.")])
+def test_a_module_of_pipeline_imports_only_what_the_table_allows(module):
+    found = {unit(name) for name in ours(imports_of(module)) - EVERYWHERE}
+    if module not in EVERYWHERE and unit(module) != "embedded":
+        assert found <= {unit(module), *MAY_IMPORT[unit(module)].split()}
+    else:
+        assert not found - {unit(name) for name in EVERYWHERE}
 
 
 def test_the_table_is_complete_and_in_reading_order():
-    listed = list(ARROWS)
-    assert (
-        set(listed)
-        == {name for name in MODULES if name.startswith(("pipeline.", "cluster.")) and MODULES[name].stem != "__init__"}
-        - EVERYWHERE
-    )
-    for index, module in enumerate(listed):
-        earlier = {name.removeprefix("pipeline.") for name in listed[:index]}
-        assert set(ARROWS[module].split()) <= earlier, f"{module} imports a module that comes after it"
+    exist = {unit(name) for name in MODULES if name.startswith("pipeline.")}
+    assert set(MAY_IMPORT) == exist - {unit(name) for name in EVERYWHERE} - {"embedded"}
+    for index, name in enumerate(MAY_IMPORT):
+        assert set(MAY_IMPORT[name].split()) <= set(list(MAY_IMPORT)[:index]), f"{name} imports what comes after it"
+
+
+def test_the_table_allows_nothing_that_is_not_used():
+    for name, allowed in MAY_IMPORT.items():
+        of_unit = [module for module in MODULES if module.startswith("pipeline.") and unit(module) == name]
+        assert set(allowed.split()) <= {unit(one) for module in of_unit for one in ours(imports_of(module))}, name
+
+
+def test_no_two_modules_import_each_other():
+    arrows = {module: ours(imports_of(module)) - {module} for module in MODULES}
+    assert list(graphlib.TopologicalSorter(arrows).static_order())
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_of_torch_ray_and_other_commands(module):
     names = imports_of(module)
-    if module.startswith("pipeline") and not any(module == one or module.startswith(f"{one}.") for one in TORCH):
+    if module.startswith("pipeline") and not belongs(module, TORCH):
         assert not third_party(names, "torch")
     assert not third_party(names, "ray") or module in RAY
     if module in COMMANDS:
         assert names & COMMANDS <= {"jobs.plan"}
     if module.startswith("pipeline"):
-        assert not names & {name for name in MODULES if name.startswith(("cluster", "jobs", "diffsmooth"))}
+        assert not {name for name in ours(names) if name.startswith(("cluster", "jobs", "api"))}
+    if module == "cluster.scheduler":
+        assert ours(names) == {"pipeline.block"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -205,10 +164,16 @@ def test_json_is_parsed_by_a_model(module):
     assert not any(ast.unparse(call.func) in ("json.load", "json.loads") for call in calls) or module in PARSES_JSON
 
 
-def test_the_table_half_works_without_torch_and_ray():
-    names = [name for name in MODULES if name.startswith("pipeline.") and not name.startswith(tuple(TORCH))]
-    code = f"import sys, {', '.join([*names, 'jobs.cli'])}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
+def test_everything_from_votes_to_reports_works_without_torch_and_ray():
+    names = [name for name in MODULES if name.startswith("pipeline.") and not belongs(name, TORCH)]
+    wanted = ", ".join(f"diffsmooth.{name}" for name in [*names, "jobs.cli"])
+    code = f"import sys, {wanted}; assert not {{'torch', 'ray'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_links_give_the_folders_their_one_import_name():
+    for folder in FOLDERS:
+        assert (ROOT / "diffsmooth" / folder).readlink() == Path("..", folder)
 
 
 def test_the_tests_of_a_group_run_in_one_process(request, worker_id):

@@ -17,22 +17,22 @@ import torch
 from click.testing import CliRunner
 
 import diffsmooth as ds
-from jobs.attack import Request, attack_run
-from jobs.cli import main
-from jobs.specs import load_named
-from jobs.watch import ClusterOptions
-from pipeline.attacks import (
+from diffsmooth.jobs.attack import Request, attack_run
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.jobs.watch import ClusterOptions
+from diffsmooth.pipeline.attack.record import (
     attacked,
     read_attacks,
     read_samples,
     table_of,
 )
-from pipeline.data import open_dataset
-from pipeline.errors import RunError, UserError
-from pipeline.orders import order_of, place_order
-from pipeline.smoothing import BaseClassifier
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
+from diffsmooth.pipeline.certify.orders import order_of, place_order
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.smoothing import BaseClassifier
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
 from tests.attacking import GREY, LABELS, QUICK, HalfSpace, attack_alone
 from tests.models import make_run, to_toml
 
@@ -170,7 +170,7 @@ def test_a_damaged_file_is_named(made, damage, message):
     attack, _ = attack_alone(spec, store, range(1))
     path = Path(store.uri) / attack.sample_key(0)
     path.write_bytes(damage(path.read_bytes()))
-    from pipeline.run import read_run
+    from diffsmooth.pipeline.votes.run import read_run
 
     with pytest.raises(RunError, match=rf"samples/0.parquet {message}"):
         read_samples(store, read_run(store), attack)
@@ -180,7 +180,7 @@ def test_votes_that_do_not_add_up_are_refused(made):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.run import read_run
+    from diffsmooth.pipeline.votes.run import read_run
 
     spec, store = made
     attack, _ = attack_alone(spec, store, range(1))
@@ -229,7 +229,16 @@ def test_killed_and_started_twice_equals_undisturbed(raw_spec, tmp_path, ray_ses
     raw_spec["classifier"] = {"arch": "tests.models:half_space"}
     store = make_run(spec, tmp_path / "run")
     (tmp_path / "slow.toml").write_text(to_toml(spec))
-    command = [sys.executable, "-m", "jobs.cli", "attack", store.uri, "--spec", str(tmp_path / "slow.toml"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "diffsmooth.jobs.cli",
+        "attack",
+        store.uri,
+        "--spec",
+        str(tmp_path / "slow.toml"),
+        "--json",
+    ]
     command += ["--eps", "1", "--steps", "1", "--draws", "4", "--n0", "50", "--n", "50", "--refine", "1"]
     command += ["--address", ray_session.address, "--actors", "1", "--batch-size", "16"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -371,7 +380,7 @@ def test_a_contradiction_is_loud_and_ends_with_status_1(made, tmp_path, caplog):
     """A certificate that cannot be true: the votes of the run are those of a better classifier."""
     spec, store = made
     attack, samples = attack_alone(spec, store, range(2))
-    from cluster.attacker import encode_sample
+    from diffsmooth.cluster.attacker import encode_sample
 
     one = samples[0]
     near = [rung._replace(distance=rung.distance / 10) for rung in one.rungs]
@@ -395,8 +404,8 @@ def test_audit_votes_again_at_stored_images(shown, tmp_path):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "4 adversarial images were voted on again, 4 of them with the same votes" in result.output
-    from cluster.attacker import encode_sample
-    from pipeline.run import read_run
+    from diffsmooth.cluster.attacker import encode_sample
+    from diffsmooth.pipeline.votes.run import read_run
 
     one = read_samples(store, read_run(store), attack, [2])[0]
     forged = [

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs.analyze import Request, analyze
-from jobs.audit import Effort, Published, audit
-from pipeline.block import Block
-from pipeline.errors import UserError
-from pipeline.run import read_run
-from pipeline.spec import load_spec
-from pipeline.votes import block_key, encode_block, read_blocks
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.jobs.audit import Effort, Published, audit
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.votes.blocks import block_key, encode_block, read_blocks
+from diffsmooth.pipeline.votes.run import read_run
 from tests.models import make_run
 
 

@@ -11,18 +11,18 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from jobs.bench.literal import Literal
-from jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
-from jobs.bench.profile import covered, kind_of, profile
-from jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
-from jobs.bench.suite import SUITES, print_suite, run_suite
-from jobs.cli import SPECS, main
-from pipeline.certify import certified_radius
-from pipeline.data import open_dataset
-from pipeline.errors import UserError
-from pipeline.smoothing import build_base_classifier
-from pipeline.spec import load_spec
-from pipeline.votes import read_votes
+from diffsmooth.jobs.bench.literal import Literal
+from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
+from diffsmooth.jobs.bench.profile import covered, kind_of, profile
+from diffsmooth.jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
+from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
+from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.smoothing import build_base_classifier
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.votes.blocks import read_votes
 
 QUICK = Effort(rounds=2, seconds=0.05, agreement_draws=60)
 
@@ -257,7 +257,7 @@ SMALL = [
 
 def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     """A compiled row uses the batch size that its eager row found; torch.compile itself is replaced."""
-    monkeypatch.setattr("jobs.bench.suite._BATCH_SIZES", {"cpu": (2, 4)})
+    monkeypatch.setattr("diffsmooth.jobs.bench.suite._BATCH_SIZES", {"cpu": (2, 4)})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     settings = SUITES["gpu"].settings(SMALL)
     assert [(setting.spec.smoothing.precision, setting.mode) for setting in settings][:4] == [
@@ -287,7 +287,7 @@ def test_a_suite_says_why_a_row_has_no_figures(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the compiler failed\nat some place")
 
-    monkeypatch.setattr("jobs.bench.suite.bench_speed", fail)
+    monkeypatch.setattr("diffsmooth.jobs.bench.suite.bench_speed", fail)
     assert [row.reason for row in run_suite(settings).rows] == ["RuntimeError: the compiler failed"] * 2
     suite = run_suite(settings, seconds=-1)
     assert [row.reason for row in suite.rows] == ["not started within -1 s"] * 2

@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from scipy.special import ndtr, ndtri
 
 import diffsmooth as ds
-from jobs.cascade import read_record
-from jobs.cli import main
-from jobs.specs import SPECS
-from pipeline.cascade import CASCADE_COLUMNS, ScaleVotes, certify_cascade
-from pipeline.certify import certify
-from pipeline.errors import RunError, UserError
-from pipeline.orders import Order
-from pipeline.spec import BlockLengths, load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import encode_block, read_blocks
+from diffsmooth.jobs.cascade import read_record
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import SPECS
+from diffsmooth.pipeline.certify.cascade import CASCADE_COLUMNS, ScaleVotes, certify_cascade
+from diffsmooth.pipeline.certify.certificates import certify
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.spec import BlockLengths, load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import encode_block, read_blocks
 from tests.models import make_run
 
 

@@ -5,12 +5,17 @@ import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest, norm
 
-from pipeline import certify as certification
-from pipeline.block import Block
-from pipeline.certify import certified_radius, least_certifying_n, lower_confidence_bound, prediction_p_value
-from pipeline.orders import Order
-from pipeline.spec import BlockLengths
-from pipeline.votes import StoredBlock, to_table
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify import certificates as certification
+from diffsmooth.pipeline.certify.certificates import (
+    certified_radius,
+    least_certifying_n,
+    lower_confidence_bound,
+    prediction_p_value,
+)
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.spec import BlockLengths
+from diffsmooth.pipeline.votes.blocks import StoredBlock, to_table
 from tests.models import METADATA
 
 LENGTHS = BlockLengths(selection=100, estimation=100)

@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, resnet18
 
-from pipeline.errors import UserError
-from pipeline.models.classifiers import (
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.classifiers import (
     CifarResNet,
     Input,
     Prepared,
     fold_batch_norms,
     resolve_classifier,
 )
-from pipeline.spec import Normalize, load_spec
+from diffsmooth.pipeline.spec import Normalize, load_spec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -87,7 +87,7 @@ class Echo(nn.Module):
     ],
 )
 def test_normalisations(raw_spec, tmp_path, normalize, expected, monkeypatch):
-    from pipeline.models import classifiers
+    from diffsmooth.pipeline.models import classifiers
 
     monkeypatch.setitem(classifiers.CLASSIFIERS, "echo", classifiers.Architecture(lambda num_classes: Echo()))
     torch.save(Echo().state_dict(), tmp_path / "a.pt")

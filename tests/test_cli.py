@@ -17,22 +17,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from jobs.cli import main
-from jobs.specs import SPECS
-from pipeline.spec import load_spec
-from pipeline.tables import ENVELOPE
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import SPECS
+from diffsmooth.pipeline.show.tables import ENVELOPE
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import make_run, to_toml
 
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
     """None of these commands may start a cluster."""
-    import jobs.watch
+    import diffsmooth.jobs.watch
 
     def fail(*_, **__):
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(jobs.watch, "Cluster", fail)
+    monkeypatch.setattr(diffsmooth.jobs.watch, "Cluster", fail)
 
 
 def run(*arguments: str) -> Any:
@@ -370,7 +370,7 @@ def test_the_help_of_every_command_has_an_example():
 
 
 def test_expensive_orders_cause_a_warning():
-    from jobs.plan import warn_of_cost
+    from diffsmooth.jobs.plan import warn_of_cost
 
     names = ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50")
     expensive, cheap = (load_spec(SPECS / f"{name}.toml") for name in names)
@@ -411,7 +411,7 @@ def test_a_full_disk_leaves_no_truncated_file(raw_spec, tmp_path, monkeypatch, c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.places.os.replace", full)
+        patch.setattr("diffsmooth.jobs.places.os.replace", full)
         line = refused(2, command[0], *runs, *command[1:], target)
         assert "written.png: cannot write it: No space left on device" in line
         assert list(target.parent.iterdir()) == []

@@ -19,10 +19,10 @@ import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
-from jobs.cli import main
-from pipeline.attacks import Attack
-from pipeline.spec import load_spec
-from pipeline.storage import store as storage
+from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.attack.record import Attack
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage import store as storage
 from tests.models import make_run
 
 ROOT = Path(__file__).parent.parent

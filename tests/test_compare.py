@@ -11,12 +11,19 @@ from click.testing import CliRunner
 from scipy.stats import binom, binomtest, bootstrap
 
 import diffsmooth as ds
-from jobs.analyze import Request, analyze
-from jobs.cli import main
-from jobs.compare import compare_sources
-from pipeline.compare import bca_interval, compare, difference_bounds, holm, samples_needed, shared_rows
-from pipeline.errors import UserError
-from pipeline.spec import load_spec
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.compare import compare_sources
+from diffsmooth.pipeline.certify.compare import (
+    bca_interval,
+    compare,
+    difference_bounds,
+    holm,
+    samples_needed,
+    shared_rows,
+)
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import make_run, png
 from tests.test_logs import HEADER
 

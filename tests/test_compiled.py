@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cluster.driver
-from cluster import compiled
-from cluster.driver import Work
-from cluster.scheduler import Scheduler
-from cluster.worker import Setup, Worker
-from pipeline.block import Block
-from pipeline.smoothing import weights_ids
-from pipeline.spec import load_spec, votes_id
+import diffsmooth.cluster.driver
+from diffsmooth.cluster import compiled
+from diffsmooth.cluster.driver import Work
+from diffsmooth.cluster.scheduler import Scheduler
+from diffsmooth.cluster.worker import Setup, Worker
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import load_spec, votes_id
 from tests.models import make_run
 
 RUN, OTHER = "0" * 32, "1" * 32
@@ -94,15 +94,17 @@ def test_the_driver_asks_one_actor_and_gives_its_artefacts_to_the_next(
     setup = compiling(raw_spec, tmp_path)
     results = {}
     ray = SimpleNamespace(get=lambda future: results[future], put=dict)
-    monkeypatch.setattr(cluster.driver, "ray", ray)
+    monkeypatch.setattr(diffsmooth.cluster.driver, "ray", ray)
 
     def start():
         work = Work(setup=setup, blocks=[Block(0, "selection", 0, 50)])
-        return cluster.driver._Cast(SimpleNamespace(threads=1, actors={}), work, Scheduler(), lambda update: None)
+        return diffsmooth.cluster.driver._Cast(
+            SimpleNamespace(threads=1, actors={}), work, Scheduler(), lambda update: None
+        )
 
     key = compiled.key_of(setup.votes_id, "gpu")
-    cast, actors = start(), [cluster.driver._Actor(f"actor-{index}", Handle()) for index in range(3)]
-    results.update(load=cluster.driver._Loaded("node", key), compiled=b"code", ready=None)
+    cast, actors = start(), [diffsmooth.cluster.driver._Actor(f"actor-{index}", Handle()) for index in range(3)]
+    results.update(load=diffsmooth.cluster.driver._Loaded("node", key), compiled=b"code", ready=None)
     for actor in actors[:2]:
         cast._started(actor, "ready")
         assert actor.handle.calls == [("load", cast._setup, {})]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from pipeline.curve import GROWN, curve_of, envelope_of, grid, plot, table_radii
+from diffsmooth.pipeline.certify.curve import GROWN, curve_of, envelope_of, grid, plot, table_radii
 
 
 def certificates(*rows):

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import data as data_module
-from pipeline import images as images_module
-from pipeline import sources
-from pipeline.data import Facts, dataset_id, known_facts, open_dataset, sample_indices
-from pipeline.errors import RunError, UserError
-from pipeline.images import Sample
-from pipeline.spec import Data, load_spec, votes_id
-from pipeline.storage.remote import ObjectFile
+from diffsmooth.pipeline.data import images as images_module
+from diffsmooth.pipeline.data import sets as data_module
+from diffsmooth.pipeline.data import sources
+from diffsmooth.pipeline.data.images import Sample
+from diffsmooth.pipeline.data.sets import Facts, dataset_id, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.spec import Data, load_spec, votes_id
+from diffsmooth.pipeline.storage.remote import ObjectFile
 from tests.models import png
 from tests.s3_servers import credentials, moto_server
 
@@ -421,7 +421,7 @@ def test_imagenet(imagenet_classes, tmp_path, caplog):
         (tmp_path / "val" / name).mkdir(parents=True)
     for path, label in photographs("imagenet"):
         shutil.copy(path, tmp_path / "val" / imagenet_classes[label] / path.name)
-    caplog.set_level(logging.INFO, "pipeline.data")
+    caplog.set_level(logging.INFO, "diffsmooth.pipeline.data.sets")
     data = open_dataset(Data(name="imagenet", path=str(tmp_path)))
     assert "classes 0 n01440764 to 999 n15075141, 20 images" in caplog.text
     assert (len(data), data.num_classes) == (20, 1000)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.models.denoisers import (
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.denoisers import (
     PRESETS,
     DiffusionDenoiser,
     alphas_cumprod,
@@ -19,9 +19,9 @@ from pipeline.models.denoisers import (
     timestep,
     timesteps,
 )
-from pipeline.models.fused import FastGroupNorm, FusedUNet, merge_doubling
-from pipeline.models.unet import Attention, GroupNorm, ResBlock, UNet, settings_in
-from pipeline.spec import UNetSettings, load_spec
+from diffsmooth.pipeline.models.fused import FastGroupNorm, FusedUNet, merge_doubling
+from diffsmooth.pipeline.models.unet import Attention, GroupNorm, ResBlock, UNet, settings_in
+from diffsmooth.pipeline.spec import UNetSettings, load_spec
 
 CIFAR, IMAGENET = PRESETS["openai-cifar10"], PRESETS["openai-imagenet256"]
 SMALL = UNetSettings(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
-from pipeline.models.device import device_facts, device_of
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.device import device_facts, device_of
+from diffsmooth.pipeline.spec import load_spec
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
-from jobs.cli import SPECS, main
-from pipeline.spec import load_spec
-from pipeline.training.settings import load_training
+from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.training.settings import load_training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import to_toml
 from tests.processes import descendants, starting_ray
 
@@ -93,7 +93,7 @@ def test_waiting_actors_add_nodes_and_idle_nodes_are_removed(head, raw_spec, tmp
     raw_spec["classifier"]["arch"] = "tests.models:slow_half_space"
     raw_spec["compute"]["device"] = "auto"  # logical GPUs to Ray, the CPU to torch
     (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec, ["smoothing.n=2500"])))
-    command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", head,
+    command = [sys.executable, "-m", "diffsmooth.jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", head,
                "--actors", "3", "--batch-size", "16", "--out", str(tmp_path / "run"), "--json"]  # fmt: skip
     with node_counts(head) as counts:
         assert next(counts) == 1

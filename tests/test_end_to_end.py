@@ -23,20 +23,20 @@ import ray
 import requests
 from click.testing import CliRunner
 
-import cluster.driver
-from cluster.driver import Cluster
-from jobs.analyze import Request, analyze
-from jobs.certify import Options, certify_all
-from jobs.cli import main
-from jobs.specs import load_named
-from jobs.watch import Watch
-from pipeline.block import Block
-from pipeline.certify import certified_radius
-from pipeline.errors import RunError, UserError
-from pipeline.results import StoredRun, read_result
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import list_blocks, read_votes
+import diffsmooth.cluster.driver
+from diffsmooth.cluster.driver import Cluster
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.jobs.watch import Watch
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.results.stored import StoredRun, read_result
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import list_blocks, read_votes
 from tests.models import png, to_toml
 from tests.processes import worker_actors
 
@@ -85,7 +85,7 @@ def test_no_file_of_a_run_and_no_output_shows_the_secrets_of_a_location(tmp_path
     caplog.set_level(logging.INFO)  # as --verbose
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
     run, toml, html = (str(tmp_path / name) for name in ("run", "spec.toml", "report.html"))
-    handler = partial(QuietHandler, directory=str(resources.files("pipeline.embedded")))
+    handler = partial(QuietHandler, directory=str(resources.files("diffsmooth.pipeline.embedded")))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         place = f"user:PLANTED@127.0.0.1:{server.server_port}/mnist.safetensors?signature=PLANTED"
@@ -178,7 +178,7 @@ def test_the_count_moves_while_a_task_runs_and_counts_no_draw_twice(raw_spec, tm
     updates, show = [], Watch.__call__
     monkeypatch.setattr(Watch, "__call__", lambda watch, update: updates.append(update) or show(watch, update))
     for name in ("_TICK", "_PROGRESS_CHECK"):
-        monkeypatch.setattr(cluster.driver, name, 0.05)
+        monkeypatch.setattr(diffsmooth.cluster.driver, name, 0.05)
     raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
     result = certify(load_spec(raw_spec, ["data.samples=0:1", "smoothing.n=1500"]), tmp_path / "run", actors=1)
     draws = [update.draws for update in updates]
@@ -245,7 +245,7 @@ def test_a_lost_device_costs_one_attempt_and_its_actor_is_restarted(raw_spec, tm
 
 
 def test_actors_that_always_die_end_the_run(raw_spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.driver._START_ATTEMPTS", 2)
+    monkeypatch.setattr("diffsmooth.cluster.driver._START_ATTEMPTS", 2)
     raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
     with pytest.raises(RunError, match=r"actors died 2 times in a row .* enough memory"):
         certify(load_spec(raw_spec), tmp_path / "run", actors=1)
@@ -258,7 +258,15 @@ def test_a_missing_gpu_is_an_error_not_a_slow_run(raw_spec, tmp_path):
 
 def test_a_wrong_address_is_reported_at_once(raw_spec, tmp_path):
     (tmp_path / "spec.toml").write_text(to_toml(load_spec(raw_spec)))
-    command = [sys.executable, "-m", "jobs.cli", "certify", str(tmp_path / "spec.toml"), "--address", "127.0.0.1:9"]
+    command = [
+        sys.executable,
+        "-m",
+        "diffsmooth.jobs.cli",
+        "certify",
+        str(tmp_path / "spec.toml"),
+        "--address",
+        "127.0.0.1:9",
+    ]
     command += ["--out", str(tmp_path / "run")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert ended.returncode == 2
@@ -275,7 +283,7 @@ def slow(raw_spec, tmp_path, ray_session):
     path.write_text(to_toml(spec))
     home = tmp_path / "run"
     options = ["--actors", "2", "--batch-size", "16", "--out", str(home), "--address", ray_session.address]
-    return spec, home, [sys.executable, "-m", "jobs.cli", "certify", str(path), *options]
+    return spec, home, [sys.executable, "-m", "diffsmooth.jobs.cli", "certify", str(path), *options]
 
 
 def undisturbed_votes(raw_spec, home) -> pd.DataFrame:
@@ -350,7 +358,7 @@ def test_stop_signals_end_gracefully(slow, number, status, own_ray):
 
 
 def test_bench_counts_every_task():
-    from jobs.bench.driver import bench_driver
+    from diffsmooth.jobs.bench.driver import bench_driver
 
     cost = bench_driver(20)
     assert cost.draws == 210  # one block of selection, twenty of estimation; a straggler's copy counts once

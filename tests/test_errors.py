@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.spec import known_keys, load_spec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import known_keys, load_spec
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,13 +19,13 @@ import obstore
 import pytest
 import requests
 
-from pipeline.errors import RunError, UserError
-from pipeline.models.files import weights_id
-from pipeline.models.weights import load_weights
-from pipeline.storage import fetch as fetching
-from pipeline.storage import remote
-from pipeline.storage.fetch import fetch, fetch_first, file_sha256
-from pipeline.storage.remote import ObjectFile, list_objects
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.models.files import weights_id
+from diffsmooth.pipeline.models.weights import load_weights
+from diffsmooth.pipeline.storage import fetch as fetching
+from diffsmooth.pipeline.storage import remote
+from diffsmooth.pipeline.storage.fetch import fetch, fetch_first, file_sha256
+from diffsmooth.pipeline.storage.remote import ObjectFile, list_objects
 from tests.s3_servers import credentials, serve
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +213,7 @@ def test_length_may_be_unknown(server):
     assert fetch(f"{server.url}/net.pt").read_bytes() == CONTENT
 
 
-KILLED = "import sys; from pipeline.storage.fetch import fetch; fetch(sys.argv[1])"
+KILLED = "import sys; from diffsmooth.pipeline.storage.fetch import fetch; fetch(sys.argv[1])"
 
 
 def test_killed_download_is_resumed(server, uri, cache):
@@ -275,7 +275,7 @@ def test_damaged_or_wrong_state_of_a_partial_download_does_no_harm(server, uri, 
 
 FORKED = """
 import os, sys
-from pipeline.storage.fetch import fetch
+from diffsmooth.pipeline.storage.fetch import fetch
 children = []
 for _ in range(8):
     children.append(os.fork())
@@ -470,7 +470,7 @@ def test_first_existing_candidate_is_fetched(server, tmp_path):
 
 def test_progress_is_logged_without_secrets(server, monkeypatch, caplog):
     monkeypatch.setattr(fetching, "_PROGRESS_EVERY", 0.0)
-    caplog.set_level(logging.INFO, "pipeline.storage.fetch")
+    caplog.set_level(logging.INFO, "diffsmooth.pipeline.storage.fetch")
     server.cuts = [MB]
     fetch(f"{server.url}/net.pt?token=secret")
     lines = [record.getMessage() for record in caplog.records]

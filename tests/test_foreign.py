@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.foreign import attack_code
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.attack.foreign import attack_code
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import load_spec
 from tests.attacking import attack_alone
 from tests.models import make_run
 

@@ -17,25 +17,25 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from jobs.cascade import read_record
-from jobs.places import parse_grid, parse_source
-from pipeline.block import Block
-from pipeline.cascade import CascadeRecord
-from pipeline.data import open_dataset, sample_indices
-from pipeline.errors import RunError, UserError
-from pipeline.images import Sample
-from pipeline.logs import read_log
-from pipeline.models.files import load_json
-from pipeline.models.weights import load_weights
-from pipeline.orders import read_costly
-from pipeline.planning import read_plan
-from pipeline.results import StoredRun
-from pipeline.seal import SampleProof, read_seals
-from pipeline.spec import Data, load_spec
-from pipeline.storage.local import Entry
-from pipeline.storage.published import ARCHIVE, INDEX, write_published
-from pipeline.storage.store import FolderStore, MemoryStore, open_store
-from pipeline.votes import block_key, glance, list_blocks, read_derived
+from diffsmooth.jobs.cascade import read_record
+from diffsmooth.jobs.places import parse_grid, parse_source
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.cascade import CascadeRecord
+from diffsmooth.pipeline.certify.orders import read_costly
+from diffsmooth.pipeline.certify.planning import read_plan
+from diffsmooth.pipeline.data.images import Sample
+from diffsmooth.pipeline.data.sets import open_dataset, sample_indices
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.models.files import load_json
+from diffsmooth.pipeline.models.weights import load_weights
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.show.logs import read_log
+from diffsmooth.pipeline.spec import Data, load_spec
+from diffsmooth.pipeline.storage.folder import Entry
+from diffsmooth.pipeline.storage.published import ARCHIVE, INDEX, write_published
+from diffsmooth.pipeline.storage.store import FolderStore, MemoryStore, open_store
+from diffsmooth.pipeline.votes.blocks import block_key, glance, list_blocks, read_derived
+from diffsmooth.pipeline.votes.seal import SampleProof, read_seals
 from tests.fuzzing import FUZZ
 from tests.models import png
 

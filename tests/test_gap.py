@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.attacks import (
+from diffsmooth.pipeline.attack.gap import Attacks, gap_of, robustness
+from diffsmooth.pipeline.attack.record import (
     Attack,
     AttackedSample,
     Rung,
@@ -15,7 +16,6 @@ from pipeline.attacks import (
     prove,
     rival,
 )
-from pipeline.gap import Attacks, gap_of, robustness
 
 
 def rung(n_y, n_c, distance, judged=-1, judging=None):

@@ -8,18 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from cluster.worker import Setup, Worker
-from jobs.audit import Effort, audit
-from jobs.certify import Options, certify_all
-from jobs.specs import load_named
-from pipeline.block import Block
-from pipeline.data import open_dataset
-from pipeline.noise import Noise
-from pipeline.run import claim_run, describe_run, read_run
-from pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, weights_ids
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import read_blocks, read_votes
+from diffsmooth.cluster.worker import Setup, Worker
+from diffsmooth.jobs.audit import Effort, audit
+from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, weights_ids
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import read_blocks, read_votes
+from diffsmooth.pipeline.votes.run import claim_run, describe_run, read_run
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from jobs import hooks
-from jobs.cli import main
-from pipeline.results import Progress
+from diffsmooth.jobs import hooks
+from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.results.stored import Progress
 from tests.models import to_toml
 
 PACKAGE = """

@@ -12,16 +12,16 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.cli import main
-from pipeline.block import Block
-from pipeline.errors import RunError, UserError
-from pipeline.orders import Order, OrderKeys
-from pipeline.records import parse_record
-from pipeline.results import Progress, StoredRun
-from pipeline.run import RUN_KEY, Run, read_run
-from pipeline.spec import load_spec
-from pipeline.storage.store import FolderStore
-from pipeline.votes import block_key, read_blocks
+from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.orders import Order, OrderKeys
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.records import parse_record
+from diffsmooth.pipeline.results.stored import Progress, StoredRun
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import FolderStore
+from diffsmooth.pipeline.votes.blocks import block_key, read_blocks
+from diffsmooth.pipeline.votes.run import RUN_KEY, Run, read_run
 from tests.fuzzing import FUZZ
 from tests.models import make_run
 

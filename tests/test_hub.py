@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import data as data_module
-from pipeline.data import RawImages, dataset_id, open_dataset
-from pipeline.errors import RunError, UserError
-from pipeline.models.files import first_file, weights_id
-from pipeline.report import facts_of
-from pipeline.results import read_result
-from pipeline.spec import Data, load_spec
-from pipeline.storage.fetch import at_hand, fetch
-from pipeline.storage.hub import cached_commits, hub_files
+from diffsmooth.pipeline.data import sets as data_module
+from diffsmooth.pipeline.data.sets import RawImages, dataset_id, open_dataset
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.models.files import first_file, weights_id
+from diffsmooth.pipeline.results.stored import read_result
+from diffsmooth.pipeline.show.report import facts_of
+from diffsmooth.pipeline.spec import Data, load_spec
+from diffsmooth.pipeline.storage.fetch import at_hand, fetch
+from diffsmooth.pipeline.storage.hub import cached_commits, hub_files
 from tests.hub_server import TOKEN
 from tests.models import make_run
 
@@ -36,7 +36,7 @@ def model(hub):
 
 
 def test_a_file_is_downloaded_once_and_identified_by_its_content(model, caplog):
-    caplog.set_level(logging.INFO, "pipeline.storage.hub")
+    caplog.set_level(logging.INFO, "diffsmooth.pipeline.storage.hub")
     uri = "hf://org/net/a/net.pt"
     assert not at_hand(uri)
     assert fetch(uri).read_bytes() == NEW

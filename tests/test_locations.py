@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunError, UserError, one_line, redacted
-from pipeline.locations import EMBEDDED, embedded_path, is_relative, is_remote, require_set, resolve, shown
+from diffsmooth.pipeline.errors import RunError, UserError, one_line, redacted
+from diffsmooth.pipeline.locations import EMBEDDED, embedded_path, is_relative, is_remote, require_set, resolve, shown
 
 FOLDER = Path("/specs")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.curve import curve_of
-from pipeline.errors import UserError
-from pipeline.logs import read_log, write_log
+from diffsmooth.pipeline.certify.curve import curve_of
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.show.logs import read_log, write_log
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 ROWS = "0\t3\t3\t0.486\t1\t0:02:31.238689\n20\t7\t5\t0.413\t0\t17.2\n40\t4\t-1\t0.0\t0\t17.5\n"

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs.analyze import Request, analyze
-from pipeline.certify import certified_radius
-from pipeline.errors import UserError
-from pipeline.noise import Noise
-from pipeline.orders import read_costly
-from pipeline.run import RUN_KEY, read_run
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.orders import read_costly
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.run import RUN_KEY, read_run
 from tests.test_end_to_end import certify, status, table
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import UserError
-from pipeline.models import diffusion_classifier, edm, rrcm
-from pipeline.models.classifiers import CifarResNet, resolve_classifier
-from pipeline.models.denoisers import CONSISTENCY_PRESETS, resolve_denoiser
-from pipeline.models.diffusion_classifier import DiffusionClassifier, DiffusionOptions, steps_of
-from pipeline.models.edm import EDMSettings, EDMUNet
-from pipeline.models.unet import UNet
-from pipeline.spec import UNetSettings, load_spec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models import diffusion_classifier, edm, rrcm
+from diffsmooth.pipeline.models.classifiers import CifarResNet, resolve_classifier
+from diffsmooth.pipeline.models.denoisers import CONSISTENCY_PRESETS, resolve_denoiser
+from diffsmooth.pipeline.models.diffusion_classifier import DiffusionClassifier, DiffusionOptions, steps_of
+from diffsmooth.pipeline.models.edm import EDMSettings, EDMUNet
+from diffsmooth.pipeline.models.unet import UNet
+from diffsmooth.pipeline.spec import UNetSettings, load_spec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 SONG = EDMSettings(

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pipeline import noise
-from pipeline.errors import RunError
-from pipeline.noise import Noise
-from pipeline.spec import Smoothing
+from diffsmooth.pipeline import noise
+from diffsmooth.pipeline.errors import RunError
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.spec import Smoothing
 
 
 def drawn(draws, *, sample=0, stage="estimation", seed=0, size=1000, sigma=1.0, grid=None):

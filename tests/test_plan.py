@@ -9,15 +9,15 @@ from click.testing import CliRunner
 from rich.console import Console
 from torch import nn
 
-from jobs.cli import SPECS, main
-from jobs.plan import GPUS, flops_per_draw, parse_gpus, plan, print_plans
-from jobs.plan_training import plan_training
-from pipeline.errors import UserError
-from pipeline.models import classifiers
-from pipeline.models.classifiers import resolve_classifier
-from pipeline.models.denoisers import resolve_denoiser
-from pipeline.spec import Normalize, load_spec
-from pipeline.training.settings import load_training
+from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.jobs.plan import GPUS, flops_per_draw, parse_gpus, plan, print_plans
+from diffsmooth.jobs.plan_training import plan_training
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models import classifiers
+from diffsmooth.pipeline.models.classifiers import resolve_classifier
+from diffsmooth.pipeline.models.denoisers import resolve_denoiser
+from diffsmooth.pipeline.spec import Normalize, load_spec
+from diffsmooth.pipeline.training.settings import load_training
 
 PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
 

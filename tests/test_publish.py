@@ -16,16 +16,16 @@ import yaml
 from click.testing import CliRunner
 
 import diffsmooth as ds
-from jobs.audit import Effort, Published, audit
-from jobs.cli import main
-from jobs.publish import publish
-from pipeline.block import Block
-from pipeline.card import _ON_HUB, results_file
-from pipeline.errors import RunError, UserError
-from pipeline.results import StoredRun, read_result
-from pipeline.seal import read_seals
-from pipeline.storage.store import open_store
-from pipeline.votes import block_key
+from diffsmooth.jobs.audit import Effort, Published, audit
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.publish import publish
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.results.stored import StoredRun, read_result
+from diffsmooth.pipeline.show.card import _ON_HUB, results_file
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import block_key
+from diffsmooth.pipeline.votes.seal import read_seals
 from tests.attacking import attack_alone
 from tests.conftest import half_space_spec, write_images
 from tests.hub_server import TOKEN

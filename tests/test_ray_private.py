@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import ray_private
+from diffsmooth.cluster import ray_private
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +51,7 @@ def test_without_that_interface_ray_is_left_alone(monkeypatch):
 LOCAL = """
 import os
 import grpc, ray, psutil
-from cluster.driver import Cluster
+from diffsmooth.cluster.driver import Cluster
 
 with Cluster(address=None, device="cpu", actors=1) as cluster:
     ray.get(cluster.add_actor().handle.__ray_ready__.remote())

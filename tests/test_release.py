@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"diffsmooth", "pipeline", "jobs", "cluster"}
+LINKS = {"pipeline", "cluster", "jobs"}  # in diffsmooth/, to the folders beside it
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +33,27 @@ def tracked(*folders):
 
 def test_the_wheel_contains_all_code(built):
     contained = {Path(name) for name in zipfile.ZipFile(built[1]).namelist()}
-    top_of_cluster = {path for path in tracked("cluster") if path.parent == Path("cluster")}
-    assert tracked("diffsmooth", "pipeline", "jobs") | top_of_cluster <= contained
-    assert {path.parts[0] for path in contained if "dist-info" not in str(path)} == PACKAGES
+    of_folders = {path for path in tracked(*LINKS) if path.parts[0] != "cluster" or path.parent == Path("cluster")}
+    of_package = tracked("diffsmooth") - {Path("diffsmooth", name) for name in LINKS}
+    assert of_package | {Path("diffsmooth", path) for path in of_folders} <= contained
+    assert {path.parts[0] for path in contained if "dist-info" not in str(path)} == {"diffsmooth"}
 
 
 def test_the_source_archive_contains_every_tracked_file(built):
     with tarfile.open(built[0]) as archive:
         contained = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
-    assert tracked() - contained <= {Path(".gitignore"), Path("MANIFEST.in")}
+    links = {Path("diffsmooth", name) for name in LINKS}
+    assert tracked() - contained <= {Path(".gitignore"), Path("MANIFEST.in"), *links}
 
 
 def test_the_wheel_works_without_the_clone(built, tmp_path):
     zipfile.ZipFile(built[1]).extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     code = (
-        "import sys, diffsmooth, jobs; assert [*diffsmooth.__path__, *jobs.__path__] == sys.argv[1:]; "
-        "from jobs.cli import main; main(['plan', 'mnist', '--gpu', 'T4'])"
+        "import sys, diffsmooth.jobs; assert [*diffsmooth.__path__, *diffsmooth.jobs.__path__] == sys.argv[1:]; "
+        "from diffsmooth.jobs.cli import main; main(['plan', 'mnist', '--gpu', 'T4'])"
     )
-    folders = [str(tmp_path / "site" / name) for name in ("diffsmooth", "jobs")]
+    folders = [str(tmp_path / "site" / name) for name in ("diffsmooth", "diffsmooth/jobs")]
     done = subprocess.run(
         [sys.executable, "-c", code, *folders], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=120, check=True,

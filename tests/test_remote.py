@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import boto3
 import pytest
 
-from pipeline.errors import RunError, UserError
-from pipeline.storage import fetch as fetching
-from pipeline.storage import remote
-from pipeline.storage.fetch import fetch
-from pipeline.storage.remote import Broken, ObjectFile, list_objects, paced
-from pipeline.storage.store import BucketStore, open_store
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.storage import fetch as fetching
+from diffsmooth.pipeline.storage import remote
+from diffsmooth.pipeline.storage.fetch import fetch
+from diffsmooth.pipeline.storage.remote import Broken, ObjectFile, list_objects, paced
+from diffsmooth.pipeline.storage.store import BucketStore, open_store
 from tests.s3_servers import FixedAnswer, credentials, fixed_server
 
 AWS = [name for name in os.environ if name.startswith("AWS_")]

@@ -15,16 +15,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jobs.analyze import Request, analyze
-from jobs.gallery import choose
-from jobs.report import report
-from pipeline.data import open_dataset
-from pipeline.errors import UserError
-from pipeline.noise import Noise
-from pipeline.report import class_table
-from pipeline.results import read_result
-from pipeline.spec import load_spec
-from pipeline.votes import read_votes
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.jobs.report import report
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.results.stored import read_result
+from diffsmooth.pipeline.show.gallery import choose
+from diffsmooth.pipeline.show.report import class_table
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.votes.blocks import read_votes
 from tests.models import make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from pipeline.block import Block
-from pipeline.certify import certified_radius, certify
-from pipeline.errors import UserError
-from pipeline.orders import (
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.certificates import certified_radius, certify
+from diffsmooth.pipeline.certify.orders import (
     Order,
     OrderKeys,
     broken_links,
@@ -19,11 +18,12 @@ from pipeline.orders import (
     post_hoc_samples,
     read_orders,
 )
-from pipeline.planning import plan_draws, read_plan, read_plans, settle_plan
-from pipeline.sampling import Sampler
-from pipeline.spec import BlockLengths, load_spec
-from pipeline.storage.store import FolderStore
-from pipeline.votes import Votes
+from diffsmooth.pipeline.certify.planning import plan_draws, read_plan, read_plans, settle_plan
+from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import BlockLengths, load_spec
+from diffsmooth.pipeline.storage.store import FolderStore
+from diffsmooth.pipeline.votes.blocks import Votes
 
 LENGTHS = BlockLengths(selection=10, estimation=100)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.scheduler import DEADLINE_FLOOR, MAX_ATTEMPTS, Scheduler
-from pipeline.block import Block
+from diffsmooth.cluster.scheduler import DEADLINE_FLOOR, MAX_ATTEMPTS, Scheduler
+from diffsmooth.pipeline.block import Block
 
 BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in range(5) for start in range(0, 400, 100)]
 

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.analyze import Request, analyze
-from jobs.audit import Effort, Published, audit
-from jobs.cli import main
-from pipeline.errors import RunError, UserError
-from pipeline.seal import SampleProof, Seal, _path, _tree, add_seal, prove, read_seals
-from pipeline.spec import load_spec
-from pipeline.storage.store import FolderStore, MemoryStore
+from diffsmooth.jobs.analyze import Request, analyze
+from diffsmooth.jobs.audit import Effort, Published, audit
+from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import FolderStore, MemoryStore
+from diffsmooth.pipeline.votes.seal import SampleProof, Seal, _path, _tree, add_seal, prove, read_seals
 from tests.models import make_run
 
 BLOCK, OTHER = "votes/estimation/3-100.parquet", "votes/estimation/3-0.parquet"

@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 import diffsmooth as ds
-from jobs.specs import SPECS
-from pipeline.attacks import (
+from diffsmooth.jobs.specs import SPECS
+from diffsmooth.pipeline.attack.record import (
     Attack,
 )
-from pipeline.data import open_dataset
-from pipeline.images import Sample
-from pipeline.noise import Noise
-from pipeline.search import ATTACKS, Problem, smoothed_gradient
-from pipeline.smoothing import BaseClassifier, build_base_classifier
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.attack.search import ATTACKS, Problem, smoothed_gradient
+from diffsmooth.pipeline.data.images import Sample
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.smoothing import BaseClassifier, build_base_classifier
+from diffsmooth.pipeline.spec import load_spec
 from tests.attacking import DISTANCE, GREY, LABELS, HalfSpace
 
 

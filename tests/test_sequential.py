@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from pipeline.sequential import Grid, boundaries, looks_of, spending
+from diffsmooth.pipeline.certify.sequential import Grid, boundaries, looks_of, spending
 
 DOUBLING = (100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 51200, 100_000)
 GOLDEN = [

@@ -12,19 +12,19 @@ from itertools import count
 
 import pytest
 
-from cluster.allocation import part_of
-from cluster.scheduler import Part, Scheduler, Task
-from cluster.worker import Setup, Worker, to_compute
-from pipeline.block import Block
-from pipeline.errors import UserError
-from pipeline.orders import Order
-from pipeline.planning import make_plan
-from pipeline.run import claim_run, describe_run
-from pipeline.sampling import Sampler
-from pipeline.smoothing import weights_ids
-from pipeline.spec import BlockLengths, load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import Votes, list_blocks
+from diffsmooth.cluster.allocation import part_of
+from diffsmooth.cluster.scheduler import Part, Scheduler, Task
+from diffsmooth.cluster.worker import Setup, Worker, to_compute
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.certify.planning import make_plan
+from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import BlockLengths, load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import Votes, list_blocks
+from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
 LENGTHS = BlockLengths(selection=100, estimation=100)
 ORDERS = {

@@ -19,7 +19,7 @@ RECIPES = ROOT / "cluster" / "slurm"
 DIFFSMOOTH = """
 import os, signal, sys, time
 from pathlib import Path
-from cluster.allocation import address_of_symmetric_run, part_of
+from diffsmooth.cluster.allocation import address_of_symmetric_run, part_of
 log = Path(os.environ["LOGS"]) / os.environ.get("SLURM_ARRAY_TASK_ID", "ray")
 life = len(log.read_text().splitlines()) if log.exists() else 0
 with log.open("a") as file:
@@ -111,7 +111,8 @@ def test_the_recipes_are_valid_scripts(recipe):
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 @pytest.mark.parametrize("option", [["--address", "10.0.0.1:6379"], ["--address=10.0.0.1:6379"]])
 def test_the_address_of_symmetric_run_is_found_behind_a_shell(option):
-    child = f"{sys.executable} -c 'from cluster.allocation import address_of_symmetric_run as f; print(f())'; true"
+    code = "from diffsmooth.cluster.allocation import address_of_symmetric_run as f; print(f())"
+    child = f"{sys.executable} -c '{code}'; true"
     parent = f"import subprocess; subprocess.run(['bash', '-c', {child!r}], check=True)"
     command = [sys.executable, "-c", parent, "symmetric-run", *option, "--min-nodes", "2", "--", "diffsmooth"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "10.0.0.1:6379\n"

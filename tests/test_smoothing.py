@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy.stats import binomtest, norm
 
-from pipeline.block import Block
-from pipeline.data import open_dataset
-from pipeline.errors import UserError
-from pipeline.noise import Draws, Noise, local_noise
-from pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.noise import Draws, Noise, local_noise
+from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import INNER_STD, THRESHOLD
 
 MNIST = "jobs/specs/mnist.toml"
@@ -240,7 +240,7 @@ def test_a_random_f_is_not_compiled(raw_spec):
 
 
 def test_an_own_function_gets_the_fetched_file_of_a_remote_checkpoint(raw_spec, tmp_path, monkeypatch):
-    from pipeline.models import own
+    from diffsmooth.pipeline.models import own
 
     monkeypatch.setattr(own, "local_file", lambda location: (tmp_path / "net.pt", "ema"))
     seen = []

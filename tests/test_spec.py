@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.spec import load_spec, votes_id
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import load_spec, votes_id
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunError
-from pipeline.results import StoredRun
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.errors import RunError
+from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import make_run, to_toml
 
 ROOT = Path(__file__).parent.parent
@@ -25,14 +25,14 @@ import os, signal, sys
 class Interrupt:
     @staticmethod
     def find_spec(name, *_):
-        if name == "pipeline.cascade":
+        if name == "diffsmooth.pipeline.certify.cascade":
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt)
-from jobs.start import main
+from diffsmooth.jobs.start import main
 main()
 """
-MAIN = "from jobs.start import main; main()"
+MAIN = "from diffsmooth.jobs.start import main; main()"
 
 
 def start(code, *arguments, **environment):

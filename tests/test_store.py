@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunError, UserError
-from pipeline.storage.store import FolderStore, open_store
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.storage.store import FolderStore, open_store
 
 
 def test_exactly_one_of_many_writers_wins(tmp_path):

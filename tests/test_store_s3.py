@@ -20,14 +20,14 @@ import pytest
 import requests
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-from pipeline.block import Block
-from pipeline.errors import RunError, UserError
-from pipeline.locations import split_object
-from pipeline.run import claim_run
-from pipeline.spec import load_spec
-from pipeline.storage import remote
-from pipeline.storage.store import BucketStore
-from pipeline.votes import block_key, read_votes
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.locations import split_object
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage import remote
+from diffsmooth.pipeline.storage.store import BucketStore
+from diffsmooth.pipeline.votes.blocks import block_key, read_votes
+from diffsmooth.pipeline.votes.run import claim_run
 from tests.attacking import attack_alone
 from tests.cloud_servers import StoreServer
 from tests.models import make_run

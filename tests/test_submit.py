@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 from ray.job_submission import JobStatus
 
-from jobs import submit as submission
-from jobs.cli import main
-from jobs.submit import JobServer, _exit_status, _ship_module, wait
-from pipeline.errors import RunError, UserError
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import list_blocks, read_votes
+from diffsmooth.jobs import submit as submission
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.submit import JobServer, _exit_status, _ship_module, wait
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import list_blocks, read_votes
 from tests.models import make_run, to_toml
 from tests.processes import starting_ray
 from tests.s3_servers import free_ports
@@ -275,7 +275,7 @@ def test_secrets_in_variables_are_warned_of(remote, caplog, env):
 
 def test_too_many_bytes_are_refused_with_the_largest_files(remote, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jobs.submit._LIMIT", 5000)
+    monkeypatch.setattr("diffsmooth.jobs.submit._LIMIT", 5000)
     (tmp_path / "big.py").write_text("#" * 6000)
     line = refused(ROOT / "jobs/specs/mnist.toml", *REMOTE, "--out", "s3://b/a", "--set", "classifier.arch=big:f")
     assert "the limit is 5.0 kB" in line

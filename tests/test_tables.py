@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.curve import Curve
-from pipeline.tables import ENVELOPE, FORMATS, render
+from diffsmooth.pipeline.certify.curve import Curve
+from diffsmooth.pipeline.show.tables import ENVELOPE, FORMATS, render
 
 
 def curve(name, *radii, sigma=None, post_hoc=False, incomplete=0, total=4):

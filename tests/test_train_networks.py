@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jobs.train_networks import NETWORKS, Images, karras_levels, train
-from pipeline.models.edm import consistency_scalings
-from pipeline.smoothing import build_base_classifier
-from pipeline.spec import load_spec
+from diffsmooth.jobs.train_networks import NETWORKS, Images, karras_levels, train
+from diffsmooth.pipeline.models.edm import consistency_scalings
+from diffsmooth.pipeline.smoothing import build_base_classifier
+from diffsmooth.pipeline.spec import load_spec
 
 CLEAN = {"arch": "mnist_cnn", "checkpoint": "embedded:mnist.safetensors#classifier-0.00"}
 UNET = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_factors": [2], "num_heads": 1,

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cluster.driver import Cluster
-from cluster.trainer import Workers, train_on_ray
-from pipeline.errors import UserError
-from pipeline.storage.store import MemoryStore, open_store
-from pipeline.training.loop import run_training
-from pipeline.training.settings import load_training
-from pipeline.training.world import World
+from diffsmooth.cluster.driver import Cluster
+from diffsmooth.cluster.trainer import Workers, train_on_ray
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.storage.store import MemoryStore, open_store
+from diffsmooth.pipeline.training.loop import run_training
+from diffsmooth.pipeline.training.settings import load_training
+from diffsmooth.pipeline.training.world import World
 from tests.test_training import raw_training, write_images
 
 

@@ -20,19 +20,19 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load, load_file
 
-from jobs.cli import main
-from pipeline.errors import RunError, Stopped, UserError
-from pipeline.models.classifiers import resolve_classifier
-from pipeline.models.rrcm import PRESETS, RRCMSettings, nearest_level
-from pipeline.spec import load_spec
-from pipeline.storage.store import MemoryStore, open_store
-from pipeline.training import losses
-from pipeline.training.batches import Order, augment, shards_of
-from pipeline.training.loop import decay, learning_rate, run_training
-from pipeline.training.randomness import Randomness
-from pipeline.training.settings import load_training
-from pipeline.training.tasks import make_task
-from pipeline.training.world import World
+from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.errors import RunError, Stopped, UserError
+from diffsmooth.pipeline.models.classifiers import resolve_classifier
+from diffsmooth.pipeline.models.rrcm import PRESETS, RRCMSettings, nearest_level
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import MemoryStore, open_store
+from diffsmooth.pipeline.training import losses
+from diffsmooth.pipeline.training.batches import Order, augment, shards_of
+from diffsmooth.pipeline.training.loop import decay, learning_rate, run_training
+from diffsmooth.pipeline.training.randomness import Randomness
+from diffsmooth.pipeline.training.settings import load_training
+from diffsmooth.pipeline.training.tasks import make_task
+from diffsmooth.pipeline.training.world import World
 from tests.cloud_servers import StoreServer
 from tests.models import png
 
@@ -428,7 +428,7 @@ def test_kill_9_then_the_same_command_gives_the_same_weights(images, tmp_path):
         'arch = "mnist_cnn"\n[classifier_loss]\nsigmas = [0.25]\n[training]\nsteps = 20\nbatch = 12\n'
         'checkpoints = 20\n[compute]\ndevice = "cpu"\n'
     )
-    code = "from jobs.start import main; main()"
+    code = "from diffsmooth.jobs.start import main; main()"
 
     def command(home):
         return [sys.executable, "-c", code, "train", str(spec), "--out", str(home), "--quiet"]

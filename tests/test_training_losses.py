@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from pipeline.models.denoisers import alphas_cumprod
-from pipeline.training import losses
+from diffsmooth.pipeline.models.denoisers import alphas_cumprod
+from diffsmooth.pipeline.training import losses
 
 M, B, K = 3, 5, 4
 LABEL_B = torch.tensor([0, 1, 2, 3, 1])

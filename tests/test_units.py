@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jobs.cli import main
-from jobs.places import images_of, parse_images
-from pipeline.curve import table_radii
-from pipeline.errors import UserError
-from pipeline.results import StoredRun, read_result
-from pipeline.spec import load_spec
-from pipeline.tables import render
-from pipeline.units import UNITS, Images, converted, factor
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.places import images_of, parse_images
+from diffsmooth.pipeline.certify.curve import table_radii
+from diffsmooth.pipeline.certify.units import UNITS, Images, converted, factor
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.stored import StoredRun, read_result
+from diffsmooth.pipeline.show.tables import render
+from diffsmooth.pipeline.spec import load_spec
 from tests.models import make_run
 from tests.test_tables import LOW
 

@@ -12,12 +12,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.block import Block
-from pipeline.errors import RunError, UserError
-from pipeline.run import Run, claim_run
-from pipeline.spec import ClassifierIdentity, DataIdentity, Identity, SmoothingIdentity
-from pipeline.storage.store import FolderStore, MemoryStore
-from pipeline.votes import (
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.spec import ClassifierIdentity, DataIdentity, Identity, SmoothingIdentity
+from diffsmooth.pipeline.storage.store import FolderStore, MemoryStore
+from diffsmooth.pipeline.votes.blocks import (
     block_key,
     encode_block,
     glance,
@@ -26,6 +25,7 @@ from pipeline.votes import (
     read_votes,
     write_tables,
 )
+from diffsmooth.pipeline.votes.run import Run, claim_run
 from tests.models import METADATA
 
 

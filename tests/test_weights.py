@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.errors import UserError
-from pipeline.models.files import load_json, weights_id
-from pipeline.models.weights import build, load_weights
-from pipeline.smoothing import build_base_classifier, weights_ids
-from pipeline.spec import load_spec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.files import load_json, weights_id
+from diffsmooth.pipeline.models.weights import build, load_weights
+from diffsmooth.pipeline.smoothing import build_base_classifier, weights_ids
+from diffsmooth.pipeline.spec import load_spec
 
 CPU = torch.device("cpu")
 MNIST = "jobs/specs/mnist.toml"
@@ -159,7 +159,7 @@ def test_initial_weights_are_never_generated(tmp_path, trained):
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path):
-    whole = (files("pipeline.embedded") / "mnist.safetensors").read_bytes()
+    whole = (files("diffsmooth.pipeline.embedded") / "mnist.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1000])
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     (tmp_path / "page.pt").write_bytes(b"<!DOCTYPE html><html>sign in</html>")

@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 
-from cluster.worker import Progress, Setup, Worker
-from pipeline.block import Block
-from pipeline.errors import RunError, UserError
-from pipeline.run import claim_run, describe_run, read_run
-from pipeline.smoothing import weights_ids
-from pipeline.spec import load_spec
-from pipeline.storage.store import FolderStore, open_store
-from pipeline.votes import read_blocks
+from diffsmooth.cluster.worker import Progress, Setup, Worker
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import FolderStore, open_store
+from diffsmooth.pipeline.votes.blocks import read_blocks
+from diffsmooth.pipeline.votes.run import claim_run, describe_run, read_run
 
 BLOCKS = [Block(sample, "estimation", start, start + 100) for sample in (0, 1) for start in (0, 100)]
 

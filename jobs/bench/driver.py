@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from cluster.driver import Cluster, Work
-from cluster.scheduler import Scheduler
-from cluster.worker import Setup
-from jobs.bench.memory import peak_memory
-from pipeline.orders import order_of
-from pipeline.run import claim_run, describe_run
-from pipeline.smoothing import weights_ids
-from pipeline.spec import RunSpec, load_spec
-from pipeline.storage.store import open_store
+from diffsmooth.cluster.driver import Cluster, Work
+from diffsmooth.cluster.scheduler import Scheduler
+from diffsmooth.cluster.worker import Setup
+from diffsmooth.jobs.bench.memory import peak_memory
+from diffsmooth.pipeline.certify.orders import order_of
+from diffsmooth.pipeline.smoothing import weights_ids
+from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
 _DRAWS = 10  # per task: one block
 _MIB = 2**20
@@ -84,7 +84,7 @@ def _make_spec(folder: Path, tasks: int) -> RunSpec:
         {
             "name": "bench",
             "data": {"name": "parquet", "path": str(data), "num_classes": 2},
-            "classifier": {"arch": "jobs.bench.driver:nothing"},
+            "classifier": {"arch": "diffsmooth.jobs.bench.driver:nothing"},
             "smoothing": {"sigma": 1.0, "n0": _DRAWS, "n": _DRAWS * tasks, "block": lengths},
             "compute": {"device": "cpu"},
         }

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cluster.scheduler import Scheduler, Task
-from pipeline.block import Block
+from diffsmooth.cluster.scheduler import Scheduler, Task
+from diffsmooth.pipeline.block import Block
 
 _TICK = 1.0  # seconds between the driver's checks for idle and overdue GPUs
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.classifiers import resolve_classifier
-from pipeline.models.denoisers import OpenAIUNet, resolve_denoiser
-from pipeline.models.unet import Attention, ResBlock, UNet
-from pipeline.noise import local_noise
-from pipeline.spec import RunSpec, UNetSettings
+from diffsmooth.pipeline.models.classifiers import resolve_classifier
+from diffsmooth.pipeline.models.denoisers import OpenAIUNet, resolve_denoiser
+from diffsmooth.pipeline.models.unet import Attention, ResBlock, UNet
+from diffsmooth.pipeline.noise import local_noise
+from diffsmooth.pipeline.spec import RunSpec, UNetSettings
 
 
 class Literal:

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.certify import certified_radius
-from pipeline.errors import UserError
-from pipeline.logs import read_log
-from pipeline.orders import Order
-from pipeline.planning import plan_draws
-from pipeline.sequential import Grid, looks_of
+from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.certify.planning import plan_draws
+from diffsmooth.pipeline.certify.sequential import Grid, looks_of
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.show.logs import read_log
 
 ALPHA, N0, PILOT, LENGTH = 0.001, 100, 1000, 100
 LEAST_SAMPLES = 1000

@@ -32,19 +32,19 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from jobs.bench.literal import Literal
-from jobs.bench.memory import peak_memory
-from jobs.bench.profile import Profile, profile
-from jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
-from jobs.probe import with_weights_at_hand
-from pipeline.block import Block
-from pipeline.data import EMBEDDED, known_facts, open_dataset, sample_indices
-from pipeline.errors import UserError, first_line
-from pipeline.images import UNLABELLED, Sample
-from pipeline.models.denoisers import PRESETS, DiffusionDenoiser
-from pipeline.models.device import device_of
-from pipeline.noise import Noise
-from pipeline.smoothing import (
+from diffsmooth.jobs.bench.literal import Literal
+from diffsmooth.jobs.bench.memory import peak_memory
+from diffsmooth.jobs.bench.profile import Profile, profile
+from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
+from diffsmooth.jobs.probe import with_weights_at_hand
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.images import UNLABELLED, Sample
+from diffsmooth.pipeline.data.sets import EMBEDDED, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.models.denoisers import PRESETS, DiffusionDenoiser
+from diffsmooth.pipeline.models.device import device_of
+from diffsmooth.pipeline.noise import Noise
+from diffsmooth.pipeline.smoothing import (
     DTYPES,
     BaseClassifier,
     CastOptions,
@@ -55,7 +55,7 @@ from pipeline.smoothing import (
     in_units,
     noisy_images,
 )
-from pipeline.spec import RunSpec
+from diffsmooth.pipeline.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 

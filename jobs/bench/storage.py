@@ -9,14 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.bench.memory import peak_memory
-from pipeline.block import Block
-from pipeline.orders import Order
-from pipeline.run import claim_run, describe_run
-from pipeline.sampling import Sampler
-from pipeline.spec import load_spec
-from pipeline.storage.store import open_store
-from pipeline.votes import BlockMetadata, block_key, encode_block, list_blocks, read_blocks, write_tables
+from diffsmooth.jobs.bench.memory import peak_memory
+from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.orders import Order
+from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.blocks import (
+    BlockMetadata,
+    block_key,
+    encode_block,
+    list_blocks,
+    read_blocks,
+    write_tables,
+)
+from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
 _WRITERS = 16
 _CLASSES = 1000

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.bench.speed import Effort, SpeedFigures, bench_speed, load_f
-from jobs.specs import load_named
-from pipeline.errors import UserError, first_line
-from pipeline.models.device import device_facts, device_of
-from pipeline.smoothing import BaseClassifier
-from pipeline.spec import RunSpec
+from diffsmooth.jobs.bench.speed import Effort, SpeedFigures, bench_speed, load_f
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.models.device import device_facts, device_of
+from diffsmooth.pipeline.smoothing import BaseClassifier
+from diffsmooth.pipeline.spec import RunSpec
 
 SUITE_SECONDS = 420.0
 

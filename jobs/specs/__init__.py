@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.models.own import is_own
-from pipeline.spec import RunSpec, load_spec
-from pipeline.training.settings import TrainingSpec, load_training
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.training.settings import TrainingSpec, load_training
 
 SPECS = Path(__file__).parent
 TRAININGS = SPECS / "training"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.models.files import library
-from pipeline.models.weights import State, load_into, load_weights
-from pipeline.spec import Adapter
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.files import library
+from diffsmooth.pipeline.models.weights import State, load_into, load_weights
+from diffsmooth.pipeline.spec import Adapter
 
 _TARGETS = {"lora": ["*"], "bottleneck": ["*.proj", "*.fc2"]}  # the default ones, of linear layers
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from pipeline.errors import UserError, first_line
-from pipeline.locations import require_set
-from pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge, on_meta
-from pipeline.models.diffusion_classifier import resolve_diffusion
-from pipeline.models.files import (
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.locations import require_set
+from diffsmooth.pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge, on_meta
+from diffsmooth.pipeline.models.diffusion_classifier import resolve_diffusion
+from diffsmooth.pipeline.models.files import (
     Config,
     as_folder,
     first_file,
@@ -34,12 +34,12 @@ from pipeline.models.files import (
     parse_config,
     weights_id,
 )
-from pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
-from pipeline.models.rrcm import PRESETS as RRCM_PRESETS
-from pipeline.models.rrcm import resolve_rrcm
-from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
-from pipeline.spec import Adapter, Normalize, RunSpec
-from pipeline.spec import Classifier as Section
+from diffsmooth.pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
+from diffsmooth.pipeline.models.rrcm import PRESETS as RRCM_PRESETS
+from diffsmooth.pipeline.models.rrcm import resolve_rrcm
+from diffsmooth.pipeline.models.weights import RANDOM, State, build, build_from, load_weights
+from diffsmooth.pipeline.spec import Adapter, Normalize, RunSpec
+from diffsmooth.pipeline.spec import Classifier as Section
 
 logger = logging.getLogger(__name__)
 

@@ -23,16 +23,24 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.locations import require_set
-from pipeline.models import edm
-from pipeline.models.files import Config, first_file, library, library_errors, load_json, parse_config, weights_id
-from pipeline.models.fused import FusedUNet
-from pipeline.models.own import OwnNetwork, is_own
-from pipeline.models.restoration import DNCNN, FFDNET, RestorationDenoiser, resolve_restoration
-from pipeline.models.unet import UNet, settings_in
-from pipeline.models.weights import State, build
-from pipeline.spec import RunSpec, UNetSettings
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.locations import require_set
+from diffsmooth.pipeline.models import edm
+from diffsmooth.pipeline.models.files import (
+    Config,
+    first_file,
+    library,
+    library_errors,
+    load_json,
+    parse_config,
+    weights_id,
+)
+from diffsmooth.pipeline.models.fused import FusedUNet
+from diffsmooth.pipeline.models.own import OwnNetwork, is_own
+from diffsmooth.pipeline.models.restoration import DNCNN, FFDNET, RestorationDenoiser, resolve_restoration
+from diffsmooth.pipeline.models.unet import UNet, settings_in
+from diffsmooth.pipeline.models.weights import State, build
+from diffsmooth.pipeline.spec import RunSpec, UNetSettings
 
 # The hyper-parameters of the public checkpoints: improved-diffusion's CIFAR-10 and guided-diffusion's ImageNet 256.
 PRESETS = {

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import UserError
-from pipeline.spec import RunSpec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import RunSpec
 
 _PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
 _OPTIONAL_PACKAGES = ("timm", "diffusers")  # only some models need them

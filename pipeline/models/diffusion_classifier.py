@@ -36,13 +36,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.locations import require_set
-from pipeline.models.edm import SIGMA_DATA, EDMUNet, edm_scalings, load_edm
-from pipeline.models.files import weights_id
-from pipeline.models.options import Options, parse_options
-from pipeline.noise import fixed_noise
-from pipeline.spec import RunSpec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.locations import require_set
+from diffsmooth.pipeline.models.edm import SIGMA_DATA, EDMUNet, edm_scalings, load_edm
+from diffsmooth.pipeline.models.files import weights_id
+from diffsmooth.pipeline.models.options import Options, parse_options
+from diffsmooth.pipeline.noise import fixed_noise
+from diffsmooth.pipeline.spec import RunSpec
 
 _LOG_MEAN, _LOG_STD = -1.2, 1.2  # of EDM's training
 _CHUNK = 16  # levels between two eliminations

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.locations import require_set
-from pipeline.models.fused import FastGroupNorm
-from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.locations import require_set
+from diffsmooth.pipeline.models.fused import FastGroupNorm
+from diffsmooth.pipeline.models.weights import RANDOM, State, build, build_from, load_weights
 
 SIGMA_DATA = 0.5
 SMALLEST, LARGEST = 0.002, 80.0  # noise on [-1, 1] that the published networks were trained for

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import UserError, first_line
-from pipeline.locations import EMBEDDED, embedded_path
-from pipeline.storage.fetch import fetch, fetch_first, file_sha256, remedy
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.locations import EMBEDDED, embedded_path
+from diffsmooth.pipeline.storage.fetch import fetch, fetch_first, file_sha256, remedy
 
 _SHOWN = 200  # characters of a location or a reason in a message
 

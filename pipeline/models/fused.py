@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.unet import GroupNorm, ResBlock, UNet, Upsample, eps_of
+from diffsmooth.pipeline.models.unet import GroupNorm, ResBlock, UNet, Upsample, eps_of
 
 _WINOGRAD_CHANNELS, _WINOGRAD_SIDE = 128, 12  # below, the transforms cost more than the multiplications saved
 

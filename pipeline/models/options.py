@@ -4,9 +4,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
-from pipeline.records import Record, first_problem
-from pipeline.spec import ClassifierIdentity
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.records import Record, first_problem
+from diffsmooth.pipeline.spec import ClassifierIdentity
 
 
 class Options(Record):

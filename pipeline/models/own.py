@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.locations import is_remote, require_set
-from pipeline.models.files import local_file, weights_id
-from pipeline.spec import Classifier, Denoiser, RunSpec
-from pipeline.storage.fetch import file_sha256
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.locations import is_remote, require_set
+from diffsmooth.pipeline.models.files import local_file, weights_id
+from diffsmooth.pipeline.spec import Classifier, Denoiser, RunSpec
+from diffsmooth.pipeline.storage.fetch import file_sha256
 
 TORCHVISION, TIMM = "torchvision", "timm"
 LIBRARIES = (TORCHVISION, TIMM)  # prefixes of arch that name a library's models, not an own module
@@ -108,7 +108,7 @@ def imports_id(arch: str) -> str | None:
 def _is_users(name: str, file: Path) -> bool:
     """Return whether a module is the user's own."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
-    ours = name.partition(".")[0] in ("pipeline", "cluster", "jobs", "diffsmooth")
+    ours = name.partition(".")[0] == "diffsmooth"
     return file.suffix == ".py" and not ours and not installed & set(file.resolve().parents)
 
 

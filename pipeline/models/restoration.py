@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.errors import UserError
-from pipeline.models.files import weights_id
-from pipeline.models.weights import load_into, load_weights
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models.files import weights_id
+from diffsmooth.pipeline.models.weights import load_into, load_weights
 
 FFDNET, DNCNN = "ffdnet", "dncnn"
 LARGEST_SIGMA = 75 / 255  # of FFDNet and FDnCNN, in [0, 1] pixel units

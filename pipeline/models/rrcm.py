@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.locations import require_set
-from pipeline.models.files import weights_id
-from pipeline.models.options import Options, parse_options
-from pipeline.models.weights import RANDOM, State, build, build_from, load_weights
-from pipeline.spec import RunSpec
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.locations import require_set
+from diffsmooth.pipeline.models.files import weights_id
+from diffsmooth.pipeline.models.options import Options, parse_options
+from diffsmooth.pipeline.models.weights import RANDOM, State, build, build_from, load_weights
+from diffsmooth.pipeline.spec import RunSpec
 
 _LEVELS, _RHO, _SMALLEST, _LARGEST = 81, 7, 0.002, 80.0
 _SIGMA_DATA = 0.5

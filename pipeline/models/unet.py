@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spec import UNetSettings
+from diffsmooth.pipeline.spec import UNetSettings
 
 
 class GroupNorm(nn.GroupNorm):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.errors import UserError, first_line
-from pipeline.models.files import again, local_file
+from diffsmooth.pipeline.errors import UserError, first_line
+from diffsmooth.pipeline.models.files import again, local_file
 
 State = dict[str, Tensor]
 

@@ -32,11 +32,11 @@ import requests
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import in_store, is_remote, shown, split_object
-from pipeline.storage.hub import hub_file, in_hub_cache, on_hub
-from pipeline.storage.local import Absent, check_size, is_regular, open_regular, read_regular
-from pipeline.storage.remote import (
+from diffsmooth.pipeline.errors import RunError, UserError, one_line
+from diffsmooth.pipeline.locations import in_store, is_remote, shown, split_object
+from diffsmooth.pipeline.storage.folder import Absent, check_size, is_regular, open_regular, read_regular
+from diffsmooth.pipeline.storage.hub import hub_file, in_hub_cache, on_hub
+from diffsmooth.pipeline.storage.remote import (
     CALL_SECONDS,
     CONNECT_SECONDS,
     READ_SECONDS,

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.locations import shown
-from pipeline.storage.local import Absent
-from pipeline.storage.remote import Refused
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.locations import shown
+from diffsmooth.pipeline.storage.folder import Absent
+from diffsmooth.pipeline.storage.remote import Refused
 
 logger = logging.getLogger(__name__)
 

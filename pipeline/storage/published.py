@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from pipeline.errors import RunError, UserError, first_line, one_line
-from pipeline.locations import is_remote, shown
-from pipeline.storage.fetch import WrongHash, fetch, file_sha256, read_web
-from pipeline.storage.hub import hub_file, on_hub, pinned
-from pipeline.storage.local import Absent, Entry, check_size, read_regular
-from pipeline.storage.remote import in_parallel
+from diffsmooth.pipeline.errors import RunError, UserError, first_line, one_line
+from diffsmooth.pipeline.locations import is_remote, shown
+from diffsmooth.pipeline.storage.fetch import WrongHash, fetch, file_sha256, read_web
+from diffsmooth.pipeline.storage.folder import Absent, Entry, check_size, read_regular
+from diffsmooth.pipeline.storage.hub import hub_file, on_hub, pinned
+from diffsmooth.pipeline.storage.remote import in_parallel
 
 INDEX, ARCHIVE = "index.json", "objects.zip"
 

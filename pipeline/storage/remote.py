@@ -29,9 +29,9 @@ import requests
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import shown, split_object
-from pipeline.storage.local import Absent
+from diffsmooth.pipeline.errors import RunError, UserError, one_line
+from diffsmooth.pipeline.locations import shown, split_object
+from diffsmooth.pipeline.storage.folder import Absent
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import obstore
 
-from pipeline.errors import RunError, UserError, one_line
-from pipeline.locations import in_store, is_remote, shown, split_object
-from pipeline.storage.hub import on_hub
-from pipeline.storage.local import Absent, Entry, check_size, is_regular, read_regular, translated
-from pipeline.storage.published import INDEX, PublishedStore
-from pipeline.storage.remote import Broken, Changed, Conflict, call_store, connect, in_parallel, list_pages
+from diffsmooth.pipeline.errors import RunError, UserError, one_line
+from diffsmooth.pipeline.locations import in_store, is_remote, shown, split_object
+from diffsmooth.pipeline.storage.folder import Absent, Entry, check_size, is_regular, read_regular, translated
+from diffsmooth.pipeline.storage.hub import on_hub
+from diffsmooth.pipeline.storage.published import INDEX, PublishedStore
+from diffsmooth.pipeline.storage.remote import Broken, Changed, Conflict, call_store, connect, in_parallel, list_pages
 
 T = TypeVar("T")
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data import Dataset, dataset_id, open_dataset, sample_indices
-from pipeline.errors import UserError
-from pipeline.images import UNLABELLED
-from pipeline.spec import Data
-from pipeline.training import randomness
-from pipeline.training.randomness import Randomness
-from pipeline.training.settings import Augmentation, TrainingSpec
+from diffsmooth.pipeline.data.images import UNLABELLED
+from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import Data
+from diffsmooth.pipeline.training import randomness
+from diffsmooth.pipeline.training.randomness import Randomness
+from diffsmooth.pipeline.training.settings import Augmentation, TrainingSpec
 
 _KEPT_BYTES = 2 * 1024**3  # of decoded images in memory, per worker
 _READERS = 4  # threads that read and decode images

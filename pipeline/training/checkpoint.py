@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.locations import shown
-from pipeline.records import Record, parse_record, shortened
-from pipeline.storage.store import Store
-from pipeline.training.settings import TrainingSpec
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.locations import shown
+from diffsmooth.pipeline.records import Record, parse_record, shortened
+from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.training.settings import TrainingSpec
 
 _FOLDER, _SUFFIX, _RECORD = "checkpoints", ".safetensors", "record"
 

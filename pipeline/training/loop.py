@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.errors import RunError, Stopped
-from pipeline.storage.store import Store
-from pipeline.training import checkpoint
-from pipeline.training.batches import Batch, Split, TrainingBatches, open_images, validation_batches
-from pipeline.training.checkpoint import Checkpoint, History, Row, claim, newest_step
-from pipeline.training.outcome import identity_of, write_metrics, write_outcome
-from pipeline.training.settings import Training, TrainingSpec
-from pipeline.training.tasks import Task, make_task
-from pipeline.training.world import World
+from diffsmooth.pipeline.errors import RunError, Stopped
+from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.training import checkpoint
+from diffsmooth.pipeline.training.batches import Batch, Split, TrainingBatches, open_images, validation_batches
+from diffsmooth.pipeline.training.checkpoint import Checkpoint, History, Row, claim, newest_step
+from diffsmooth.pipeline.training.outcome import identity_of, write_metrics, write_outcome
+from diffsmooth.pipeline.training.settings import Training, TrainingSpec
+from diffsmooth.pipeline.training.tasks import Task, make_task
+from diffsmooth.pipeline.training.world import World
 
 State = dict[str, Tensor]
 

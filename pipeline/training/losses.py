@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.models.edm import edm_scalings
+from diffsmooth.pipeline.models.edm import edm_scalings
 
 
 def cross_entropy(logits_MBK: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:

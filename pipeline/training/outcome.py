@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.models.classifiers import resolve_classifier
-from pipeline.models.denoisers import resolve_denoiser
-from pipeline.models.device import package_versions
-from pipeline.models.own import is_own
-from pipeline.storage.store import FolderStore, Store
-from pipeline.training.batches import Split
-from pipeline.training.checkpoint import Identity, Row
-from pipeline.training.settings import TrainingSpec
-from pipeline.training.tasks import start_of
+from diffsmooth.pipeline.models.classifiers import resolve_classifier
+from diffsmooth.pipeline.models.denoisers import resolve_denoiser
+from diffsmooth.pipeline.models.device import package_versions
+from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.storage.store import FolderStore, Store
+from diffsmooth.pipeline.training.batches import Split
+from diffsmooth.pipeline.training.checkpoint import Identity, Row
+from diffsmooth.pipeline.training.settings import TrainingSpec
+from diffsmooth.pipeline.training.tasks import start_of
 
 WEIGHTS = "weights.safetensors"
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.models.own import is_own
-from pipeline.records import Record
-from pipeline.spec import LOCATIONS, Classifier, Data, Denoiser, RunSpec, Smoothing, read_model
+from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.records import Record
+from diffsmooth.pipeline.spec import LOCATIONS, Classifier, Data, Denoiser, RunSpec, Smoothing, read_model
 
 Sigma = Annotated[float, Field(gt=0, le=100)]  # standard deviation, pixels in [0, 1]
 Weight = Annotated[float, Field(ge=0, le=1e6)]

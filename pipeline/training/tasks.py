@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.models import edm
-from pipeline.models.classifiers import Logits, Prepared, Start, resolve_classifier
-from pipeline.models.denoisers import (
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.models import edm
+from diffsmooth.pipeline.models.classifiers import Logits, Prepared, Start, resolve_classifier
+from diffsmooth.pipeline.models.denoisers import (
     Denoiser,
     DiffusionDenoiser,
     OpenAIUNet,
@@ -25,13 +25,13 @@ from pipeline.models.denoisers import (
     resolve_denoiser,
     timesteps,
 )
-from pipeline.models.fused import use_fast_group_norms
-from pipeline.models.own import is_own
-from pipeline.models.weights import RANDOM, build
-from pipeline.training import losses
-from pipeline.training.batches import Batch
-from pipeline.training.randomness import Randomness
-from pipeline.training.settings import ClassifierLoss, DenoiserLoss, TrainingSpec
+from diffsmooth.pipeline.models.fused import use_fast_group_norms
+from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.weights import RANDOM, build
+from diffsmooth.pipeline.training import losses
+from diffsmooth.pipeline.training.batches import Batch
+from diffsmooth.pipeline.training.randomness import Randomness
+from diffsmooth.pipeline.training.settings import ClassifierLoss, DenoiserLoss, TrainingSpec
 
 Sums = dict[str, Tensor]  # of a batch: sums over its images, by the name of the figure
 

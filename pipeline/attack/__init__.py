@@ -1,0 +1,1 @@
+"""Adversarial images: search, proof, storage, and the gap to the certificates."""

@@ -1,0 +1,1 @@
+"""From votes to bounds, radii and curves; and which draws an order needs."""

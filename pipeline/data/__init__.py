@@ -1,0 +1,1 @@
+"""Images by index, with their labels and hashes."""

@@ -1,0 +1,1 @@
+"""A stored run and what came of its orders."""

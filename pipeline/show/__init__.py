@@ -1,0 +1,1 @@
+"""Tables, reports, cards and logs."""

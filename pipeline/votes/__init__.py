@@ -1,0 +1,1 @@
+"""Votes in storage: the run, its orders, its blocks, and their seal."""
