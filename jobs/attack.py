@@ -161,7 +161,7 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
 
 def default_alpha(stored: StoredRun) -> float:
     """The alpha of the first order that has radii; 0.001 if there is none."""
-    orders = [order for order in stored.orders.values() if order.certificate != "predict"]
+    orders = [order for order in stored.orders.values() if order.kind.has_radius]
     return orders[0].total_alpha if orders else 0.001
 
 
@@ -252,7 +252,7 @@ def finish(stored: StoredRun, attack: Attack, wanted: Sequence[int], seconds: fl
 
 def _gap(stored: StoredRun, attack: Attack, samples: Sequence[AttackedSample]) -> Gap | None:
     """The certificates of the first order beside this attack."""
-    orders = [name for name, order in stored.orders.items() if order.certificate != "predict"]
+    orders = [name for name, order in stored.orders.items() if order.kind.has_radius]
     if not orders:
         return None
     wanted = {one.sample for one in samples}

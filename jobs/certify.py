@@ -15,8 +15,8 @@ from diffsmooth.jobs.hooks import tell_result
 from diffsmooth.jobs.plan import warn_of_cost
 from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import least_certifying_n
-from diffsmooth.pipeline.certify.orders import Certificate, Order, order_of, read_costly, stored_hash
+from diffsmooth.pipeline.certify.kinds import TOP
+from diffsmooth.pipeline.certify.orders import Order, order_of, read_costly, stored_hash
 from diffsmooth.pipeline.certify.sampling import Sampler
 from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Options(ClusterOptions):
     """How to certify; the same for all specs of one call."""
 
-    certificate: Certificate = "top"
+    certificate: str = TOP
     costly: str | None = None  # the file of `orders.read_costly`
     part: str | None = None  # I/K of --part
 
@@ -149,8 +149,8 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     samples = sample_indices(spec.data.samples, len(data))
     costly = read_costly(options.certificate, options.costly, data.num_classes)
     order = order_of(spec, samples, options.certificate, costly, dataset_id(data))
-    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else "--certificate cost" if costly else None
-    if needs_labels and data[samples[0]].label == UNLABELLED:
+    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else f"--certificate {order.certificate}"
+    if (order.skip_wrong or costly) and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
     check_base_classifier(spec)
     warn_of_settings(spec, order)
@@ -176,11 +176,11 @@ def warn_of_settings(spec: RunSpec, order: Order) -> None:
     """Warn about settings that are allowed but probably a mistake."""
     smoothing = spec.smoothing
     n, share = max(order.looks.items())
-    least = least_certifying_n(share, order.certificate)
+    least = order.kind.least_n(share)
     if n < least:
         logger.warning(
             "n = %d is too small to %s even a unanimous vote at alpha = %g; use n >= %d",
-            n, "predict" if order.certificate == "predict" else "certify", share, least,
+            n, order.kind.verb, share, least,
         )  # fmt: skip
     if smoothing.m > 1 and smoothing.local_sigma >= 2 * smoothing.sigma:
         logger.warning(

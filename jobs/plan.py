@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffsmooth.jobs.probe import CpuRate, probe_cpu
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import STAGES
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.data.sets import Facts, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.models.own import OwnFunctionError

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, RootModel
 from scipy.special import betaincinv
 
-from diffsmooth.pipeline.certify.certificates import certified_radius, top_class
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.certificates import top_class
 from diffsmooth.pipeline.certify.orders import Draws, Order, OrderKeys, read_orders
 from diffsmooth.pipeline.errors import RunError
 from diffsmooth.pipeline.records import LARGEST, MOST_BYTES, parse_record

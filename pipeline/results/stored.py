@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffsmooth.pipeline.attack.gap import Attacks, Gap, gap_of
 from diffsmooth.pipeline.attack.record import read_attacks, read_samples
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import certified_radius, certify
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.certificates import certify
 from diffsmooth.pipeline.certify.curve import Curve, curve_of, grid, plot, table_radii
 from diffsmooth.pipeline.certify.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from diffsmooth.pipeline.certify.planning import Plan, read_plan, settle_plan
@@ -107,7 +108,7 @@ class OrderResult:
 
     @property
     def predicts(self) -> bool:
-        return self.order.certificate == "predict"
+        return not self.order.kind.has_radius
 
     @property
     def incomplete(self) -> list[int]:
@@ -343,7 +344,7 @@ class StoredRun:
         self.store.replace(keys.certificates, buffer.getvalue())
         if curve.num_samples and not result.predicts:
             fine = curve.table(grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
-            marks = {
+            marks: dict[str, Any] = {
                 "certificate": result.order.certificate,
                 "post_hoc": curve.post_hoc,
                 "incomplete": curve.incomplete,
@@ -355,7 +356,7 @@ class StoredRun:
 
     def choose(self, name: str | None) -> str:
         """The name of an order that has radii: the named one, or the first. Raises: UserError if there is none."""
-        with_radii = [one for one, order in self.orders.items() if order.certificate != "predict"]
+        with_radii = [one for one, order in self.orders.items() if order.kind.has_radius]
         chosen = name or next(iter(with_radii or self.orders), "")
         if chosen not in self.orders:
             names = ", ".join(self.orders) or "none"
@@ -409,9 +410,8 @@ def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: f
     largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
     if order.radii is not None:
         largest = order.radii[-1]
-    if order.certificate != "top":
-        name = f"{name} [{order.certificate}]"
-    return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
+    level, kind = sum(looks.values()), order.kind
+    return curve_of(name + kind.mark, certificates, sigma, largest, level, order.radii, kind.name)
 
 
 def sample_set_grew(orders: Mapping[str, Order], name: str) -> bool:
@@ -479,7 +479,7 @@ def read_result(run_uri: str, order_name: str | None = None) -> StoredResult:
     if not result.curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
     attacks = stored.attacks()
-    if attacks is None or result.order.certificate == "cost":  # which claims less than the label
+    if attacks is None or not result.order.kind.claims_label:
         return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result)
     gap = gap_of(result.certificates, attacks, result.order.total_alpha)
     if warning := gap.warning():

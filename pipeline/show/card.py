@@ -90,7 +90,7 @@ def results_file(one: StoredResult, page: str) -> str | None:
     """
     result, order = one.result, one.result.order
     dataset = _ON_HUB.get(result.run.spec.data.name)
-    if dataset is None or order.certificate not in ("top", "multiclass"):
+    if dataset is None or not (order.kind.claims_label and order.kind.has_radius):
         return None
     notes = (
         f"certified l2 accuracy in %, {len(result.certificates):,} images, sigma = {result.run.sigma:g}, n0 = "
