@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "records": "",
     "spec": "records",
     "noise": "spec",
-    "storage": "",
+    "storage": "records",
     "data": "spec storage",
     "models": "noise records spec storage",
     "smoothing": "data models noise spec",

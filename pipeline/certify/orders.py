@@ -25,7 +25,7 @@ from diffsmooth.pipeline.block import STAGES, Block, Stage
 from diffsmooth.pipeline.certify.kinds import KINDS, OF_ORDERS, TOP, CertificateKind, kind_of
 from diffsmooth.pipeline.certify.sequential import Grid, looks_of
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
-from diffsmooth.pipeline.records import LARGEST, MOST_BYTES, Record, first_problem, parse_record
+from diffsmooth.pipeline.records import LARGEST, Record, first_problem
 from diffsmooth.pipeline.spec import (
     MOST_CLASSES,
     Alpha,
@@ -37,7 +37,7 @@ from diffsmooth.pipeline.spec import (
     check_radii,
     looks_at,
 )
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Store, read_record
 from diffsmooth.pipeline.votes.run import RUN_KEY
 
 _MOST_BLOCKS = 100_000_000  # of one order; more would not fit in the driver's memory
@@ -268,20 +268,14 @@ def read_orders(store: Store, on_damage: Callable[[RunError], None] | None = Non
     orders = {}
     for name in sorted(names, key=int):
         try:
-            orders[name] = _read_order(store, name)
+            orders[name] = read_record(store, OrderKeys(name).order, Order)
+        except FileNotFoundError:
+            continue  # deleted since the listing
         except RunError as error:
             if on_damage is None:
                 raise
             on_damage(error)
     return orders
-
-
-def _read_order(store: Store, name: str) -> Order:
-    key = OrderKeys(name).order
-    try:
-        return parse_record(Order, store.read(key, limit=MOST_BYTES))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
 
 
 def post_hoc_samples(orders: Mapping[str, Order], name: str, plans: Mapping[str, Mapping[int, int]]) -> set[int]:

@@ -28,7 +28,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from diffsmooth.pipeline.errors import RunError, UserError, one_line
-from diffsmooth.pipeline.records import LARGEST, Record
+from diffsmooth.pipeline.records import LARGEST, Record, intact
 from diffsmooth.pipeline.storage.remote import in_parallel
 from diffsmooth.pipeline.storage.store import Store
 from diffsmooth.pipeline.votes.blocks import sample_of_key
@@ -114,15 +114,14 @@ def seal_names(store: Store) -> list[str]:
 def _read_seal(store: Store, name: str) -> Seal:
     key, entries = seal_key(name), dict[str, str]()
     text = store.read(key, limit=_MOST_BYTES).decode(errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        match = _LINE.fullmatch(line)
-        if match is None or _part(match[2]) is None or match[2] in entries:
-            raise RunError(
-                f"{store.uri}/{key} is damaged: line {number} is {one_line(line, 100)!r}; restore it from a copy"
-            )
-        entries[match[2]] = match[1]
-    if not entries:
-        raise RunError(f"{store.uri}/{key} is damaged: it is empty; restore it from a copy")
+    with intact(f"{store.uri}/{key}"):
+        for number, line in enumerate(text.splitlines(), start=1):
+            match = _LINE.fullmatch(line)
+            if match is None or _part(match[2]) is None or match[2] in entries:
+                raise ValueError(f"line {number} is {one_line(line, 100)!r}")
+            entries[match[2]] = match[1]
+        if not entries:
+            raise ValueError("it is empty")
     return Seal(name=name, entries=entries)
 
 
