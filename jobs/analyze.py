@@ -54,7 +54,7 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
     name = stored.place(order)
     if order.mode == "planned":
         store_plan(stored.store, name, planned)
-    result = StoredRun(stored.store).finish(name, rebuild=True)
+    result = stored.finish(name, rebuild=True)
     print_order(result, quiet=quiet)
     if export_tsv:
         log = write_log(result.certificates)

@@ -134,7 +134,7 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part)
 
 
 def _finish(run: _Ready, options: Options, outcome: Outcome | None = None) -> Certified:
-    result = StoredRun(run.stored.store).finish(run.order_name)  # opened again: other orders may have been placed
+    result = run.stored.finish(run.order_name)
     print_order(result, quiet=options.quiet)
     tell_result(result)
     return Certified(result=result, effort=None if outcome is None else Effort.of(outcome))
@@ -157,7 +157,6 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     weights = weights_ids(spec)
     if not store.exists(RUN_KEY):  # a complete run can be certified again without a device
         check_device(options.address, spec.compute.device)
-    store.prepare()
     seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
     stored = StoredRun(store)
     name, committed = stored.place(order), stored.committed()
@@ -166,8 +165,6 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
         note(f"commitment: {stored_hash(store, first)} (sha256 of order {first}; publish it before the first draw)")
     sampler = stored.sampler(order, committed, name=name, plans=True)
     missing = sampler.start()
-    if missing:
-        stored.forget_deleted(committed)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
     return _Ready(seeded, stored, name, order, sampler, missing, left)
 

@@ -38,7 +38,7 @@ from diffsmooth.pipeline.votes.blocks import (
     write_tables,
 )
 from diffsmooth.pipeline.votes.run import Run, read_run
-from diffsmooth.pipeline.votes.seal import Seal, add_seal, newest_seal
+from diffsmooth.pipeline.votes.seal import Seal, add_seal, unchanged_since_seal
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class RunStatus:
 
 
 class StoredRun:
-    """A run in storage. run.json, orders and plans are read once, when it is opened."""
+    """A run in storage. run.json, orders and plans are read when it is opened, orders and plans again by `finish`."""
 
     def __init__(self, store: Store, *, on_damage: OnDamage | None = None) -> None:
         """Raises: UserError if there is no run, RunError for files that are damaged.
@@ -200,11 +200,14 @@ class StoredRun:
         With `on_damage`, which gets the error, a damaged order or plan is left out instead.
         """
         self.store, self.run = store, read_run(store)
-        self.orders: dict[str, Order] = read_orders(store, on_damage)
+        self._read_orders(on_damage)
+
+    def _read_orders(self, on_damage: OnDamage | None = None) -> None:
+        self.orders: dict[str, Order] = read_orders(self.store, on_damage)
         self.plans: dict[str, Plan] = {}
         for name, order in self.orders.items():
             try:
-                plan = read_plan(store, name) if order.mode == "planned" else None
+                plan = read_plan(self.store, name) if order.mode == "planned" else None
             except RunError as error:
                 if on_damage is None:
                     raise
@@ -297,16 +300,18 @@ class StoredRun:
     def finish(self, name: str, *, rebuild: bool = False) -> OrderResult:
         """Bring the derived tables up to date, and write the certificates and the curve of an order.
 
-        Blocks of the last seal that the tables hold already are not read again, unless `rebuild` says so. The
-        certificates of the other orders are written again if their post hoc marks have changed. The run is sealed if
-        no sample of the order is incomplete.
+        Blocks of the last seal that the tables hold already are not read again, unless `rebuild` says so or they were
+        cast again since. The certificates of the other orders are written again if their post hoc marks have changed.
+        The run is sealed if no sample of the order is incomplete.
         """
+        self._read_orders()  # another driver may have placed some
         if name not in self.orders:
             raise RunError(
                 f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
             )
-        seal = None if rebuild else newest_seal(self.store)
-        tables = write_tables(self.store, self.run, {} if seal is None else seal.entries)
+        entries = list(self.store.list("votes"))
+        unchanged = {} if rebuild else unchanged_since_seal(self.store, entries)
+        tables = write_tables(self.store, self.run, unchanged, entries)
         votes = tables.votes
         result = self.result(votes, name)
         self._write(result)
@@ -315,15 +320,6 @@ class StoredRun:
             if written is not None and written.tolist() != self._marks(other).tolist():
                 self._write(self.result(votes, other))
         return result if result.incomplete else replace(result, root=add_seal(self.store, tables.sha256()).root)
-
-    def forget_deleted(self, committed: set[Block]) -> None:
-        """Remove the votes of sealed blocks that are not committed any more from the derived tables.
-
-        When such a block is cast again, `finish` would take its old votes from there.
-        """
-        seal, present = newest_seal(self.store), set(map(block_key, committed))
-        if seal is not None and any(key.startswith("votes/") and key not in present for key in seal.entries):
-            write_tables(self.store, self.run)
 
     def seal(self) -> Seal:
         """Seal the run with all its blocks, which are read and checked."""

@@ -354,14 +354,20 @@ class Tables(NamedTuple):
         return dict(zip(map(block_key, _blocks_of(self.blocks)), self.blocks["sha256"], strict=True))
 
 
-def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.MappingProxyType({})) -> Tables:
+def write_tables(
+    store: Store,
+    run: Run,
+    unchanged: Mapping[str, str] = types.MappingProxyType({}),
+    entries: Iterable[Entry] | None = None,
+) -> Tables:
     """Write RUN/votes.parquet and RUN/blocks.parquet for all committed blocks, and return their contents.
 
-    `sealed` are the sha256 of blocks that a seal of the run lists, by key. Those blocks are not read if the tables as
-    they are hold them with the same sha256. All others are read and checked. Raises: RunError, as `read_blocks`.
+    `unchanged` are the sha256 of blocks that a seal of the run lists and that are as they were then, by key. Those
+    blocks are not read if the tables as they are hold them with the same sha256. All others are read and checked.
+    `entries` is a listing of votes/, a new one by default. Raises: RunError, as `read_blocks`.
     """
-    committed = list_blocks(store, run.block)
-    kept = _sealed_rows(store, run, committed, sealed)
+    committed = list_blocks(store, run.block, entries)
+    kept = _unchanged_rows(store, run, committed, unchanged)
     known = _blocks_of(kept.blocks)
     images = map(BlockImage, known, kept.blocks["label"], kept.blocks["sample_sha256"])
     stored = read_blocks(store, run, committed.difference(known), images=images)
@@ -380,10 +386,10 @@ def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.Mappi
     return tables
 
 
-def _sealed_rows(store: Store, run: Run, committed: set[Block], sealed: Mapping[str, str]) -> Tables:
-    """What the derived tables say about the blocks of a seal; empty if the two disagree, or are damaged."""
+def _unchanged_rows(store: Store, run: Run, committed: set[Block], unchanged: Mapping[str, str]) -> Tables:
+    """What the derived tables say about the blocks that did not change; empty if the two disagree, or are damaged."""
     nothing = Tables(to_table([]), pd.DataFrame(columns=_BLOCKS_SCHEMA.names))
-    votes, _ = _read_table(store, run, committed) if sealed else (nothing.votes, {})
+    votes, _ = _read_table(store, run, committed) if unchanged else (nothing.votes, {})
     if votes.empty:
         return nothing
     try:
@@ -394,7 +400,7 @@ def _sealed_rows(store: Store, run: Run, committed: set[Block], sealed: Mapping[
     known = _blocks_of(blocks)
     if len(set(known)) != len(known) or set(known) != set(_blocks_of(votes[BLOCK_COLUMNS].drop_duplicates())):
         return nothing
-    same = np.array([sealed.get(block_key(one)) == row for one, row in zip(known, blocks["sha256"], strict=True)])
+    same = np.array([unchanged.get(block_key(one)) == row for one, row in zip(known, blocks["sha256"], strict=True)])
     blocks = blocks[same]
     return Tables(votes.merge(blocks[BLOCK_COLUMNS], on=BLOCK_COLUMNS), blocks)
 

@@ -59,8 +59,10 @@ def describe_run(spec: RunSpec, weights_ids: Mapping[str, str], num_classes: int
 def claim_run(store: Store, run: Run) -> None:
     """Make the storage the home of this run, or check that it already is.
 
-    Raises: UserError that names the differing keys if the storage holds another run.
+    Nothing is written to a storage before: it is tested first. Raises: UserError that names the differing keys if the
+    storage holds another run; as `Store.prepare`.
     """
+    store.prepare()
     text = json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True)
     if store.put_if_absent(RUN_KEY, text.encode()):
         return

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -30,7 +30,7 @@ from pydantic import Field
 from diffsmooth.pipeline.errors import RunError, UserError, one_line
 from diffsmooth.pipeline.records import LARGEST, Record, intact
 from diffsmooth.pipeline.storage.remote import in_parallel
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Entry, Store
 from diffsmooth.pipeline.votes.blocks import sample_of_key
 from diffsmooth.pipeline.votes.run import RUN_KEY
 
@@ -104,6 +104,19 @@ def newest_seal(store: Store) -> Seal | None:
     """The last seal of a run, without reading the earlier ones. Raises: RunError if it is damaged."""
     names = seal_names(store)
     return _read_seal(store, names[-1]) if names else None
+
+
+def unchanged_since_seal(store: Store, entries: Iterable[Entry]) -> dict[str, str]:
+    """The sha256 of those of the listed objects that the newest seal has, by key, if they are older than that seal.
+
+    A sealed block that was deleted and cast again is newer: the seal says nothing about its votes.
+    """
+    names = seal_names(store)
+    if not names:
+        return {}
+    written = {entry.key: entry.modified for entry in store.list("seals")}.get(seal_key(names[-1]), 0.0)
+    sealed = _read_seal(store, names[-1]).entries
+    return {one.key: sealed[one.key] for one in entries if one.key in sealed and one.modified < written}
 
 
 def seal_names(store: Store) -> list[str]:
