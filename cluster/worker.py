@@ -19,8 +19,9 @@ import torch
 from diffsmooth.cluster import compiled
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
-from diffsmooth.pipeline.data.sets import Dataset, hub_location, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import hub_location, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.device import device_facts, device_of
 from diffsmooth.pipeline.noise import Noise, check_known_answers

@@ -32,8 +32,9 @@ from diffsmooth.pipeline.attack.record import (
     table_of,
     write_table,
 )
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.records import first_problem
 from diffsmooth.pipeline.results.stored import StoredRun

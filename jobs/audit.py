@@ -23,7 +23,8 @@ from diffsmooth.pipeline.attack.search import proof_noise, votes_at
 from diffsmooth.pipeline.block import Block, Stage
 from diffsmooth.pipeline.certify.orders import Order, OrderKeys, broken_links, stored_hash
 from diffsmooth.pipeline.certify.planning import Pilot, Plan, make_plan
-from diffsmooth.pipeline.data.sets import Dataset, open_dataset
+from diffsmooth.pipeline.data.entry import Dataset
+from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.device import DeviceFacts, device_facts, device_of
 from diffsmooth.pipeline.noise import Noise, check_known_answers

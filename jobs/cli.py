@@ -85,7 +85,7 @@ def main() -> None:
         handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in (
         "diffsmooth.pipeline.storage.fetch",
-        "diffsmooth.pipeline.data.sets",
+        "diffsmooth.pipeline.data",
     ):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
 

@@ -23,7 +23,8 @@ from diffsmooth.jobs.probe import CpuRate, probe_cpu
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import STAGES
 from diffsmooth.pipeline.certify.bounds import certified_radius
-from diffsmooth.pipeline.data.sets import Facts, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.data.entry import Facts
+from diffsmooth.pipeline.data.sets import known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.models.own import OwnFunctionError
 from diffsmooth.pipeline.smoothing import base_classifier, check_base_classifier

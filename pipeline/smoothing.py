@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffsmooth.pipeline.block import Block, Stage
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import Sample
-from diffsmooth.pipeline.data.sets import Dataset, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.models.classifiers import ClassifierSource, resolve_classifier
 from diffsmooth.pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser

@@ -39,7 +39,7 @@ from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from diffsmooth.jobs.probe import with_weights_at_hand
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
-from diffsmooth.pipeline.data.sets import EMBEDDED, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import DATASETS, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.denoisers import PRESETS, DiffusionDenoiser
 from diffsmooth.pipeline.models.device import device_of
@@ -485,7 +485,7 @@ def _peak(device: torch.device, precision: str, clock: Clock) -> float:
 def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:
     """Return some samples, the number of classes, and whether the samples are random because the data are missing."""
     facts, path, grid = known_facts(spec.data), spec.data.path, spec.smoothing.noise_grid
-    missing = spec.data.name not in EMBEDDED if path is None else not os.path.exists(path)
+    missing = not DATASETS[spec.data.name].embedded if path is None else not os.path.exists(path)
     if facts is not None and missing:
         generator = np.random.Generator(np.random.Philox(0))
         images = generator.random((_IMAGES, *facts.shape_CHW), dtype=np.float32)
