@@ -21,9 +21,9 @@ from diffsmooth.pipeline.attack.record import (
 )
 from diffsmooth.pipeline.attack.search import attack_sample
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.smoothing import CastOptions
 from diffsmooth.pipeline.votes.blocks import Votes
 from diffsmooth.pipeline.votes.run import read_run
 

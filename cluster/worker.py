@@ -19,21 +19,15 @@ import torch
 from diffsmooth.cluster import compiled
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastBlock, CastOptions, cast_votes
 from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
-from diffsmooth.pipeline.data.sets import hub_location, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import hub_location, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.device import device_facts, device_of
 from diffsmooth.pipeline.noise import Noise, check_known_answers
-from diffsmooth.pipeline.smoothing import (
-    BaseClassifier,
-    CastBlock,
-    CastOptions,
-    build_base_classifier,
-    cast_votes,
-    weights_ids,
-)
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.hub import cached_commits, on_hub
 from diffsmooth.pipeline.storage.store import Store, open_store
 from diffsmooth.pipeline.votes.blocks import BlockMetadata, Votes, block_key, encode_block, read_blocks
@@ -111,18 +105,18 @@ class Worker:
         Raises: UserError if something cannot be loaded, or is not what the run was made with.
         """
         spec = setup.spec
-        found = votes_id(spec, weights_ids(spec))
-        if found != setup.votes_id:
+        checked = check_spec(spec)
+        if checked.votes_id != setup.votes_id:
             raise UserError(
-                f"the weights or own functions on {platform.node()} differ from the driver's (votes_id {found}, not "
+                f"the weights or own functions on {platform.node()} differ from the driver's (votes_id "
+                f"{checked.votes_id}, not "
                 f"{setup.votes_id}); give every node the same files"
             )
         device = device_of(spec)
         if device.type == "cpu":
             torch.set_num_threads(setup.threads)
-        data = open_dataset(spec.data)
         try:
-            f = build_base_classifier(spec, device, data)
+            f = checked.build(device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the networks do not fit in the memory of {device} on {platform.node()} ({first_line(error)}); free "
@@ -131,7 +125,7 @@ class Worker:
         if spec.compute.compile:
             compiled.load(known, compiled.key_of(setup.votes_id, device_facts(device).device))
             f.compile()
-        return cls(setup, f, data, open_store(setup.run_uri))
+        return cls(setup, f, checked.data, open_store(setup.run_uri))
 
     @property
     def compiled_key(self) -> str | None:
@@ -276,7 +270,8 @@ class Worker:
 
 def hub_locations(spec: RunSpec) -> list[str]:
     """The locations of weights and data that are on the Hugging Face Hub."""
-    weights = (spec.denoiser.checkpoint, spec.classifier.checkpoint)
+    adapter = spec.classifier.adapter
+    weights = (spec.denoiser.checkpoint, spec.classifier.checkpoint, None if adapter is None else adapter.checkpoint)
     return [one for one in (*weights, hub_location(spec.data)) if one is not None and on_hub(one)]
 
 

@@ -22,7 +22,7 @@ from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
-from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
+from diffsmooth.pipeline.smoothing import check_spec
 from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.published import PublishedStore
 from diffsmooth.pipeline.storage.store import open_store
@@ -152,12 +152,11 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else f"--certificate {order.certificate}"
     if (order.skip_wrong or costly) and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
-    check_base_classifier(spec)
     warn_of_settings(spec, order)
-    weights = weights_ids(spec)
+    checked = check_spec(spec, data)
     if not store.exists(RUN_KEY):  # a complete run can be certified again without a device
         check_device(options.address, spec.compute.device)
-    seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
+    seeded, _ = claim_seeded_run(store, spec, checked.weights_ids, data.num_classes)
     stored = StoredRun(store)
     name, committed = stored.place(order), stored.committed()
     if spec.smoothing.seed == "random" and not options.quiet:

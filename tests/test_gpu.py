@@ -13,9 +13,10 @@ from diffsmooth.jobs.audit import Effort, audit
 from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions, cast_votes
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, weights_ids
+from diffsmooth.pipeline.smoothing import build_base_classifier, weights_ids
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import read_blocks, read_votes

@@ -38,23 +38,14 @@ from diffsmooth.jobs.bench.profile import Profile, profile
 from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from diffsmooth.jobs.probe import with_weights_at_hand
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions, cast_votes, in_pixels, in_units, noisy_images
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.data.sets import DATASETS, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.denoisers import PRESETS, DiffusionDenoiser
 from diffsmooth.pipeline.models.device import device_of
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import (
-    DTYPES,
-    BaseClassifier,
-    CastOptions,
-    base_classifier,
-    cast_votes,
-    check_base_classifier,
-    in_pixels,
-    in_units,
-    noisy_images,
-)
+from diffsmooth.pipeline.smoothing import DTYPES, BaseClassifier, base_classifier, resolve_networks
 from diffsmooth.pipeline.spec import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -342,7 +333,7 @@ def bench_speed(
     has none. `f` is that of the spec, if it is loaded. Raises: UserError for a spec that cannot be certified and for a
     missing device.
     """
-    check_base_classifier(spec)
+    resolve_networks(spec)
     device = device_of(spec)
     if device.type == "cpu":
         torch.set_num_threads(threads)

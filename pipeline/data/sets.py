@@ -48,7 +48,7 @@ def hub_location(data: Data) -> str | None:
     """The hf:// location that a data set is read from, if it is."""
     if data.path is not None:
         return data.path if on_hub(data.path) else None
-    return DATASETS[data.name].hub()
+    return DATASETS[data.name].hub() if data.name in DATASETS else None  # images in memory have no entry
 
 
 def dataset_id(data: Dataset) -> str:
