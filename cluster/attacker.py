@@ -41,7 +41,7 @@ def block_of(sample: int, attack: Attack) -> Block:
 class Attacker(Worker):
     """Attacks samples and commits the results on one device."""
 
-    def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
+    def _run(self, blocks: Sequence[Block], attempt: str, share: bool) -> Receipt:
         """Attack and commit the samples that are not committed yet; `share` as in `Worker.run`."""
         start, failures, attack = time.perf_counter(), self._store.failures, self._attack
         keys = {attack.sample_key(block.sample): block for block in blocks}

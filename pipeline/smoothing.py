@@ -23,6 +23,7 @@ from diffsmooth.pipeline.data.sets import open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.models.classifiers import ClassifierSource, resolve_classifier
 from diffsmooth.pipeline.models.denoisers import Denoiser, DenoiserSource, resolve_denoiser
+from diffsmooth.pipeline.models.device import torch_settings
 from diffsmooth.pipeline.models.own import signature_of
 from diffsmooth.pipeline.noise import Draws, local_noise
 from diffsmooth.pipeline.spec import RunSpec, votes_id
@@ -186,9 +187,11 @@ class CheckedSpec:
     def build(self, device: str | torch.device) -> BaseClassifier:
         """Return f on a device, with its weights. Raises: UserError for networks that do not load, or do not fit."""
         device = torch.device(device)
-        f = base_classifier(self.spec, device, self.shape, self.data.num_classes, self.networks)
-        check_networks(f, torch.full((1, *self.shape), 0.5, device=device))
-        check_function(f, self.shape, self.spec.smoothing.precision)
+        precision = self.spec.smoothing.precision
+        with torch_settings(precision):
+            f = base_classifier(self.spec, device, self.shape, self.data.num_classes, self.networks)
+            check_networks(f, torch.full((1, *self.shape), 0.5, device=device))
+            check_function(f, self.shape, precision)
         return f
 
     def __getstate__(self) -> NoReturn:
@@ -227,7 +230,6 @@ def base_classifier(
     fit the images.
     """
     smoothing, dtype, (channels, height, width) = spec.smoothing, DTYPES[spec.smoothing.precision], shape
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = smoothing.precision == "tf32"
     local_MCHW = local_noise(
         local_seed=smoothing.local_seed, m=smoothing.m, shape=shape, local_sigma=smoothing.local_sigma
     )

@@ -13,6 +13,7 @@ from diffsmooth.pipeline.attack.gap import Attacks, Gap
 from diffsmooth.pipeline.attack.record import AttackedSample, Rung
 from diffsmooth.pipeline.block import Stage
 from diffsmooth.pipeline.casting import noisy_images
+from diffsmooth.pipeline.models.device import torch_settings
 from diffsmooth.pipeline.noise import Noise
 from diffsmooth.pipeline.show.report import Exhibit, Picture
 from diffsmooth.pipeline.smoothing import BaseClassifier, CheckedSpec
@@ -38,6 +39,8 @@ def gallery(
         stage: Stage = "selection" if row["status"] == "skipped" else "estimation"
         classes, draws = _votes(votes, int(row["sample"]), stage)
         image_CHW = data[int(row["sample"])].image_CHW
+        with torch_settings(checked.spec.smoothing.precision):
+            pictures = list(_pictures(f, checked.spec, image_CHW, int(row["sample"]), stage))
         exhibits.append(
             Exhibit(
                 kind=kind,
@@ -46,7 +49,7 @@ def gallery(
                 verdict=_verdict(row),
                 votes=classes,
                 draws=draws,
-                pictures=list(_pictures(f, checked.spec, image_CHW, int(row["sample"]), stage)),
+                pictures=pictures,
             )
         )
     return exhibits
