@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "attack": "casting certify data models noise records smoothing storage votes",
     "results": "attack certify records storage votes",
     "training": "data models records spec storage",
-    "show": "attack casting certify data noise records results smoothing spec votes",
+    "show": "attack casting certify data models noise records results smoothing spec votes",
 }
 TORCH = {
     "pipeline.smoothing",
