@@ -21,13 +21,13 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training
+from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training, load_shipped
 from diffsmooth.pipeline.certify.cascade import CASCADE
 from diffsmooth.pipeline.certify.orders import CERTIFICATES, Certificate
 from diffsmooth.pipeline.certify.units import UNITS
 from diffsmooth.pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from diffsmooth.pipeline.show.tables import FORMATS
-from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.spec import RunSpec
 
 
 class _Main(click.Group):
@@ -93,7 +93,7 @@ def main() -> None:
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
     """The names of the shipped specs, then files."""
-    names = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem.startswith(typed))
+    names = [name for name in SPECS.names() if name.startswith(typed)]
     return [*map(CompletionItem, names), *([] if names else [CompletionItem(typed, type="file")])]
 
 
@@ -473,10 +473,13 @@ def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) ->
     """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
     from diffsmooth.pipeline.results.stored import StoredRun
 
-    name = spec_name or StoredRun.open(run).run.name
-    if spec_name is None and not (SPECS / f"{name}.toml").is_file():
+    if spec_name:
+        return load_named(spec_name, overrides)
+    name = StoredRun.open(run).run.name
+    shipped = load_shipped(name, overrides)
+    if shipped is None:
         raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
-    return load_named(name, overrides) if spec_name else load_spec(SPECS / f"{name}.toml", overrides)
+    return shipped
 
 
 @main.command()
@@ -565,7 +568,6 @@ def report(
     diffsmooth report runs/mnist-*-0.50 --output mnist.html
     """
     from diffsmooth.jobs import report as command
-    from diffsmooth.jobs.specs import load_shipped
 
     loaded = [load_named(name, overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
@@ -855,8 +857,7 @@ def submit(
     options += [] if memory_gb is None else [f"--memory={memory_gb:g}"]
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
-    files = [(name, find_spec(name)) for name in specs]
-    named = [submission.SpecFile(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
+    named = [submission.NamedSpec(name, find_spec(name)) for name in specs]
     request = submission.Submission(specs=named, out=out, shared=shared, overrides=overrides, options=options, env=env)
     server, submitted = submission.submit(address, request, confirm=_ask_unless(yes))
     for line in submission.how_to(server, submitted.submission_id):

@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.models.edm import EDMSettings, EDMUNet, Scalings, consistency_scalings, edm_scalings, load_edm
 from diffsmooth.pipeline.models.fused import use_fast_group_norms
 from diffsmooth.pipeline.models.rrcm import RRCM, RRCMSettings, nearest_level
 from diffsmooth.pipeline.models.unet import UNet
-from diffsmooth.pipeline.spec import Data, load_spec
+from diffsmooth.pipeline.spec import Data
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def karras_levels(smallest: float, largest: float, count: int, rho: float = 7.0)
 
 def train_consistency(teacher: EDMUNet, trainer: Trainer, count: int = 12) -> UNet:
     """Distil a denoiser of EDM into one pass. The largest noise level is that of `SIGMA`."""
-    settings = load_spec(SPECS / "mnist.toml").denoiser.unet
+    settings = load_named("mnist").denoiser.unet
     assert settings is not None
     network = trainer.initialise(lambda: UNet(settings, 1))
     use_fast_group_norms(network)

@@ -16,12 +16,12 @@ from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_
 from diffsmooth.jobs.bench.profile import covered, kind_of, profile
 from diffsmooth.jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
 from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
-from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.certify.certificates import certified_radius
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.smoothing import build_base_classifier
-from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.votes.blocks import read_votes
 
 QUICK = Effort(rounds=2, seconds=0.05, agreement_draws=60)
@@ -64,7 +64,7 @@ def test_invalid_benchmarks_are_refused_with_one_line(arguments, message):
 def test_speed_of_the_embedded_networks():
     """Everything is measured, and the votes agree; the timings themselves are not checked."""
     before = torch.get_rng_state()
-    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu"])
+    spec = load_named("mnist", ["compute.device=cpu"])
     figures = bench_speed(spec, batch_sizes=(4,), precisions=("bf16", "fp32"), effort=QUICK).to_json()
     json.dumps(figures)
     assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
@@ -86,8 +86,8 @@ def test_speed_of_the_embedded_networks():
 def test_missing_weights_are_replaced_by_random_ones():
     """The UNet learns its variance and resamples in residual blocks; its file does not exist."""
     changes = {"learn_sigma": True, "resblock_updown": True, "num_groups": 4}
-    spec = load_spec(
-        SPECS / "mnist.toml",
+    spec = load_named(
+        "mnist",
         ["compute.device=cpu", "denoiser.checkpoint=/nowhere", "classifier.checkpoint=${NOT_SET_ANYWHERE}/a.pt"]
         + [f"denoiser.unet.{key}={json.dumps(value)}" for key, value in changes.items()],
     )
@@ -97,8 +97,8 @@ def test_missing_weights_are_replaced_by_random_ones():
 
 
 def test_a_network_whose_sizes_are_in_a_missing_file_is_refused():
-    spec = load_spec(
-        SPECS / "mnist-cohen-0.50.toml",
+    spec = load_named(
+        "mnist-cohen-0.50",
         ["compute.device=cpu", "denoiser.arch=dncnn", "denoiser.checkpoint=/nowhere/dncnn.pt"],
     )
     with pytest.raises(UserError, match=r"the sizes of this network follow from its file.* download the file"):
@@ -107,14 +107,14 @@ def test_a_network_whose_sizes_are_in_a_missing_file_is_refused():
 
 def test_random_images_are_on_the_grid_of_the_noise():
     """With smoothing.noise_grid the benchmark measures the f that certifies, so images off the grid are refused."""
-    spec = load_spec(SPECS / "cifar10-cohen-0.50.toml", ["compute.device=cpu", "smoothing.noise_grid=255"])
+    spec = load_named("cifar10-cohen-0.50", ["compute.device=cpu", "smoothing.noise_grid=255"])
     figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
     assert figures.random_images
     assert figures.agreement["literal"].equal == figures.agreement["literal"].draws
 
 
 def test_denoisers_that_the_published_algorithm_does_not_support_are_measured_without_it(caplog):
-    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu", "denoiser.steps=2"])
+    spec = load_named("mnist", ["compute.device=cpu", "denoiser.steps=2"])
     figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
     assert figures.pipeline_over_literal is None
     assert figures.agreement == {}
@@ -122,7 +122,7 @@ def test_denoisers_that_the_published_algorithm_does_not_support_are_measured_wi
 
 
 def test_figures_are_printed_as_text():
-    spec, text = load_spec(SPECS / "fashion-cohen-0.50.toml", ["compute.device=cpu"]), io.StringIO()
+    spec, text = load_named("fashion-cohen-0.50", ["compute.device=cpu"]), io.StringIO()
     figures = bench_speed(spec, batch_sizes=(8, 16), effort=QUICK, with_profile=True)
     assert not figures.random_images
     print_speed(figures, Console(file=text))
@@ -178,7 +178,7 @@ def test_overlapping_kernels_are_counted_once():
 
 
 def test_literal_scores_equal_those_of_f_and_each_draw_has_one_vote():
-    spec = load_spec(SPECS / "mnist.toml")
+    spec = load_named("mnist")
     data, f = open_dataset(spec.data), build_base_classifier(spec, "cpu")
     literal = Literal(spec, torch.device("cpu"), (1, 28, 28), 10)
     x = torch.from_numpy(np.stack([data[index].image_CHW for index in range(40)]))

@@ -19,7 +19,8 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
-from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.training.settings import load_training
 
@@ -133,7 +134,7 @@ def demo(tmp_path_factory, ray_session) -> Path:
     """A folder that holds a run of MNIST with three samples."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("fashion", "mnist", "mnist-cohen-0.50", "mnist-dds-0.50", "mnist-diffsmooth-0.50"):
-        shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', (SPECS / f"{name}.toml").read_text(), flags=re.M)
+        shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', SPECS.text(name), flags=re.M)
         # a file has priority over the shipped spec of the same name
         (folder / name).write_text(shorter.replace('device = "auto"', 'device = "cpu"'))
     with pytest.MonkeyPatch.context() as patch, original_signal_handlers():
