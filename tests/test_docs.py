@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
+from benchmarks.__main__ import main as laboratory
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.spec import load_spec
@@ -27,7 +28,7 @@ from diffsmooth.pipeline.training.settings import load_training
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 120
-PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "tests")
+PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "benchmarks", "examples", "tests")
 KINDS = {"bash", "python", "toml", "text"}
 
 
@@ -86,6 +87,8 @@ def test_every_command_parses(block):
         if words[0] == "diffsmooth" and not words[1].startswith("-"):
             command = main.commands[words[1]]
             command.make_context(f"diffsmooth {words[1]}", words[2:])  # raises for unknown options and invalid values
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            laboratory.commands[words[3]].make_context(words[3], words[4:])
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         elif block.runs:

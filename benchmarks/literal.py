@@ -1,4 +1,4 @@
-"""The published algorithm, implemented literally: what `diffsmooth bench` compares the pipeline with.
+"""The published algorithm, implemented literally: what `python -m benchmarks speed` compares the pipeline with.
 
 It is Cohen et al.'s certify with DiffSmooth's base classifier (Zhang et al. 2023, arXiv 2308.14333, Algorithm 1) on
 OpenAI's p_sample, in float32. Samples are processed one at a time. For each batch the timestep is embedded again, and

@@ -1,4 +1,4 @@
-"""`diffsmooth bench --sampling`: the draws that each sampling mode saves and what it loses, on simulated samples.
+"""`python -m benchmarks sampling`: the draws that each sampling mode saves and what it loses, on simulated samples.
 
 A population says how p_A is distributed over samples: by three invented laws, or by published logs. Votes are binomial
 counts from one random stream, so that all modes see the same samples. The cost is counted in draws, not in seconds.

@@ -1,4 +1,4 @@
-"""`diffsmooth bench --storage`: the cost of a run's storage: writing, listing, resuming, reading."""
+"""`python -m benchmarks storage`: the cost of a run's storage: writing, listing, resuming, reading."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsmooth.jobs.bench.memory import peak_memory
+from diffsmooth.jobs.speed import peak_memory
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.certify.sampling import Sampler

@@ -1,4 +1,4 @@
-"""`diffsmooth bench`: the driver's own time per task, with a base classifier that does nothing on a local Ray."""
+"""`python -m benchmarks driver`: the driver's own time per task, with a classifier that does nothing on a local Ray."""
 
 import io
 import tempfile
@@ -16,7 +16,7 @@ from PIL import Image
 from diffsmooth.cluster.driver import Cluster, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
-from diffsmooth.jobs.bench.memory import peak_memory
+from diffsmooth.jobs.speed import peak_memory
 from diffsmooth.pipeline.certify.orders import order_of
 from diffsmooth.pipeline.smoothing import weights_ids
 from diffsmooth.pipeline.spec import RunSpec, load_spec
@@ -84,7 +84,7 @@ def _make_spec(folder: Path, tasks: int) -> RunSpec:
         {
             "name": "bench",
             "data": {"name": "parquet", "path": str(data), "num_classes": 2},
-            "classifier": {"arch": "diffsmooth.jobs.bench.driver:nothing"},
+            "classifier": {"arch": "benchmarks.driver:nothing"},
             "smoothing": {"sigma": 1.0, "n0": _DRAWS, "n": _DRAWS * tasks, "block": lengths},
             "compute": {"device": "cpu"},
         }

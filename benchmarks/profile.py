@@ -1,4 +1,4 @@
-"""`diffsmooth bench SPEC --profile`: what the device does while votes are cast, by kind of kernel.
+"""`python -m benchmarks speed SPEC --profile`: what the device does while votes are cast, by kind of kernel.
 
 torch.profiler records the kernels of a GPU, or torch's operators on a CPU. The time that none of them explains is the
 launch gaps of a GPU, or Python and the code of a compiled f on a CPU. The traffic is what operators read and write if

@@ -7,7 +7,7 @@ below --trainings:
     for name in denoiser classifier-0.00 classifier-0.25 classifier-0.50 classifier-1.00
     do diffsmooth train fashion-$name
     done
-    python -m diffsmooth.jobs.pack_embedded fashion --output FOLDER [--trainings trainings]
+    python -m benchmarks.pack_embedded fashion --output FOLDER [--trainings trainings]
 """
 
 import argparse

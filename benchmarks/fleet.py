@@ -1,4 +1,4 @@
-"""`diffsmooth bench --simulate`: the cost of scheduling on spot GPUs, with the real Scheduler on a simulated clock.
+"""`python -m benchmarks fleet`: the cost of scheduling on spot GPUs, with the real Scheduler on a simulated clock.
 
 There is no I/O, no Ray and no model. A GPU computes the blocks of its task one after another and commits each when it
 is finished, so that a preempted GPU loses only its current block. The task is requeued, and the next GPU skips the
