@@ -106,8 +106,10 @@ def print_speed(figures: "SpeedFigures", console: Console) -> None:
 
 
 def _sentences(figures: "SpeedFigures") -> list[str]:
-    names = {"bare": "bare networks", "literal": "the published algorithm"}
-    lines = [f"pipeline over {names.get(name, name)}: {ratio:.3f}" for name, ratio in figures.pipeline_over.items()]
+    lines = [
+        f"pipeline over {'bare networks' if name == 'bare' else name}: {ratio:.3f}"
+        for name, ratio in figures.pipeline_over.items()
+    ]
     lines.append(f"warm-up of the pipeline: {figures.warm_up_seconds['pipeline']:.1f} s of wall time")
     if figures.share_of_peak is not None:
         lines.append(

@@ -138,7 +138,7 @@ def test_figures_are_printed_as_text():
     assert not figures.speed.random_images
     print_figures(figures, Console(file=text))
     assert "pipeline over bare networks" in text.getvalue()
-    assert "pipeline over the published algorithm" in text.getvalue()
+    assert "pipeline over literal: " in text.getvalue()
     assert "votes equal to those of literal: 60 of 60" in text.getvalue()
     for words in ("profile of 4 batches", "no operator runs", "convolution", "aten::"):
         assert words in text.getvalue()

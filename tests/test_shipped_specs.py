@@ -6,6 +6,8 @@ when every spec was a file of its own. A deliberate change of a value changes it
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,18 @@ def test_a_family_gives_one_text_for_each_sigma():
 
 
 def test_the_file_of_a_family_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="is a family of shipped specs; give the name of one of them"):
+    with pytest.raises(UserError, match="only shipped specs come in families with `sigmas`; give the name of one"):
         load_named(str(SPECS.folder / "mnist-cohen.toml"))
-    with pytest.raises(UserError, match="is a family of shipped trainings"):
+    with pytest.raises(UserError, match="only shipped trainings come in families"):
         load_named_training(str(TRAININGS.folder / "mnist-classifier.toml"))
+
+
+def test_a_spec_is_read_without_the_libraries_that_take_long_to_import():
+    code = (
+        "import sys; from diffsmooth.jobs.specs import load_named; load_named('cifar10-cohen-0.50'); "
+        "assert not {'torch', 'ray', 'pandas', 'numpy', 'boto3', 'requests'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_messages_name_a_shipped_spec_without_its_path():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.spec import RunSpec, load_spec
 from diffsmooth.pipeline.training.settings import TrainingSpec, load_training
 
@@ -86,8 +86,8 @@ def find_spec(name: str, shipped: Shipped = SPECS) -> Path | None:
         raise UserError(f"{name}: no such {shipped.kind}; give the path of a TOML file or a shipped name: {listed}")
     if "sigmas" in _tables(path):
         raise UserError(
-            f"{name} is a family of shipped {shipped.kind}s; give the name of one of them, or, in a copy, remove "
-            "`sigmas` and write a number for each {sigma}"
+            f"{name}: only shipped {shipped.kind}s come in families with `sigmas`; give the name of one of them, or "
+            "remove `sigmas` from a copy and write a number for each {sigma}"
         )
     return path
 
