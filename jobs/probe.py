@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffsmooth.cluster.allocation import cores
-from diffsmooth.pipeline.data.sets import Facts
+from diffsmooth.pipeline.data.entry import Facts
 from diffsmooth.pipeline.locations import EMBEDDED
 from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.weights import RANDOM

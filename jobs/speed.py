@@ -32,21 +32,14 @@ from torch import Tensor
 from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
 from diffsmooth.jobs.probe import with_weights_at_hand
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions, cast_votes, noisy_images
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
-from diffsmooth.pipeline.data.sets import EMBEDDED, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import DATASETS, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models.denoisers import DiffusionDenoiser
-from diffsmooth.pipeline.models.device import device_of
+from diffsmooth.pipeline.models.device import device_of, torch_settings
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import (
-    DTYPES,
-    BaseClassifier,
-    CastOptions,
-    base_classifier,
-    cast_votes,
-    check_base_classifier,
-    noisy_images,
-)
+from diffsmooth.pipeline.smoothing import DTYPES, BaseClassifier, base_classifier, resolve_networks
 from diffsmooth.pipeline.spec import RunSpec
 
 _BATCH_SIZES = {"cpu": (8, 16, 32, 64, 128, 256), "cuda": (64, 128, 256, 512, 1024, 2048, 4096)}
@@ -131,10 +124,10 @@ class Side:
 
     def rate(self, batch_size: int, batches: int, clock: Callable[[], float]) -> float:
         """Measure draws per second."""
-        allow_tf32(self.precision)
-        start = clock()
-        self.run(batch_size, batches)
-        return batch_size * batches / (clock() - start)
+        with torch_settings(self.precision):
+            start = clock()
+            self.run(batch_size, batches)
+            return batch_size * batches / (clock() - start)
 
     def tune(self, clock: Callable[[], float], batch_sizes: Sequence[int], seconds: float) -> None:
         """Measure ascending batch sizes until the rate falls or memory is exhausted."""
@@ -181,7 +174,7 @@ class Pipeline:
     def __init__(
         self, spec: RunSpec, *, threads: int = 1, f: BaseClassifier | None = None, cuda_graphs: bool = True
     ) -> None:
-        check_base_classifier(spec)
+        resolve_networks(spec)
         self.device, self.threads = device_of(spec), threads
         self.timed_by = "cpu" if self.device.type == "cpu" and threads == 1 else "wall"
         if self.device.type == "cpu":
@@ -245,8 +238,8 @@ class Pipeline:
             pass
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
-        allow_tf32(self.spec.smoothing.precision)
-        return self.f(x_BCHW)
+        with torch_settings(self.spec.smoothing.precision):
+            return self.f(x_BCHW)
 
     def agreement(self, others: Callable[[Tensor], Tensor], batch_size: int, least_draws: int) -> Agreement:
         """Compare with the scores of another f on the same noise; the draws are spread over the samples."""
@@ -341,11 +334,6 @@ def _alternate(
     return rounds, memory
 
 
-def allow_tf32(precision: str) -> None:
-    """Set what torch knows once per process, although what is compared needs different settings."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
 def peak_memory() -> int:
     """The largest resident size of this process since its start, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -364,18 +352,18 @@ def _peak(ours: Pipeline) -> float:
     times: list[float] = []
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(DTYPES[precision])
-    allow_tf32(precision)
-    while len(times) < 20 and sum(times) < 1.0:  # some CPUs need seconds for one in bf16
-        start = ours.clock()
-        a @ a
-        times.append(ours.clock() - start)
+    with torch_settings(precision):
+        while len(times) < 20 and sum(times) < 1.0:  # some CPUs need seconds for one in bf16
+            start = ours.clock()
+            a @ a
+            times.append(ours.clock() - start)
     return 2 * side**3 / min(times)
 
 
 def _samples(spec: RunSpec) -> tuple[dict[int, Sample], int, bool]:
     """Return some samples, the number of classes, and whether the samples are random because the data are missing."""
     facts, path, grid = known_facts(spec.data), spec.data.path, spec.smoothing.noise_grid
-    missing = spec.data.name not in EMBEDDED if path is None else not os.path.exists(path)
+    missing = not DATASETS[spec.data.name].embedded if path is None else not os.path.exists(path)
     if facts is not None and missing:
         generator = np.random.Generator(np.random.Philox(0))
         images = generator.random((_IMAGES, *facts.shape_CHW), dtype=np.float32)

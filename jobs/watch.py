@@ -21,7 +21,8 @@ from diffsmooth.cluster.worker import CleanAccuracy
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.hooks import tell_progress
 from diffsmooth.pipeline.block import STAGES
-from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound, top_class
+from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
+from diffsmooth.pipeline.certify.certificates import top_class
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.results import stored as results
 from diffsmooth.pipeline.storage.store import Store
@@ -168,14 +169,14 @@ class OrderTally:
         self._samples = 0
 
     def describe(self) -> str:
-        if not self._samples or self._order.certificate == "predict":
+        if not self._samples or not self._order.kind.has_radius:
             return ""
         at = [f"{100 * count / self._samples:.0f}% at r={radius:g}" for radius, count in self._certified.items()]
         return f"certified {', '.join(at)} ({self._samples} samples)"
 
     def add(self, new: Votes) -> None:
         order, sample = self._order, new.block.sample
-        if order.mode != "fixed" or order.certificate == "cost":
+        if order.mode != "fixed" or not order.kind.claims_label:
             return
         self._counts[sample, new.block.stage].update(new.counts)
         selection, estimation = (self._counts[sample, stage] for stage in STAGES)

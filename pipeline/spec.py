@@ -319,10 +319,13 @@ class Smoothing(SmoothingIdentity):
         return self.n0 if stage == "selection" else self.n
 
 
+SamplingMode = Literal["fixed", "planned", "grid"]
+
+
 class Sampling(Record):
     """The table [sampling]: which of the n draws of a sample are cast."""
 
-    mode: Literal["fixed", "planned", "grid"] = "fixed"
+    mode: SamplingMode = "fixed"
     skip_wrong: bool = False  # no estimation if the selected class is not the label
     max_acr_loss: float | None = Field(default=None, gt=0, lt=1)  # planned: share of the ACR that may be lost
     radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)  # grid, pixels in [0, 1]

@@ -155,7 +155,6 @@ def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
 
     store = open_store(str(home))
     run = describe_run(spec, weights_ids(spec), open_dataset(spec.data).num_classes)
-    store.prepare()
     claim_run(store, run)
     order = order_of(spec, range(samples))
     name = place_order(store, order)

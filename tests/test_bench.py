@@ -20,7 +20,7 @@ from benchmarks.suite import SUITES, print_suite, run_suite
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.speed import Effort, Pipeline
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.smoothing import build_base_classifier

