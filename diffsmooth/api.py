@@ -19,7 +19,7 @@ from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
 from diffsmooth.jobs.in_process import Model, Settings, attack_in_process, certify_in_process
 from diffsmooth.jobs.report import report
-from diffsmooth.jobs.specs import find_spec, home_of, load_shipped
+from diffsmooth.jobs.specs import home_of, load_shipped, read_named
 from diffsmooth.jobs.watch import ClusterOptions
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
 from diffsmooth.pipeline.certify.compare import Comparison
@@ -28,7 +28,6 @@ from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun
 from diffsmooth.pipeline.spec import RunSpec
-from diffsmooth.pipeline.spec import load_spec as load_spec_file
 from diffsmooth.pipeline.votes.blocks import to_table
 
 
@@ -256,7 +255,7 @@ def load_spec(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
 
     Raises: UserError.
     """
-    return load_spec_file(find_spec(path_or_name), overrides)
+    return read_named(path_or_name, overrides)
 
 
 class OpenRun:

@@ -13,20 +13,19 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training
+from diffsmooth.jobs.bench import bench
+from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training, load_shipped
 from diffsmooth.pipeline.certify.kinds import CASCADE, KINDS, OF_ORDERS, TOP
 from diffsmooth.pipeline.certify.units import UNITS
 from diffsmooth.pipeline.errors import RunError, Stopped, UserError, printable, redacted
 from diffsmooth.pipeline.show.tables import FORMATS
-from diffsmooth.pipeline.spec import RunSpec, load_spec
+from diffsmooth.pipeline.spec import RunSpec
 
 
 class _Main(click.Group):
@@ -92,7 +91,7 @@ def main() -> None:
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
     """The names of the shipped specs, then files."""
-    names = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem.startswith(typed))
+    names = [name for name in SPECS.names() if name.startswith(typed)]
     return [*map(CompletionItem, names), *([] if names else [CompletionItem(typed, type="file")])]
 
 
@@ -472,10 +471,13 @@ def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) ->
     """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
     from diffsmooth.pipeline.results.stored import StoredRun
 
-    name = spec_name or StoredRun.open(run).run.name
-    if spec_name is None and not (SPECS / f"{name}.toml").is_file():
+    if spec_name:
+        return load_named(spec_name, overrides)
+    name = StoredRun.open(run).run.name
+    shipped = load_shipped(name, overrides)
+    if shipped is None:
         raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
-    return load_named(name, overrides) if spec_name else load_spec(SPECS / f"{name}.toml", overrides)
+    return shipped
 
 
 @main.command()
@@ -564,7 +566,6 @@ def report(
     diffsmooth report runs/mnist-*-0.50 --output mnist.html
     """
     from diffsmooth.jobs import report as command
-    from diffsmooth.jobs.specs import load_shipped
 
     loaded = [load_named(name, overrides) for name in specs]
     complete = command.report(sources, specs=loaded, shipped=load_shipped, output=output, **options)
@@ -663,149 +664,7 @@ def plan(
         planning.print_plans(plans, Console())
 
 
-@main.command()
-@click.argument("spec", required=False)
-@click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu.")
-@_SET
-@click.option(
-    "--batch-size", "sizes", multiple=True, type=click.IntRange(min=1), help="Batch size to try. Can be repeated."
-)
-@click.option(
-    "--precision",
-    "precisions",
-    multiple=True,
-    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
-    help="Further precision to measure. Can be repeated.",
-)
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of a CPU.")
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Rounds; each side is measured once per round.",
-)
-@click.option(
-    "--draws", type=click.IntRange(min=1), default=200, show_default=True, help="Draws on which votes are compared."
-)
-@click.option("--profile", is_flag=True, help="With SPEC: also measure what the device does, by kind of kernel.")
-@click.option(
-    "--tasks",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Without SPEC: number of tasks to schedule.",
-)
-@click.option("--simulate", is_flag=True, help="Simulate ImageNet on 8 to 1,024 spot GPUs, without Ray.")
-@click.option("--sampling", is_flag=True, help="Simulate how many draws the sampling modes save.")
-@click.option(
-    "--log",
-    "logs",
-    type=(str, float, int, float),
-    multiple=True,
-    metavar="FILE SIGMA N ALPHA",
-    help="With --sampling: samples of a log in Cohen's layout, instead of invented ones.",
-)
-@click.option("--suite", type=click.Choice(["gpu", "cpu"]), help="Measure several networks, in under 9 minutes.")
-@click.option("--output", metavar="FILE", help="With --suite: also write all figures as JSON.")
-@click.option("--storage", metavar="URI", help="Write blocks below URI, and time listing, resuming and reading.")
-@click.option(
-    "--blocks", type=click.IntRange(min=1), default=10_000, show_default=True, help="Number of blocks for --storage."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")
-def bench(spec: str | None, as_json: bool, **options: Any) -> None:
-    """Measure the speed of SPEC against its bare networks and the published algorithm, and compare their votes.
-
-    Without SPEC, measure the driver's own time per task on a local Ray, with a base classifier that does nothing.
-
-    \b
-    diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
-    diffsmooth bench --suite gpu --output gpu.json
-    diffsmooth bench --storage s3://BUCKET/bench --blocks 100000
-    """
-    others = [f"--{name}" for name in ("simulate", "sampling", "suite", "storage") if options[name]]
-    if len(chosen := [*([] if spec is None else [spec]), *others]) > 1:
-        raise UserError(f"{' and '.join(chosen)} are separate benchmarks; choose one")
-    suite, output = options.pop("suite"), options.pop("output")
-    if output is not None and suite is None:
-        raise UserError(f"--output {output} belongs to --suite; add --suite gpu, or use --json")
-    if options["logs"] and not options["sampling"]:
-        raise UserError(f"--log {options['logs'][0][0]} belongs to --sampling; add --sampling")
-    if suite is not None:
-        _bench_suite(suite, output, as_json, options["overrides"])
-        return
-    if spec is not None:
-        _bench_spec(spec, as_json, **options)
-        return
-    costs, text = _bench_part(**options)
-    rows = [asdict(cost) for cost in costs] if isinstance(costs, list) else asdict(costs)
-    click.echo(json.dumps(rows, indent=2) if as_json else text)
-
-
-def _bench_spec(spec: str, as_json: bool, *, cpu: bool, overrides: tuple[str, ...], **options: Any) -> None:
-    from rich.console import Console
-
-    from diffsmooth.jobs.bench.speed import Effort, bench_speed, print_speed
-
-    figures = bench_speed(
-        load_named(spec, (*overrides, "compute.device=cpu") if cpu else overrides),
-        batch_sizes=options["sizes"],
-        precisions=options["precisions"],
-        threads=options["threads"],
-        effort=Effort(rounds=options["rounds"], agreement_draws=options["draws"]),
-        with_profile=options["profile"],
-    )
-    if as_json:
-        click.echo(json.dumps(figures.to_json(), indent=2))
-    else:
-        print_speed(figures, Console())
-
-
-def _bench_suite(name: str, output: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
-    from rich.console import Console
-
-    from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
-    from diffsmooth.jobs.console import note
-    from diffsmooth.jobs.places import writing
-
-    with ExitStack() as stack:
-        path = None if output is None else Path(stack.enter_context(writing("--output", output)))
-        if path is not None:
-            path.touch()  # a path that cannot be written is refused now
-        settings = SUITES[name].settings(overrides)
-        figures = run_suite(settings, on_row=lambda row: note(f"{row.title}: {row.reason or 'measured'}"))
-        text = json.dumps(figures.to_json(), indent=2)
-        if path is not None:
-            path.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        click.echo(text)
-    else:
-        print_suite(figures, Console())
-
-
-def _bench_part(
-    *,
-    simulate: bool,
-    sampling: bool,
-    storage: str | None,
-    logs: tuple[tuple[str, float, int, float], ...],
-    **options: Any,
-) -> tuple[Any, str]:
-    """The costs of one part of the system, and the same in words."""
-    from diffsmooth.jobs.bench.driver import bench_driver
-    from diffsmooth.jobs.bench.fleet import bench_simulation, describe_simulation
-    from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
-    from diffsmooth.jobs.bench.storage import bench_storage
-
-    if sampling:
-        populations = [population_of_log(*log) for log in logs] or INVENTED
-        modes = [cost for n in (10_000, 100_000) for cost in simulate_modes(n, populations)]
-        return modes, describe_modes(modes)
-    if simulate:
-        fleets = bench_simulation()
-        return fleets, describe_simulation(fleets)
-    cost = bench_storage(storage, options["blocks"]) if storage else bench_driver(options["tasks"])
-    return cost, cost.describe()
+main.add_command(bench)
 
 
 @main.command()
@@ -854,8 +713,7 @@ def submit(
     options += [] if memory_gb is None else [f"--memory={memory_gb:g}"]
     options += [] if batch_size is None else [f"--batch-size={batch_size}"]
     options += ["--cpu"] if cpu else []
-    files = [(name, find_spec(name)) for name in specs]
-    named = [submission.SpecFile(name, file, file.parent == SPECS and file != Path(name)) for name, file in files]
+    named = [submission.NamedSpec(name, find_spec(name)) for name in specs]
     request = submission.Submission(specs=named, out=out, shared=shared, overrides=overrides, options=options, env=env)
     server, submitted = submission.submit(address, request, confirm=_ask_unless(yes))
     for line in submission.how_to(server, submitted.submission_id):

@@ -11,7 +11,7 @@ import torch
 from diffsmooth.cluster.allocation import cores
 from diffsmooth.pipeline.data.entry import Facts
 from diffsmooth.pipeline.locations import EMBEDDED
-from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.weights import RANDOM
 from diffsmooth.pipeline.smoothing import base_classifier
 from diffsmooth.pipeline.spec import RunSpec

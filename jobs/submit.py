@@ -33,7 +33,8 @@ from diffsmooth.jobs.plan import warn_of_cost
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.errors import RunError, UserError, one_line, redacted
 from diffsmooth.pipeline.locations import in_store, is_relative, is_remote, shown
-from diffsmooth.pipeline.models.own import imported_names, is_own
+from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.own import imported_names
 from diffsmooth.pipeline.spec import LOCATIONS, RunSpec, locations_in
 
 logger = logging.getLogger(__name__)
@@ -50,19 +51,18 @@ _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to
 _DASHBOARD = "give the address of the dashboard, by default port 8265 of the head"
 
 
-class SpecFile(NamedTuple):
-    """A spec as it was named, its file, and whether it ships with the package and therefore need not be sent."""
+class NamedSpec(NamedTuple):
+    """A spec as it was named, and its file; one that ships with the package has none, and is not sent."""
 
     name: str
-    file: Path
-    shipped: bool
+    file: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
     """A request to certify on a cluster; `options` are flags of `diffsmooth certify` that are passed on unchanged."""
 
-    specs: Sequence[SpecFile]
+    specs: Sequence[NamedSpec]
     out: str | None
     shared: bool = False  # whether `out` is a folder that all nodes share
     overrides: Sequence[str] = ()
@@ -184,7 +184,7 @@ def submit(
 
     Raises: UserError, RunError.
     """
-    specs = [load_named(str(one.file), submission.overrides) for one in submission.specs]
+    specs = [load_named(one.name, submission.overrides) for one in submission.specs]
     _refuse_secrets(submission)
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
@@ -199,7 +199,7 @@ def submit(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sent = [
-            one.name if one.shipped else _ship_spec(one.file, spec.name, folder, here)
+            one.name if one.file is None else _ship_spec(one.file, spec.name, folder, here)
             for one, spec in zip(submission.specs, specs, strict=True)
         ]
         _ship_own_functions(specs, folder)
@@ -218,8 +218,8 @@ def _refuse_secrets(submission: Submission) -> None:
     and shows them to everyone who may read its dashboard."""
     sent = [("--set", override) for override in submission.overrides]
     sent += [("--out", submission.out or "")]
-    for one in submission.specs:
-        raw = tomllib.loads(one.file.read_text(encoding="utf-8"))
+    for file in (one.file for one in submission.specs if one.file):
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
         sent += [(name, table[key]) for name, table, key in locations_in(raw)]
     for name, text in sent:
         if redacted(text) != text:

@@ -24,6 +24,7 @@ import requests
 from click.testing import CliRunner
 
 import diffsmooth.cluster.cast
+from benchmarks.driver import bench_driver
 from diffsmooth.cluster.cast import Cluster
 from diffsmooth.jobs.analyze import Request, analyze
 from diffsmooth.jobs.certify import Options, certify_all
@@ -358,8 +359,6 @@ def test_stop_signals_end_gracefully(slow, number, status, own_ray):
 
 
 def test_bench_counts_every_task():
-    from diffsmooth.jobs.bench.driver import bench_driver
-
     cost = bench_driver(20)
     assert cost.draws == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
     assert cost.tasks >= 21
