@@ -386,15 +386,17 @@ def audit(
     \b
     diffsmooth audit runs/mnist --spec mnist --share 0.05
     """
-    from diffsmooth.jobs import audit as command
+    from diffsmooth.pipeline.audit.files import Published
+    from diffsmooth.pipeline.audit.redraw import Effort
+    from diffsmooth.pipeline.audit.redraw import audit as audit_run
 
-    how = command.Effort(**effort)
+    how = Effort(**effort)
     if spec_name is None and (how.blocks or overrides):
         given = f"--blocks {how.blocks}" if how.blocks else f"--set {overrides[0]}"
         raise UserError(f"{given} needs the spec of the run, which says where data and weights are; add --spec SPEC")
     spec = load_named(spec_name, overrides) if spec_name else None
-    published = command.Published(commitment=commitment, root=root, signers=signers)
-    found = command.audit(run, spec=spec, effort=how, published=published)
+    published = Published(commitment=commitment, root=root, signers=signers)
+    found = audit_run(run, spec=spec, effort=how, published=published)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else printable(str(found)), nl=as_json)
     sys.exit(1 if found.findings else 0)
 

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "certify": "records spec storage votes",
     "attack": "certify data models noise records smoothing storage votes",
     "results": "attack certify records storage votes",
+    "audit": "attack certify data models noise results smoothing spec storage votes",
     "training": "data models records spec storage",
     "show": "attack certify data noise records results smoothing spec votes",
 }
@@ -34,6 +35,7 @@ TORCH = {
     "pipeline.models",
     "pipeline.attack.search",
     "pipeline.attack.foreign",
+    "pipeline.audit.redraw",
     "pipeline.training",
     "pipeline.show.gallery",  # draws the images at each step of f
 }
@@ -43,7 +45,6 @@ COMMANDS = {
     for name in (
         "analyze",
         "attack",
-        "audit",
         "certify",
         "compare",
         "curve",
