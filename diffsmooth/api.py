@@ -13,8 +13,6 @@ from diffsmooth.jobs.analyze import Request
 from diffsmooth.jobs.analyze import analyze as analyze_run
 from diffsmooth.jobs.attack import Attacked, attack_run
 from diffsmooth.jobs.attack import Request as AttackRequest
-from diffsmooth.jobs.cascade import Cascade, write_cascade
-from diffsmooth.jobs.cascade import cascade as cascade_of
 from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
 from diffsmooth.jobs.in_process import Model, Settings, attack_in_process, certify_in_process
@@ -27,6 +25,8 @@ from diffsmooth.pipeline.certify.curve import Curve
 from diffsmooth.pipeline.certify.orders import Certificate
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
+from diffsmooth.pipeline.results.cascades import Cascade, write_cascade
+from diffsmooth.pipeline.results.cascades import cascade as cascade_of
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun
 from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.spec import load_spec as load_spec_file

@@ -318,8 +318,9 @@ def analyze(runs: tuple[str, ...], out: str | None, export_tsv: str | None, as_j
 def _analyze_cascade(
     runs: tuple[str, ...], out: str, export_tsv: str | None, as_json: bool, *, costly: str | None, **request: Any
 ) -> None:
-    from diffsmooth.jobs.cascade import cascade, print_cascade, write_cascade
+    from diffsmooth.jobs.cascade import print_cascade
     from diffsmooth.jobs.places import writing
+    from diffsmooth.pipeline.results.cascades import cascade, write_cascade
     from diffsmooth.pipeline.show.logs import write_log
 
     if costly:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from diffsmooth.jobs.cascade import cascade
 from diffsmooth.jobs.places import (
     images_of,
     is_log,
@@ -22,6 +21,7 @@ from diffsmooth.pipeline.certify.cascade import CASCADE
 from diffsmooth.pipeline.certify.curve import Curve, plot
 from diffsmooth.pipeline.certify.units import converted
 from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.cascades import cascade
 from diffsmooth.pipeline.results.stored import comparison_notes
 from diffsmooth.pipeline.show.tables import ENVELOPE, render
 

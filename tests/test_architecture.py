@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "votes": "records spec storage",
     "certify": "records spec storage votes",
     "attack": "certify data models noise records smoothing storage votes",
-    "results": "attack certify records storage votes",
+    "results": "attack certify records spec storage votes",
     "audit": "attack certify data models noise results smoothing spec storage votes",
     "training": "data models records spec storage",
     "show": "attack certify data noise records results smoothing spec votes",
