@@ -25,7 +25,7 @@ from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, R
 from ray.util.metrics import Counter, Histogram
 
 from diffsmooth.cluster import compiled
-from diffsmooth.cluster.allocation import address_of_symmetric_run, cores
+from diffsmooth.cluster.allocation import address_of_symmetric_run
 from diffsmooth.cluster.attacker import load_worker
 from diffsmooth.cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
 from diffsmooth.cluster.scheduler import Scheduler, SetAside
@@ -33,7 +33,7 @@ from diffsmooth.cluster.worker import CleanAccuracy, Progress, Receipt, Setup, W
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.sampling import Sampler
 from diffsmooth.pipeline.errors import RunError, Stopped, UserError, first_line
-from diffsmooth.pipeline.models.device import available_device, computes, device_of
+from diffsmooth.pipeline.models.device import available_device, computes, cores, device_of
 from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from diffsmooth.cluster.attacker import block_of
 from diffsmooth.cluster.driver import Outcome, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
-from diffsmooth.jobs.plan import warn_of_cost
+from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.watch import ClusterOptions, Watch, stop_on_signals
 from diffsmooth.pipeline.attack.foreign import attack_code
 from diffsmooth.pipeline.attack.gap import Attacks, Gap, Robustness, gap_of, robustness

@@ -11,8 +11,8 @@ from diffsmooth.cluster.driver import Outcome, Work, check_device
 from diffsmooth.cluster.scheduler import Part, Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.console import note, print_order
+from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.hooks import tell_result
-from diffsmooth.jobs.plan import warn_of_cost
 from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.certificates import least_certifying_n

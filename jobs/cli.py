@@ -646,16 +646,18 @@ def plan(
     """
     from rich.console import Console
 
-    from diffsmooth.jobs import plan as planning
-    from diffsmooth.jobs.plan_training import plan_training
+    from diffsmooth.jobs.plan import parse_gpus, print_plans
+    from diffsmooth.pipeline.cost.flops import Estimate, attack_passes
+    from diffsmooth.pipeline.cost.flops import plan as plan_spec
+    from diffsmooth.pipeline.cost.training import plan_training
 
-    prices = planning.parse_gpus(gpus)
-    passes = planning.attack_passes() if of_attack else None
-    plans: list[planning.Estimate] = []
+    prices = parse_gpus(gpus)
+    passes = attack_passes() if of_attack else None
+    plans: list[Estimate] = []
     for name in specs:
         if not is_training(name):
             spec = load_named(name, overrides)
-            plans.append(planning.plan(spec, prices=prices, utilization=utilization, passes=passes, probe=probe))
+            plans.append(plan_spec(spec, prices=prices, utilization=utilization, passes=passes, probe=probe))
         elif of_attack:
             raise UserError(f"--attack does not apply to {name}, which is a training; remove one of them")
         else:
@@ -664,7 +666,7 @@ def plan(
     if as_json:
         click.echo(json.dumps([one.to_json() for one in plans], indent=2))
     else:
-        planning.print_plans(plans, Console())
+        print_plans(plans, Console())
 
 
 @main.command()

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from diffsmooth.jobs.plan import warn_of_cost
+from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.errors import RunError, UserError, one_line, redacted
 from diffsmooth.pipeline.locations import in_store, is_relative, is_remote, shown

@@ -370,7 +370,7 @@ def test_the_help_of_every_command_has_an_example():
 
 
 def test_expensive_orders_cause_a_warning():
-    from diffsmooth.jobs.plan import warn_of_cost
+    from diffsmooth.jobs.costs import warn_of_cost
 
     names = ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50")
     expensive, cheap = (load_spec(SPECS / f"{name}.toml") for name in names)

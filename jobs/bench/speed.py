@@ -35,9 +35,9 @@ from torch import Tensor
 from diffsmooth.jobs.bench.literal import Literal
 from diffsmooth.jobs.bench.memory import peak_memory
 from diffsmooth.jobs.bench.profile import Profile, profile
-from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
-from diffsmooth.jobs.probe import with_weights_at_hand
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.cost.flops import FlopsPerDraw, flops_per_draw, in_gflop
+from diffsmooth.pipeline.cost.probe import with_weights_at_hand
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.data.sets import EMBEDDED, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line

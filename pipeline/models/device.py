@@ -1,6 +1,7 @@
 """The device that runs the networks: how it is chosen, and which facts about it can change a vote."""
 
 import contextlib
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -76,3 +77,8 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
