@@ -11,8 +11,7 @@ from torch import Tensor
 
 from diffsmooth.jobs.analyze import Request
 from diffsmooth.jobs.analyze import analyze as analyze_run
-from diffsmooth.jobs.attack import Attacked, attack_run
-from diffsmooth.jobs.attack import Request as AttackRequest
+from diffsmooth.jobs.attack import attack_run
 from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
 from diffsmooth.jobs.in_process import Model, Settings, attack_in_process, certify_in_process
@@ -20,11 +19,13 @@ from diffsmooth.jobs.report import report
 from diffsmooth.jobs.specs import find_spec, home_of, load_shipped
 from diffsmooth.jobs.watch import ClusterOptions
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
+from diffsmooth.pipeline.attack.request import AttackRequest
 from diffsmooth.pipeline.certify.compare import Comparison
 from diffsmooth.pipeline.certify.curve import Curve
 from diffsmooth.pipeline.certify.orders import Certificate
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
+from diffsmooth.pipeline.results.attacked import Attacked
 from diffsmooth.pipeline.results.cascades import Cascade, write_cascade
 from diffsmooth.pipeline.results.cascades import cascade as cascade_of
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun

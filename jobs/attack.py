@@ -4,11 +4,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pandas as pd
-from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,82 +17,18 @@ from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.watch import ClusterOptions, Watch, stop_on_signals
-from diffsmooth.pipeline.attack.foreign import attack_code
-from diffsmooth.pipeline.attack.gap import Attacks, Gap, Robustness, gap_of, robustness
-from diffsmooth.pipeline.attack.record import (
-    FOLDER,
-    Attack,
-    AttackedSample,
-    attacked,
-    claim_attack,
-    read_samples,
-    table_of,
-    write_table,
-)
-from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.attack.gap import Gap, Robustness
+from diffsmooth.pipeline.attack.record import FOLDER, Attack, attacked, claim_attack
+from diffsmooth.pipeline.attack.request import AttackRequest, attack_of
+from diffsmooth.pipeline.data.sets import dataset_id, open_dataset
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.records import first_problem
+from diffsmooth.pipeline.results.attacked import Attacked, chosen_samples, default_alpha, finish
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
 from diffsmooth.pipeline.spec import RunSpec, votes_id
 from diffsmooth.pipeline.votes.blocks import Votes
-from diffsmooth.pipeline.votes.run import Run
 
 logger = logging.getLogger(__name__)
-
-_LADDER = 8.0  # the largest default eps, in sigma
-_HALVINGS = 5  # default eps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to attack with; the fields are the options of the command, None for its default."""
-
-    attack: str = "pgd"
-    eps: Sequence[float] = ()
-    samples: str | None = None
-    refine: int | None = None
-    steps: int | None = None
-    draws: int | None = None
-    restarts: int | None = None
-    n0: int | None = None
-    n: int | None = None
-    alpha: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attacked:
-    """An attack on a run after a call."""
-
-    run_uri: str
-    attack: Attack
-    wanted: list[int]  # samples that this call asked for
-    samples: list[AttackedSample]  # all that are finished
-    table: pd.DataFrame  # columns as in `diffsmooth.pipeline.attack.record.TABLE_COLUMNS`
-    gap: Gap | None  # None if the run has no certificates
-    robustness: list[Robustness]
-    seconds: float  # of this call's search, on the cluster
-
-    @property
-    def complete(self) -> bool:
-        return set(self.wanted) <= {one.sample for one in self.samples}
-
-    def to_json(self) -> dict[str, Any]:
-        gap = self.gap
-        rows = self.table.replace({math.inf: None}).to_dict("records")
-        return {
-            "run": self.run_uri,
-            "attack": self.attack.id,
-            "settings": self.attack.model_dump(mode="json"),
-            "complete": self.complete,
-            "seconds": round(self.seconds, 2),
-            "samples": rows,
-            "contradictions": None if gap is None else gap.contradictions,
-            "chance": None if gap is None else gap.chance,
-            "robustness": [asdict(one) for one in self.robustness],
-        }
 
 
 class _Ready(NamedTuple):
@@ -111,7 +44,7 @@ class _Ready(NamedTuple):
 def attack_run(
     run_uri: str,
     spec: RunSpec,
-    request: Request,
+    request: AttackRequest,
     options: ClusterOptions,
     confirm: Callable[[str], None] = logger.warning,
 ) -> Attacked:
@@ -137,7 +70,7 @@ def attack_run(
     return found
 
 
-def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
+def _prepare(run_uri: str, spec: RunSpec, request: AttackRequest) -> _Ready:
     """Check everything, and store the settings."""
     stored = StoredRun.open(run_uri)
     run, store = stored.run, stored.store
@@ -152,55 +85,11 @@ def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
             "data set"
         )
     wanted = chosen_samples(stored, request.samples, data)
-    attack = settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
+    attack = attack_of(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
     store.prepare()
     claim_attack(store, attack)
     done = set(attacked(store, attack))
     return _Ready(stored, seeded, attack, wanted, [sample for sample in wanted if sample not in done])
-
-
-def default_alpha(stored: StoredRun) -> float:
-    """The alpha of the first order that has radii; 0.001 if there is none."""
-    orders = [order for order in stored.orders.values() if order.certificate != "predict"]
-    return orders[0].total_alpha if orders else 0.001
-
-
-def settings(request: Request, run: Run, *, alpha: float, pixels: int) -> Attack:
-    """The attack that a request describes, for images of so many values. Raises: UserError for impossible values."""
-    reach = math.sqrt(pixels)
-    for eps in request.eps:
-        if not 0 < eps <= reach:
-            raise UserError(
-                f"--eps {eps:g} must be above 0 and at most {math.floor(1000 * reach) / 1000:g}, the distance of "
-                "opposite corners of the image space"
-            )
-    largest = min(_LADDER * run.sigma, reach)
-    ladder = sorted(set(request.eps), reverse=True) or [largest / 2**step for step in range(_HALVINGS)]
-    given = {
-        name: value
-        for name in ("refine", "steps", "draws", "restarts", "n0", "n", "seed")
-        if (value := getattr(request, name)) is not None
-    }
-    code = attack_code(request.attack)
-    level = alpha if request.alpha is None else request.alpha
-    try:
-        return Attack(attack=request.attack, eps=ladder, alpha=level, votes_id=run.votes_id, code=code, **given)
-    except ValidationError as error:
-        raise UserError(f"--{first_problem(error)}; choose another value") from None
-
-
-def chosen_samples(stored: StoredRun, samples: str | None, data: Dataset) -> list[int]:
-    """The samples to attack: those of --samples, or of the first order. Raises: UserError if one has no label."""
-    if samples is not None:
-        wanted = list(sample_indices(samples, len(data), "--samples"))
-    else:
-        first = next(iter(stored.orders.values()), None)
-        wanted = list(first.samples) if first else []
-    if not wanted:
-        raise UserError(f"{stored.store.uri} has no order; choose samples with --samples START:STOP:STEP")
-    if data[wanted[0]].label == UNLABELLED:
-        raise UserError(f"sample {wanted[0]} has no label, and an attack needs one; use a labelled data set")
-    return wanted
 
 
 def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
@@ -231,36 +120,6 @@ class _Tally:
 
     def describe(self) -> str:
         return f"{self._samples} samples, {self._wrong} proven wrong within the largest eps" if self._samples else ""
-
-
-def finish(stored: StoredRun, attack: Attack, wanted: Sequence[int], seconds: float = 0.0) -> Attacked:
-    """Read all finished samples of an attack, and write its table."""
-    samples = read_samples(stored.store, stored.run, attack)
-    table = table_of(samples, attack)
-    write_table(stored.store, attack, table)
-    return Attacked(
-        run_uri=stored.store.uri,
-        attack=attack,
-        wanted=list(wanted),
-        samples=samples,
-        table=table,
-        gap=_gap(stored, attack, samples),
-        robustness=robustness(samples, attack),
-        seconds=seconds,
-    )
-
-
-def _gap(stored: StoredRun, attack: Attack, samples: Sequence[AttackedSample]) -> Gap | None:
-    """The certificates of the first order beside this attack."""
-    orders = [name for name, order in stored.orders.items() if order.certificate != "predict"]
-    if not orders:
-        return None
-    wanted = {one.sample for one in samples}
-    blocks = [block for block in stored.committed() if block.sample in wanted]
-    certificates = stored.certificates(stored.votes(blocks), orders[0])
-    rows = certificates[certificates["sample"].isin(wanted)]
-    attacks = Attacks(settings={attack.id: attack}, samples={attack.id: samples})
-    return gap_of(rows, attacks, stored.orders[orders[0]].total_alpha)
 
 
 def print_attack(found: Attacked, console: Console) -> None:

@@ -452,8 +452,9 @@ def attack(
     diffsmooth attack runs/mnist --samples 0:10
     diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
     """
-    from diffsmooth.jobs.attack import Request, attack_run
+    from diffsmooth.jobs.attack import attack_run
     from diffsmooth.jobs.watch import ClusterOptions
+    from diffsmooth.pipeline.attack.request import AttackRequest
 
     if given["verbose"]:
         logging.getLogger().setLevel(logging.INFO)
@@ -462,7 +463,7 @@ def attack(
     how = {name: given.pop(name) for name in _CLUSTER_OPTIONS}
     options = ClusterOptions(**{**how, "quiet": how["quiet"] or as_json})
     try:
-        found = attack_run(run, spec, Request(**given), options, confirm=_ask_unless(yes))
+        found = attack_run(run, spec, AttackRequest(**given), options, confirm=_ask_unless(yes))
     except Stopped as stopped:
         click.echo("diffsmooth: stopped; run the same command to resume", err=True)
         sys.exit(128 + stopped.signal)

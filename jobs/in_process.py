@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from diffsmooth.cluster.attacker import Attacker, block_of
 from diffsmooth.cluster.worker import Setup, Worker
-from diffsmooth.jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
-from diffsmooth.jobs.attack import settings as attack_settings
 from diffsmooth.jobs.certify import warn_of_settings
 from diffsmooth.jobs.watch import progress_bar
 from diffsmooth.pipeline.attack.record import attacked, claim_attack
+from diffsmooth.pipeline.attack.request import AttackRequest, attack_of
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.orders import order_of
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.denoisers import Denoiser
 from diffsmooth.pipeline.noise import local_noise
+from diffsmooth.pipeline.results.attacked import Attacked, chosen_samples, default_alpha, finish
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.smoothing import BaseClassifier, check_function, check_networks
 from diffsmooth.pipeline.spec import MOST_CLASSES, RunSpec, load_spec
@@ -178,7 +178,7 @@ def _check_images(stored: StoredRun, committed: Iterable[Block], data: MemoryIma
 
 
 def attack_in_process(
-    model: Model, images: Any, labels: Any, settings: Settings, request: Request, certified: StoredRun | None
+    model: Model, images: Any, labels: Any, settings: Settings, request: AttackRequest, certified: StoredRun | None
 ) -> Attacked:
     """Attack the images in this process, in the run `certified` of the same model and images, or in a new one.
 
@@ -198,7 +198,7 @@ def attack_in_process(
         stored = StoredRun(store)
         _check_images(stored, stored.committed(), data)
         wanted = chosen_samples(stored, request.samples or ":", data)
-        attack = attack_settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
+        attack = attack_of(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
         claim_attack(store, attack)
         done = set(attacked(store, attack))
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads(), attack)
