@@ -15,7 +15,7 @@ from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.hooks import tell_result
 from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import least_certifying_n
+from diffsmooth.pipeline.certify.advice import warn_of_settings
 from diffsmooth.pipeline.certify.orders import Certificate, Order, order_of, read_costly, stored_hash
 from diffsmooth.pipeline.certify.sampling import Sampler
 from diffsmooth.pipeline.data.images import UNLABELLED
@@ -170,21 +170,3 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
         stored.forget_deleted(committed)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
     return _Ready(seeded, stored, name, order, sampler, missing, left)
-
-
-def warn_of_settings(spec: RunSpec, order: Order) -> None:
-    """Warn about settings that are allowed but probably a mistake."""
-    smoothing = spec.smoothing
-    n, share = max(order.looks.items())
-    least = least_certifying_n(share, order.certificate)
-    if n < least:
-        logger.warning(
-            "n = %d is too small to %s even a unanimous vote at alpha = %g; use n >= %d",
-            n, "predict" if order.certificate == "predict" else "certify", share, least,
-        )  # fmt: skip
-    if smoothing.m > 1 and smoothing.local_sigma >= 2 * smoothing.sigma:
-        logger.warning(
-            "smoothing.local_sigma = %g is far above smoothing.sigma = %g; check that they are not swapped (sigma is "
-            "the noise of the draws, local_sigma that of the m copies)",
-            smoothing.local_sigma, smoothing.sigma,
-        )  # fmt: skip

@@ -47,6 +47,23 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+@contextmanager
+def bar_in_process(name: str, *, show: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """Give a function that shows the draws cast, the draws wanted and draws per second as a bar on stderr."""
+    bar = progress_bar(Console(stderr=True, quiet=not show))
+    task = bar.add_task(name, total=None, rate=0.0, note="")
+
+    def update(done: int, total: int, rate: float) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total, rate=rate)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
     """How a command computes on the cluster, and how much it prints."""

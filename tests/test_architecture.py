@@ -149,6 +149,8 @@ def test_imports_of_torch_ray_and_other_commands(module):
         assert not names & COMMANDS
     if module.startswith("pipeline"):
         assert not {name for name in ours(names) if name.startswith(("cluster", "jobs", "api"))}
+    if module.startswith("cluster"):
+        assert not {name for name in ours(names) if name.startswith(("jobs", "api"))}
     if module == "cluster.scheduler":
         assert ours(names) == {"pipeline.block"}
 
