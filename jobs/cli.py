@@ -60,13 +60,11 @@ def _fail(error: Exception, status: int) -> None:
 def _show_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
-    import torch
+    from diffsmooth.pipeline.models.device import describe_torch
 
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    gpus = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
     click.echo(
         f"diffsmooth {importlib.metadata.version('diffsmooth')} (Python {platform.python_version()}, "
-        f"torch {torch.__version__} with {cuda}, {gpus} here, Ray {importlib.metadata.version('ray')})"
+        f"{describe_torch()}, Ray {importlib.metadata.version('ray')})"
     )
     context.exit()
 

@@ -10,7 +10,6 @@ import click
 from diffsmooth.jobs.places import (
     images_of,
     is_log,
-    parse_grid,
     parse_images,
     parse_source,
     read_source,
@@ -23,6 +22,7 @@ from diffsmooth.pipeline.certify.units import converted
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.cascades import cascade
 from diffsmooth.pipeline.results.stored import comparison_notes
+from diffsmooth.pipeline.show.grids import parse_grid
 from diffsmooth.pipeline.show.tables import ENVELOPE, render
 
 logger = logging.getLogger(__name__)

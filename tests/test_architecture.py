@@ -59,6 +59,8 @@ COMMANDS = {
         "train",
     )
 }
+# of jobs/: the laboratory, and tools of developers
+CALCULATES = {"jobs.bench", "jobs.pack_embedded", "jobs.train_networks"}
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 PARSES_JSON = {"pipeline.votes.blocks", "pipeline.models.files", "pipeline.data.sources"}
 
@@ -149,6 +151,8 @@ def test_imports_of_torch_ray_and_other_commands(module):
         assert not names & COMMANDS
     if module.startswith("pipeline"):
         assert not {name for name in ours(names) if name.startswith(("cluster", "jobs", "api"))}
+    if module.startswith("jobs") and not belongs(module, CALCULATES):
+        assert not any(third_party(names, package) for package in ("torch", "numpy", "scipy"))
     if module.startswith("cluster"):
         assert not {name for name in ours(names) if name.startswith(("jobs", "api"))}
     if module == "cluster.scheduler":

@@ -1,12 +1,17 @@
-"""Advice about settings that are allowed but probably a mistake."""
+"""Advice about settings and classifiers that are allowed but probably a mistake."""
 
 import logging
+
+from scipy.special import bdtrc
 
 from diffsmooth.pipeline.certify.certificates import least_certifying_n
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.spec import RunSpec
 
 logger = logging.getLogger(__name__)
+
+_TOO_FEW = 1e-3  # samples say nothing about a classifier if chance gets all of them right with more probability
+_CHANCE = 0.01  # a clean accuracy counts as no better than chance if chance reaches it with more probability
 
 
 def warn_of_settings(spec: RunSpec, order: Order) -> None:
@@ -25,3 +30,11 @@ def warn_of_settings(spec: RunSpec, order: Order) -> None:
             "the noise of the draws, local_sigma that of the m copies)",
             smoothing.local_sigma, smoothing.sigma,
         )  # fmt: skip
+
+
+def better_than_chance(right: int, samples: int, num_classes: int) -> bool | None:
+    """Whether a classifier that gets so many samples right is better than chance; None if they cannot show it."""
+    chance = 1 / num_classes
+    if float(bdtrc(samples - 1, samples, chance)) > _TOO_FEW:
+        return None
+    return float(bdtrc(right - 1, samples, chance)) <= _CHANCE
