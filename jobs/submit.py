@@ -33,7 +33,8 @@ from diffsmooth.jobs.costs import warn_of_cost
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.errors import RunError, UserError, one_line, redacted
 from diffsmooth.pipeline.locations import in_store, is_relative, is_remote, shown
-from diffsmooth.pipeline.models.own import imported_names, is_own
+from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.own import imported_names
 from diffsmooth.pipeline.spec import LOCATIONS, RunSpec, locations_in
 
 logger = logging.getLogger(__name__)

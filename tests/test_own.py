@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.models.own import OwnFunctionError, call_own_function, function_id, is_own, own_function
+from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.own import OwnFunctionError, call_own_function, function_id, own_function
 from diffsmooth.pipeline.smoothing import build_base_classifier, weights_ids
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.fetch import file_sha256

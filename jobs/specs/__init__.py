@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.spec import RunSpec, load_spec
 from diffsmooth.pipeline.training.settings import TrainingSpec, load_training
 

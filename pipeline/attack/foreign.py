@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.attack.search import ATTACKS, Problem, Search, steps_by_votes
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
-from diffsmooth.pipeline.models.own import OwnFunctionError, function_id, is_own, own_function
+from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.own import OwnFunctionError, function_id, own_function
 
 _FOOLBOX = "foolbox.attacks."
 _LEAST_LOG = -1e4  # instead of the logarithm of 0

@@ -10,8 +10,8 @@ import torch
 
 from diffsmooth.pipeline.data.sets import Facts
 from diffsmooth.pipeline.locations import EMBEDDED
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.device import cores
-from diffsmooth.pipeline.models.own import is_own
 from diffsmooth.pipeline.models.weights import RANDOM
 from diffsmooth.pipeline.smoothing import base_classifier
 from diffsmooth.pipeline.spec import RunSpec

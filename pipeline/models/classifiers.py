@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.locations import require_set
 from diffsmooth.pipeline.models.adapters import add_adapter, last_layer_keys, load_adapter, merge, on_meta
+from diffsmooth.pipeline.models.arch import TIMM, TORCHVISION, is_own
 from diffsmooth.pipeline.models.diffusion_classifier import resolve_diffusion
 from diffsmooth.pipeline.models.files import (
     Config,
@@ -34,7 +35,7 @@ from diffsmooth.pipeline.models.files import (
     parse_config,
     weights_id,
 )
-from diffsmooth.pipeline.models.own import TIMM, TORCHVISION, OwnNetwork, is_own
+from diffsmooth.pipeline.models.own import OwnNetwork
 from diffsmooth.pipeline.models.rrcm import PRESETS as RRCM_PRESETS
 from diffsmooth.pipeline.models.rrcm import resolve_rrcm
 from diffsmooth.pipeline.models.weights import RANDOM, State, build, build_from, load_weights

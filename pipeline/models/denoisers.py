@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.locations import require_set
 from diffsmooth.pipeline.models import edm
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.files import (
     Config,
     first_file,
@@ -36,7 +37,7 @@ from diffsmooth.pipeline.models.files import (
     weights_id,
 )
 from diffsmooth.pipeline.models.fused import FusedUNet
-from diffsmooth.pipeline.models.own import OwnNetwork, is_own
+from diffsmooth.pipeline.models.own import OwnNetwork
 from diffsmooth.pipeline.models.restoration import DNCNN, FFDNET, RestorationDenoiser, resolve_restoration
 from diffsmooth.pipeline.models.unet import UNet, settings_in
 from diffsmooth.pipeline.models.weights import State, build

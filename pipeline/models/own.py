@@ -21,21 +21,12 @@ from diffsmooth.pipeline.models.files import local_file, weights_id
 from diffsmooth.pipeline.spec import Classifier, Denoiser, RunSpec
 from diffsmooth.pipeline.storage.fetch import file_sha256
 
-TORCHVISION, TIMM = "torchvision", "timm"
-LIBRARIES = (TORCHVISION, TIMM)  # prefixes of arch that name a library's models, not an own module
-
-
 # what the network of an own function is called with, by position
 _CALLED_WITH = {"denoiser": ("x_BCHW", "sigma"), "classifier": ("x_BCHW",)}
 
 
 class OwnFunctionError(UserError):
     """An own function failed, or it returned something that cannot be called."""
-
-
-def is_own(arch: str) -> bool:
-    """Return whether an architecture is an own function, not one of ours or of a library."""
-    return ":" in arch and arch.partition(":")[0] not in LIBRARIES
 
 
 def own_function(arch: str, key: str = "arch", called_with: str = "(spec, device)") -> Callable[..., Any]:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor
 
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.classifiers import resolve_classifier
 from diffsmooth.pipeline.models.denoisers import resolve_denoiser
 from diffsmooth.pipeline.models.device import package_versions
-from diffsmooth.pipeline.models.own import is_own
 from diffsmooth.pipeline.storage.store import FolderStore, Store
 from diffsmooth.pipeline.training.batches import Split
 from diffsmooth.pipeline.training.checkpoint import Identity, Row

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffsmooth.pipeline.models.own import is_own
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.records import Record
 from diffsmooth.pipeline.spec import LOCATIONS, Classifier, Data, Denoiser, RunSpec, Smoothing, read_model
 

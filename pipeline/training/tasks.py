@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models import edm
+from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.classifiers import Logits, Prepared, Start, resolve_classifier
 from diffsmooth.pipeline.models.denoisers import (
     Denoiser,
@@ -26,7 +27,6 @@ from diffsmooth.pipeline.models.denoisers import (
     timesteps,
 )
 from diffsmooth.pipeline.models.fused import use_fast_group_norms
-from diffsmooth.pipeline.models.own import is_own
 from diffsmooth.pipeline.models.weights import RANDOM, build
 from diffsmooth.pipeline.training import losses
 from diffsmooth.pipeline.training.batches import Batch
