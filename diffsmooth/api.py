@@ -12,10 +12,10 @@ from torch import Tensor
 from diffsmooth.cluster.in_process import Model, Settings, attack_in_process, certify_in_process
 from diffsmooth.jobs.analyze import Request
 from diffsmooth.jobs.analyze import analyze as analyze_run
-from diffsmooth.jobs.attack import attack_run
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.attacking import attack_run
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
-from diffsmooth.jobs.report import report
+from diffsmooth.jobs.reporting import report
 from diffsmooth.jobs.specs import find_spec, home_of, load_shipped
 from diffsmooth.jobs.watch import ClusterOptions, bar_in_process
 from diffsmooth.pipeline.attack.gap import Gap, Robustness

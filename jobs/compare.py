@@ -1,7 +1,6 @@
 """`diffsmooth compare`: paired differences between runs and logs on the samples that they share."""
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from diffsmooth.jobs.console import conclude, json_of
+from diffsmooth.jobs.options import GRID, JSON, ORDER, SOURCE_ARGUMENTS
 from diffsmooth.jobs.places import (
     Source,
     is_log,
@@ -28,6 +29,30 @@ from diffsmooth.pipeline.show.logs import read_log
 from diffsmooth.pipeline.votes.blocks import StoredBlock
 
 
+@click.command("compare")
+@SOURCE_ARGUMENTS
+@ORDER
+@GRID
+@click.option("--output", metavar="FILE", help="Write to this file. [default: stdout]")
+@JSON
+def compare_command(
+    sources: tuple[str, ...], order_name: str | None, grid: str | None, output: str | None, as_json: bool
+) -> None:
+    """Test which of two or more runs certifies more of the samples that they share.
+
+    Prints differences of certified accuracy (exact McNemar test) and of ACR (BCa bootstrap), with intervals that hold
+    for all radii and pairs at once, and the number of samples that would show a difference of 1 point.
+
+    \b
+    diffsmooth compare runs/mnist-diffsmooth-0.50 runs/mnist-cohen-0.50 --grid 0:1.5:0.25
+    """
+    found = compare_sources(sources, order_name=order_name, grid=grid)
+    if output is None:
+        conclude(found, as_json=as_json, show=lambda one: click.echo(describe(one), nl=False))
+    with writing("--output", output) as path:
+        Path(path).write_text(json_of(found) + "\n" if as_json else describe(found), encoding="utf-8")
+
+
 def compare_sources(sources: Sequence[str], *, order_name: str | None = None, grid: str | None = None) -> Comparison:
     """Compare [NAME=]RUN and [NAME=]LOG[@SIGMA], by default at round radii.
 
@@ -40,16 +65,6 @@ def compare_sources(sources: Sequence[str], *, order_name: str | None = None, gr
     read = [_read(source, order_name) for source in parsed]
     curves = with_distinct_names(parsed, [side.curve for side in read])
     return compare_sides(dict(zip((curve.name for curve in curves), read, strict=True)), chosen)
-
-
-def print_comparison(found: Comparison, *, as_json: bool, output: str | None) -> None:
-    """Print a comparison, or write it to a file. Raises: UserError if the file cannot be written."""
-    text = json.dumps(found.to_json(), indent=2) + "\n" if as_json else describe(found)
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    with writing("--output", output) as path:
-        Path(path).write_text(text, encoding="utf-8")
 
 
 def _read(source: Source, order_name: str | None) -> Side:

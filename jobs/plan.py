@@ -2,13 +2,84 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from diffsmooth.pipeline.cost.flops import GPUS, Estimate
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.later import Later
+from diffsmooth.jobs.options import JSON, SET, SPEC_ARGUMENTS
+from diffsmooth.jobs.specs import is_training, load_named, load_named_training
 from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.spec import RunSpec
+
+if TYPE_CHECKING:
+    from diffsmooth.pipeline.cost import flops, training
+    from diffsmooth.pipeline.cost.flops import Estimate
+else:
+    flops = Later("diffsmooth.pipeline.cost.flops")
+    training = Later("diffsmooth.pipeline.cost.training")
+
+
+@click.command("plan")
+@SPEC_ARGUMENTS
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME[=PRICE]",
+    help="GPU type and its price in dollars per hour. [default: all known types]",
+)
+@click.option(
+    "--utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Fraction of the GPU's peak that the networks reach.",
+)
+@click.option(
+    "--attack", "of_attack", is_flag=True, help="Estimate `diffsmooth attack` with its default settings instead; a "
+    "gradient counts as three draws.",
+)  # fmt: skip
+@click.option(
+    "--probe", is_flag=True, help="Measure f on this machine's CPU, with random weights if the weights are not here.",
+)  # fmt: skip
+@SET
+@JSON
+def plan_command(
+    specs: tuple[str, ...],
+    gpus: tuple[str, ...],
+    utilization: float,
+    of_attack: bool,
+    probe: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Estimate draws, FLOPs, GPU-hours and dollars of SPEC before anything is started; needs no weights.
+
+    SPEC may also be a training.
+
+    \b
+    diffsmooth plan imagenet-diffsmooth-0.50 --gpu H100=2.50 --gpu A100=1.60
+    diffsmooth plan my-training.toml
+    """
+    trainings = [name for name in specs if is_training(name)]
+    if trainings and of_attack:
+        raise UserError(f"--attack does not apply to {trainings[0]}, which is a training; remove one of them")
+    load = {name: load_named_training if name in trainings else load_named for name in specs}
+    loaded = [load[name](name, overrides) for name in specs]
+    prices = parse_gpus(gpus)
+    passes = flops.attack_passes() if of_attack else None
+    plans: list[Estimate] = [
+        flops.plan(one, prices=prices, utilization=utilization, passes=passes, probe=probe)
+        if isinstance(one, RunSpec)
+        else training.plan_training(one, prices=prices, utilization=utilization, probe=probe)
+        for one in loaded
+    ]
+    conclude(plans, as_json=as_json, show=lambda found: print_plans(found, Console()))
 
 
 def parse_gpus(options: Sequence[str]) -> dict[str, float | None]:
@@ -19,11 +90,11 @@ def parse_gpus(options: Sequence[str]) -> dict[str, float | None]:
     prices: dict[str, float | None] = {}
     for option in options:
         name, equals, text = option.partition("=")
-        known = next((gpu for gpu in GPUS if gpu.lower() == name.strip().lower()), None)
+        known = next((gpu for gpu in flops.GPUS if gpu.lower() == name.strip().lower()), None)
         if known is None:
-            raise UserError(f"--gpu {option}: the peak of {name} is unknown; choose one of {', '.join(GPUS)}")
+            raise UserError(f"--gpu {option}: the peak of {name} is unknown; choose one of {', '.join(flops.GPUS)}")
         prices[known] = _price(option, known, text) if equals else None
-    return prices or dict.fromkeys(GPUS)
+    return prices or dict.fromkeys(flops.GPUS)
 
 
 def _price(option: str, gpu: str, text: str) -> float:
@@ -36,7 +107,7 @@ def _price(option: str, gpu: str, text: str) -> float:
     return price
 
 
-def print_plans(plans: Sequence[Estimate], console: Console) -> None:
+def print_plans(plans: "Sequence[Estimate]", console: Console) -> None:
     """Print each estimate in words, and all of them as a table with a row per GPU."""
     console.width = max(console.width, 40 + sum(26 + len(one.name) for one in plans))  # so that no cell is truncated
     for one in plans:
@@ -45,7 +116,7 @@ def print_plans(plans: Sequence[Estimate], console: Console) -> None:
         console.print(_table(plans))
 
 
-def _table(plans: Sequence[Estimate]) -> Table:
+def _table(plans: "Sequence[Estimate]") -> Table:
     percent = 100 * plans[0].utilization
     title = f"hours of one GPU at {percent:g} % of its peak, and of all cores of this machine"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")

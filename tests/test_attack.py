@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import diffsmooth as ds
-from diffsmooth.jobs.attack import attack_run
+from diffsmooth.jobs.attacking import attack_run
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import ClusterOptions

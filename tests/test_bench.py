@@ -16,7 +16,8 @@ from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_
 from diffsmooth.jobs.bench.profile import covered, kind_of, profile
 from diffsmooth.jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
 from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
-from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.certify.certificates import certified_radius
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.cli import COMMANDS, main
 from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.show.tables import ENVELOPE
 from diffsmooth.pipeline.spec import load_spec
@@ -362,10 +362,10 @@ def test_completion(shell, monkeypatch):
 
 
 def test_the_help_of_every_command_has_an_example():
-    for name, command in main.commands.items():
+    for name in COMMANDS:
         text = run(name, "--help").output
         assert f"  diffsmooth {name} " in text, name
-        for option in command.params:
+        for option in main.get_command(click.Context(main), name).params:
             assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
 
 

@@ -26,7 +26,7 @@ from click.testing import CliRunner
 import diffsmooth.cluster.driver
 from diffsmooth.cluster.driver import Cluster
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import Watch

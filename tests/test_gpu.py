@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffsmooth.cluster.worker import Setup, Worker
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from rich.console import Console
 from torch import nn
 
-from diffsmooth.jobs.cli import SPECS, main
+from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.plan import parse_gpus, print_plans
+from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.cost.flops import GPUS, flops_per_draw, plan
 from diffsmooth.pipeline.cost.training import plan_training
 from diffsmooth.pipeline.errors import UserError

@@ -83,10 +83,10 @@ def _find_own_modules(path: Path, archs: Sequence[str]) -> None:
                 sys.path.append(str(folder))
 
 
-def load_shipped(name: str) -> RunSpec | None:
+def load_shipped(name: str, overrides: Sequence[str] = ()) -> RunSpec | None:
     """The spec of this name that ships with the package, if there is one."""
     names = {path.stem: path for path in SPECS.glob("*.toml")}
-    return load_spec(names[name]) if name in names else None
+    return load_spec(names[name], overrides) if name in names else None
 
 
 def home_of(spec: RunSpec, out: str | None, *, several: bool) -> str:
