@@ -113,7 +113,8 @@ def _cast(
     how = casting.Options(quiet=as_json or quiet, **options)
     results: list[casting.Certified] = []
     try:
-        results.extend(casting.certify_all(wanted, how, confirm=ask_unless(yes)))
+        for result in casting.certify_all(wanted, how, confirm=ask_unless(yes)):
+            results.append(result)  # kept if a later spec is stopped
     except Stopped:
         if as_json:
             print_json(results)

@@ -1,8 +1,9 @@
 """`diffsmooth submit`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,19 +48,12 @@ else:
 def submit_command(
     specs: tuple[str, ...],
     address: str | None,
-    out: str | None,
-    shared: bool,
-    actors: int | None,
-    accelerators: tuple[str, ...],
-    memory_gb: float | None,
-    batch_size: int | None,
-    cpu: bool,
     overrides: tuple[str, ...],
     yes: bool,
-    env: tuple[str, ...],
     wait: bool,
     follow: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Certify as a Ray job with its driver on the cluster. Submit it again to resume or to grow a run.
 
@@ -69,21 +63,16 @@ def submit_command(
     logging.getLogger("diffsmooth.jobs.ship").setLevel(logging.INFO)
     files = [(name, find_spec(name)) for name in specs]
     loaded = [load_named(str(file), overrides) for _, file in files]
-    options = [] if actors is None else [f"--actors={actors}"]
-    options += [f"--accelerator={name}" for name in accelerators]
-    options += [] if memory_gb is None else [f"--memory={memory_gb:g}"]
-    options += [] if batch_size is None else [f"--batch-size={batch_size}"]
-    options += ["--cpu"] if cpu else []
     request = ship.Submission(
         specs=[
             ship.SpecFile(name, file, file.parent == SPECS and file != Path(name), spec)
             for (name, file), spec in zip(files, loaded, strict=True)
         ],
-        out=out,
-        shared=shared,
+        out=given["out"],
+        shared=given["shared"],
         overrides=overrides,
-        options=options,
-        env=env,
+        options=_passed_on(given),
+        env=given["env"],
     )
     server, submitted = ship.submit(address, request, confirm=ask_unless(yes))
     for line in job_server.how_to(server, submitted.submission_id):
@@ -98,3 +87,12 @@ def submit_command(
         click.echo("diffsmooth: stopped waiting; the job continues", err=True)
         status = 130
     conclude(submitted, as_json=as_json, show=None, status=status)
+
+
+def _passed_on(given: Mapping[str, Any]) -> list[str]:
+    """The options of `certify` that the job gets as they were given."""
+    options = [] if given["actors"] is None else [f"--actors={given['actors']}"]
+    options += [f"--accelerator={name}" for name in given["accelerators"]]
+    options += [] if given["memory_gb"] is None else [f"--memory={given['memory_gb']:g}"]
+    options += [] if given["batch_size"] is None else [f"--batch-size={given['batch_size']}"]
+    return [*options, "--cpu"] if given["cpu"] else options
