@@ -31,11 +31,6 @@ def part_of(option: str | None, environment: Mapping[str, str]) -> Part:
     return Part(secrets.SystemRandom().random())
 
 
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def address_of_symmetric_run() -> str | None:
     """HOST:PORT of the `ray symmetric-run` that started this process, if one did: it sets no RAY_ADDRESS."""
     pid = os.getppid()

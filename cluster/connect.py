@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import AuthenticationError, RayTaskError
 
-from diffsmooth.cluster.allocation import address_of_symmetric_run, cores
+from diffsmooth.cluster.allocation import address_of_symmetric_run
 from diffsmooth.cluster.ray_private import redirect_worker_output
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
-from diffsmooth.pipeline.models.device import available_device
+from diffsmooth.pipeline.models.device import available_device, cores
 
 logger = logging.getLogger(__name__)
 

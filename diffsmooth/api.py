@@ -9,23 +9,24 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffsmooth.cluster.in_process import Model, Settings, attack_in_process, certify_in_process
 from diffsmooth.jobs.analyze import Request
 from diffsmooth.jobs.analyze import analyze as analyze_run
-from diffsmooth.jobs.attack import Attacked, attack_run
-from diffsmooth.jobs.attack import Request as AttackRequest
-from diffsmooth.jobs.cascade import Cascade, write_cascade
-from diffsmooth.jobs.cascade import cascade as cascade_of
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.attacking import attack_run
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
-from diffsmooth.jobs.in_process import Model, Settings, attack_in_process, certify_in_process
-from diffsmooth.jobs.report import report
+from diffsmooth.jobs.reporting import report
 from diffsmooth.jobs.specs import home_of, load_shipped, read_named
-from diffsmooth.jobs.watch import ClusterOptions
+from diffsmooth.jobs.watch import ClusterOptions, bar_in_process
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
+from diffsmooth.pipeline.attack.request import AttackRequest
 from diffsmooth.pipeline.certify.compare import Comparison
 from diffsmooth.pipeline.certify.curve import Curve
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
+from diffsmooth.pipeline.results.attacked import Attacked
+from diffsmooth.pipeline.results.cascades import Cascade, write_cascade
+from diffsmooth.pipeline.results.cascades import cascade as cascade_of
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun
 from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.votes.blocks import to_table
@@ -124,11 +125,12 @@ def certify(
         (certified,) = certify_all([(spec, home)], options)
         return Result(StoredRun.open(home), certified.result.name)
     sigma = _checked_sigma("certify", model, images, sigma)
-    settings = Settings(
-        sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, device=device, progress=progress
-    )
     in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
-    stored, order = certify_in_process(in_memory, images, labels, settings, out)
+    with bar_in_process("certify", show=progress) as bar:
+        settings = Settings(
+            sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, device=device, on_progress=bar
+        )
+        stored, order = certify_in_process(in_memory, images, labels, settings, out)
     if out is not None:
         stored.finish(order)
     return Result(stored, order)
@@ -241,13 +243,14 @@ def attack(
         options = ClusterOptions(address=address, actors=actors, batch_size=batch_size, quiet=not progress)
         return AttackResult(attack_run(certified, spec, request, options))
     sigma = _checked_sigma("attack", model, images, sigma)
-    settings = Settings(sigma=sigma, seed=seed, batch_size=batch_size, device=device, progress=progress)
     in_memory = Model(classifier=model, denoiser=denoiser, m=m, local_sigma=local_sigma, identity=identity)
     if isinstance(certified, str):
         stored: StoredRun | None = StoredRun.open(certified)
     else:
         stored = None if certified is None else certified.stored
-    return AttackResult(attack_in_process(in_memory, images, labels, settings, request, stored))
+    with bar_in_process("attack", show=progress) as bar:
+        settings = Settings(sigma=sigma, seed=seed, batch_size=batch_size, device=device, on_progress=bar)
+        return AttackResult(attack_in_process(in_memory, images, labels, settings, request, stored))
 
 
 def load_spec(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:

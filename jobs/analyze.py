@@ -1,19 +1,87 @@
-"""`diffsmooth analyze`: another order from the committed votes, without draws and without a GPU."""
+"""`diffsmooth analyze`: another order from the committed votes, or a cascade of several runs; no draws, no GPU."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from diffsmooth.jobs.console import print_order
+import click
+import pandas as pd
+from rich.console import Console
+
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.options import COSTLY, JSON, CertificateName
+from diffsmooth.jobs.orders import print_order
 from diffsmooth.jobs.places import writing
 from diffsmooth.pipeline.block import STAGES, Block, Stage
-from diffsmooth.pipeline.certify.kinds import kind_of
+from diffsmooth.pipeline.certify.kinds import CASCADE, kind_of
 from diffsmooth.pipeline.certify.orders import Order, check_size, read_costly
 from diffsmooth.pipeline.certify.planning import planned_before, store_plan
 from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.cascades import CASCADE_KEY, Cascade, cascade, write_cascade
 from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
 from diffsmooth.pipeline.show.logs import write_log
+from diffsmooth.pipeline.show.tables import render
 from diffsmooth.pipeline.spec import check_alpha, check_multiple
+
+logger = logging.getLogger(__name__)
+
+
+@click.command("analyze")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--alpha", type=float, help="Error probability of a certificate. [default: the first order's]")
+@click.option("--n0", type=int, help="Number of selection draws. [default: the first order's]")
+@click.option("--n", type=int, help="Number of estimation draws. [default: the first order's]")
+@click.option(
+    "--certificate",
+    type=CertificateName(),
+    help="What to claim; cascade is one certificate over several RUNs. [default: the first order's]",
+)
+@COSTLY
+@click.option(
+    "--out", metavar="FOLDER", help="With --certificate cascade: folder or s3://BUCKET/PREFIX. [default: runs/cascade]"
+)
+@click.option(
+    "--export-tsv",
+    metavar="FILE",
+    help="Also write the certificates as a log in Cohen's layout, radii rounded down to 6 decimals.",
+)
+@JSON
+def analyze_command(
+    runs: tuple[str, ...], out: str | None, export_tsv: str | None, as_json: bool, **request: Any
+) -> None:
+    """Certify RUN's votes with other settings: no draws, no GPU. A second look is marked post hoc.
+
+    \b
+    diffsmooth analyze runs/mnist --alpha 0.01
+    diffsmooth analyze runs/mnist-cohen-* --certificate cascade --out runs/cohen-cascade
+    """
+    if request["certificate"] == CASCADE:
+        _analyze_cascade(runs, out or "runs/cascade", export_tsv, as_json, **request)
+    if len(runs) > 1 or out:
+        reason = "several runs are analyzed together" if len(runs) > 1 else "--out is available"
+        raise UserError(f"{reason} only with --certificate cascade; give one RUN without --out")
+    result = analyze(runs[0], Request(**request), export_tsv=export_tsv, quiet=as_json)
+    conclude(result.summary(), as_json=as_json, show=None, complete=not result.curve.incomplete)
+
+
+def _analyze_cascade(
+    runs: tuple[str, ...], out: str, export_tsv: str | None, as_json: bool, *, costly: str | None, **request: Any
+) -> NoReturn:
+    if costly:
+        raise UserError("--costly belongs to --certificate cost; remove it")
+    found = cascade(runs, alpha=request["alpha"], n0=request["n0"], n=request["n"])
+    home = write_cascade(found, out)
+    if export_tsv:
+        _export(export_tsv, found.certificates)
+    conclude(found, as_json=as_json, show=lambda one: print_cascade(one, home), complete=found.complete)
+
+
+def _export(file: str, certificates: pd.DataFrame) -> None:
+    log = write_log(certificates)
+    with writing("--export-tsv", file) as path:
+        Path(path).write_text(log)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +125,7 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
     result = stored.finish(name, rebuild=True)
     print_order(result, quiet=quiet)
     if export_tsv:
-        log = write_log(result.certificates)
-        with writing("--export-tsv", export_tsv) as path:
-            Path(path).write_text(log)
+        _export(export_tsv, result.certificates)
     return result
 
 
@@ -127,3 +193,19 @@ def _drawn(committed: set[Block], sample: int, stage: Stage, length: int) -> int
     while Block(sample, stage, drawn, drawn + length) in committed:
         drawn += length
     return drawn
+
+
+def print_cascade(found: Cascade, home: str) -> None:
+    """Print the table of a cascade and where its files are, and report incomplete samples."""
+    record, curve = found.record, found.curve
+    draws = "; ".join(f"sigma {one.sigma:g}: n0 = {one.n0}, n = {one.n}" for one in record.scales)
+    Console().out(
+        f"{render([curve])}cascade of {len(record.scales)} runs, alpha = {record.alpha:g} in all ({draws}), "
+        f"{curve.num_samples} samples; POST HOC: each run has a claim of its own on these votes\n"
+        f"{home}: {CASCADE_KEY}, certificates.parquet, curve.csv, curve.png",
+        highlight=False,
+    )
+    if curve.incomplete:
+        missing = found.certificates.query("status == 'incomplete'")["sample"].tolist()
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        logger.error("%d of %d samples are incomplete: %s", len(missing), len(found.certificates), shown)

@@ -1,331 +1,113 @@
-"""`diffsmooth attack`: search adversarial images of a run's g, prove them with fresh votes, store and show them."""
+"""`diffsmooth attack`."""
 
-import logging
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from pydantic import ValidationError
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import click
 
-from diffsmooth.cluster.allocation import part_of
-from diffsmooth.cluster.attacker import block_of
-from diffsmooth.cluster.cast import Outcome, Work
-from diffsmooth.cluster.scheduler import Scheduler
-from diffsmooth.cluster.worker import Setup
-from diffsmooth.jobs.plan import warn_of_cost
-from diffsmooth.jobs.watch import ClusterOptions, Watch, stop_on_signals
-from diffsmooth.pipeline.attack.foreign import attack_code
-from diffsmooth.pipeline.attack.gap import Attacks, Gap, Robustness, gap_of, robustness
-from diffsmooth.pipeline.attack.record import (
-    FOLDER,
-    Attack,
-    AttackedSample,
-    attacked,
-    claim_attack,
-    read_samples,
-    table_of,
-    write_table,
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.later import Later
+from diffsmooth.jobs.options import (
+    ACCELERATOR,
+    ACTORS,
+    ADDRESS,
+    CPU,
+    JSON,
+    MEMORY,
+    QUIET,
+    RUN_ARGUMENT,
+    SET,
+    VERBOSE,
+    YES,
+    ask_unless,
+    batch_size,
+    on_device,
 )
-from diffsmooth.pipeline.data.entry import Dataset
-from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import dataset_id, sample_indices
+from diffsmooth.jobs.specs import load_named, load_shipped
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.records import first_problem
-from diffsmooth.pipeline.results.stored import StoredRun
-from diffsmooth.pipeline.smoothing import check_spec
 from diffsmooth.pipeline.spec import RunSpec
-from diffsmooth.pipeline.votes.blocks import Votes
-from diffsmooth.pipeline.votes.run import Run
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from diffsmooth.jobs import attacking, watch
+    from diffsmooth.pipeline.attack import request
+    from diffsmooth.pipeline.results import stored
+else:
+    attacking = Later("diffsmooth.jobs.attacking")
+    request = Later("diffsmooth.pipeline.attack.request")
+    stored = Later("diffsmooth.pipeline.results.stored")
+    watch = Later("diffsmooth.jobs.watch")
 
-_LADDER = 8.0  # the largest default eps, in sigma
-_HALVINGS = 5  # default eps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to attack with; the fields are the options of the command, None for its default."""
-
-    attack: str = "pgd"
-    eps: Sequence[float] = ()
-    samples: str | None = None
-    refine: int | None = None
-    steps: int | None = None
-    draws: int | None = None
-    restarts: int | None = None
-    n0: int | None = None
-    n: int | None = None
-    alpha: float | None = None
-    seed: int = 0
+_CLUSTER_OPTIONS = ("address", "actors", "accelerators", "memory_gb", "batch_size", "verbose")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attacked:
-    """An attack on a run after a call."""
+@click.command("attack")
+@RUN_ARGUMENT
+@click.option(
+    "--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are. [default: a "
+    "shipped one]",
+)  # fmt: skip
+@SET
+@click.option(
+    "--attack",
+    default="pgd",
+    show_default=True,
+    metavar="NAME",
+    help="pgd, apgd, diffhammer, votes (no gradients), random, foolbox.attacks.NAME, or package.module:function.",
+)
+@click.option(
+    "--eps", type=float, multiple=True, help="l2 distance to try, in [0, 1] pixels. Can be repeated. [default: 8 sigma "
+    "and its halves down to sigma / 2]",
+)  # fmt: skip
+@click.option("--samples", metavar="START:STOP:STEP", help="Samples to attack. [default: those of the first order]")
+@click.option("--refine", type=int, help="Bisections between the last eps that succeeds and the next. [default: 5]")
+@click.option("--steps", type=int, help="Gradient steps per eps. [default: 10]")
+@click.option("--draws", type=int, help="Noise draws per gradient. [default: 32]")
+@click.option("--restarts", type=int, help="Further random starts per eps. [default: 0]")
+@click.option("--n0", type=int, help="Selection draws at each image that is tried. [default: 500]")
+@click.option("--n", type=int, help="Judging draws at each image that is judged. [default: 1000]")
+@click.option("--alpha", type=float, help="Error probability of an upper bound. [default: that of the first order]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's own noise.")
+@ADDRESS
+@ACTORS
+@ACCELERATOR
+@MEMORY
+@batch_size("the largest that fits")
+@CPU
+@YES
+@QUIET
+@VERBOSE
+@JSON
+def attack_command(
+    run: str,
+    spec_name: str | None,
+    overrides: tuple[str, ...],
+    cpu: bool,
+    yes: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Bound the radius of RUN's samples from above: search images that g gets wrong, and prove them by fresh votes.
 
-    run_uri: str
-    attack: Attack
-    wanted: list[int]  # samples that this call asked for
-    samples: list[AttackedSample]  # all that are finished
-    table: pd.DataFrame  # columns as in `diffsmooth.pipeline.attack.record.TABLE_COLUMNS`
-    gap: Gap | None  # None if the run has no certificates
-    robustness: list[Robustness]
-    seconds: float  # of this call's search, on the cluster
+    Exit status 1 if samples are missing, or if an upper bound contradicts a certificate. Run it again to resume.
 
-    @property
-    def complete(self) -> bool:
-        return set(self.wanted) <= {one.sample for one in self.samples}
-
-    def to_json(self) -> dict[str, Any]:
-        gap = self.gap
-        rows = self.table.replace({math.inf: None}).to_dict("records")
-        return {
-            "run": self.run_uri,
-            "attack": self.attack.id,
-            "settings": self.attack.model_dump(mode="json"),
-            "complete": self.complete,
-            "seconds": round(self.seconds, 2),
-            "samples": rows,
-            "contradictions": None if gap is None else gap.contradictions,
-            "chance": None if gap is None else gap.chance,
-            "robustness": [asdict(one) for one in self.robustness],
-        }
-
-
-class _Ready(NamedTuple):
-    """A run and an attack on it that passed all checks."""
-
-    stored: StoredRun
-    spec: RunSpec
-    attack: Attack
-    wanted: list[int]
-    missing: list[int]
-
-
-def attack_run(
-    run_uri: str,
-    spec: RunSpec,
-    request: Request,
-    options: ClusterOptions,
-    confirm: Callable[[str], None] = logger.warning,
-) -> Attacked:
-    """Attack samples of a run on the cluster; those that are finished are not attacked again.
-
-    `spec` says where the data and weights of the run are. `confirm` gets a warning about a search of many GPU-hours.
-
-    Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C. Mistakes are refused before any draw.
+    \b
+    diffsmooth attack runs/mnist --samples 0:10
+    diffsmooth attack runs/mnist --attack apgd --eps 0.5 --eps 1.0
     """
-    ready = _prepare(run_uri, spec, request)
-    seconds = 0.0
-    if ready.missing:
-        warn_of_cost([(ready.spec, len(ready.missing) * ready.attack.passes)], confirm)
-        outcome = _search(ready, options)
-        seconds = outcome.seconds
-        for task, error in outcome.set_aside:
-            logger.error("gave up after %d attempts: sample %d; %s", task.attempts, task.blocks[0].sample, error)
-    found = finish(ready.stored, ready.attack, ready.wanted, seconds)
-    if not options.quiet:
-        print_attack(found, Console())
-    elif found.gap is not None and (warning := found.gap.warning()):
-        logger.error("%s", warning)
-    return found
+    spec = _spec_of_run(run, spec_name, on_device(overrides, cpu))
+    how = {name: given.pop(name) for name in _CLUSTER_OPTIONS}
+    options = watch.ClusterOptions(quiet=quiet or as_json, **how)
+    found = attacking.attack_run(run, spec, request.AttackRequest(**given), options, confirm=ask_unless(yes))
+    contradicted = found.gap is not None and bool(found.gap.contradictions)
+    conclude(found, as_json=as_json, show=None, complete=found.complete and not contradicted)
 
 
-def _prepare(run_uri: str, spec: RunSpec, request: Request) -> _Ready:
-    """Check everything, and store the settings."""
-    stored = StoredRun.open(run_uri)
-    run, store = stored.run, stored.store
-    seeded = run.seeded(spec)
-    checked = check_spec(seeded)
-    if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data = checked.data
-    if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
-        raise UserError(
-            f"{store.uri}: the data set differs from that of the run (its size or some of its samples); use the same "
-            "data set"
-        )
-    wanted = chosen_samples(stored, request.samples, data)
-    attack = settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
-    store.prepare()
-    claim_attack(store, attack)
-    done = set(attacked(store, attack))
-    return _Ready(stored, seeded, attack, wanted, [sample for sample in wanted if sample not in done])
-
-
-def default_alpha(stored: StoredRun) -> float:
-    """The alpha of the first order that has radii; 0.001 if there is none."""
-    orders = [order for order in stored.orders.values() if order.kind.has_radius]
-    return orders[0].total_alpha if orders else 0.001
-
-
-def settings(request: Request, run: Run, *, alpha: float, pixels: int) -> Attack:
-    """The attack that a request describes, for images of so many values. Raises: UserError for impossible values."""
-    reach = math.sqrt(pixels)
-    for eps in request.eps:
-        if not 0 < eps <= reach:
-            raise UserError(
-                f"--eps {eps:g} must be above 0 and at most {math.floor(1000 * reach) / 1000:g}, the distance of "
-                "opposite corners of the image space"
-            )
-    largest = min(_LADDER * run.sigma, reach)
-    ladder = sorted(set(request.eps), reverse=True) or [largest / 2**step for step in range(_HALVINGS)]
-    given = {
-        name: value
-        for name in ("refine", "steps", "draws", "restarts", "n0", "n", "seed")
-        if (value := getattr(request, name)) is not None
-    }
-    code = attack_code(request.attack)
-    level = alpha if request.alpha is None else request.alpha
-    try:
-        return Attack(attack=request.attack, eps=ladder, alpha=level, votes_id=run.votes_id, code=code, **given)
-    except ValidationError as error:
-        raise UserError(f"--{first_problem(error)}; choose another value") from None
-
-
-def chosen_samples(stored: StoredRun, samples: str | None, data: Dataset) -> list[int]:
-    """The samples to attack: those of --samples, or of the first order. Raises: UserError if one has no label."""
-    if samples is not None:
-        wanted = list(sample_indices(samples, len(data), "--samples"))
-    else:
-        first = next(iter(stored.orders.values()), None)
-        wanted = list(first.samples) if first else []
-    if not wanted:
-        raise UserError(f"{stored.store.uri} has no order; choose samples with --samples START:STOP:STEP")
-    if data[wanted[0]].label == UNLABELLED:
-        raise UserError(f"sample {wanted[0]} has no label, and an attack needs one; use a labelled data set")
-    return wanted
-
-
-def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
-    """Attack the missing samples on the cluster."""
-    run, store, attack = ready.stored.run, ready.stored.store, ready.attack
-    setup = Setup(ready.spec, store.location, run.votes_id, options.batch_size, attack=attack)
-    blocks = [block_of(sample, attack) for sample in ready.missing]
-    device = ready.spec.compute.device
-    key = f"{FOLDER}/{attack.id}/progress.json"
-    with (
-        options.connect(device) as cluster,
-        stop_on_signals(cluster.stop),  # after ray.init, which installs handlers of its own
-        Watch(f"attack {attack.id}", _Tally(), store, options.quiet, key=key) as watch,
-    ):
-        scheduler = Scheduler(part=part_of(None, os.environ))
-        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, listeners=[watch])
-
-
-class _Tally:
-    """Counts samples that are proven wrong."""
-
-    def __init__(self) -> None:
-        self._samples = self._wrong = 0
-
-    def add(self, new: Votes) -> None:
-        self._samples += 1
-        self._wrong += new.label not in new.counts
-
-    def describe(self) -> str:
-        return f"{self._samples} samples, {self._wrong} proven wrong within the largest eps" if self._samples else ""
-
-
-def finish(stored: StoredRun, attack: Attack, wanted: Sequence[int], seconds: float = 0.0) -> Attacked:
-    """Read all finished samples of an attack, and write its table."""
-    samples = read_samples(stored.store, stored.run, attack)
-    table = table_of(samples, attack)
-    write_table(stored.store, attack, table)
-    return Attacked(
-        run_uri=stored.store.uri,
-        attack=attack,
-        wanted=list(wanted),
-        samples=samples,
-        table=table,
-        gap=_gap(stored, attack, samples),
-        robustness=robustness(samples, attack),
-        seconds=seconds,
-    )
-
-
-def _gap(stored: StoredRun, attack: Attack, samples: Sequence[AttackedSample]) -> Gap | None:
-    """The certificates of the first order beside this attack."""
-    orders = [name for name, order in stored.orders.items() if order.kind.has_radius]
-    if not orders:
-        return None
-    wanted = {one.sample for one in samples}
-    blocks = [block for block in stored.committed() if block.sample in wanted]
-    certificates = stored.certificates(stored.votes(blocks), orders[0])
-    rows = certificates[certificates["sample"].isin(wanted)]
-    attacks = Attacks(settings={attack.id: attack}, samples={attack.id: samples})
-    return gap_of(rows, attacks, stored.orders[orders[0]].total_alpha)
-
-
-def print_attack(found: Attacked, console: Console) -> None:
-    """Print the table of an attack, what resists, and contradictions."""
-    attack = found.attack
-    console.print(_samples_table(found), highlight=False)
-    lines = [
-        f"attack {attack.id}: {len(found.samples)} samples, at most {attack.gradients:,} gradients and "
-        f"{attack.votes:,} votes each, alpha = {attack.alpha:g}",
-        f"{found.run_uri}/{FOLDER}/{attack.id}: table.parquet, samples/",
-    ]
-    if missing := len(set(found.wanted) - {one.sample for one in found.samples}):
-        lines.append(f"{missing} samples are not attacked yet; run the same command again")
-    console.out("\n".join(lines), highlight=False)
-    if found.gap is not None and len(found.gap.table):
-        console.print(_gap_table(found.gap, attack.eps), highlight=False)
-    if found.robustness:
-        console.print(_robustness_table(found.robustness), highlight=False)
-    if found.gap is not None and (warning := found.gap.warning()):
-        logger.error("%s", warning)
-
-
-def _samples_table(found: Attacked) -> Table:
-    table = Table(title="nearest image that is proven wrong", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in ("sample", "label", "lower", "upper", "class", "n_y", "n_c", "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    lowers = {} if found.gap is None else dict(zip(found.gap.table["sample"], found.gap.table["lower"], strict=True))
-    for sample, rows in found.table.groupby("sample"):
-        proven = rows[rows["proven"]]
-        row = (proven if len(proven) else rows).iloc[-1]
-        lower = lowers.get(sample, -1.0)
-        cells = [row["class"], row["n_y"], row["n_c"], f"{row['p_value']:.1g}"] if len(proven) else ["-"] * 4
-        table.add_row(
-            str(sample), str(row["label"]),
-            "-" if lower < 0 else f"{math.floor(1000 * lower) / 1000:.3f}",
-            "-" if math.isinf(row["upper"]) else f"{math.ceil(1000 * row['upper']) / 1000:.3f}",
-            *map(str, cells),
-        )  # fmt: skip
-    return table
-
-
-def _gap_table(gap: Gap, eps: Sequence[float]) -> Table:
-    table = Table(title="share of the attacked samples, %", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    radii = [0.0, *sorted(eps)]
-    for heading in ("radius", *(f"{radius:.4g}" for radius in radii)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    certified = [100 * gap.certified(radius) for radius in radii]
-    resisted = [100 * gap.resisted(radius) for radius in radii]
-    gaps = [upper - lower for upper, lower in zip(resisted, certified, strict=True)]
-    for name, values in (("certified", certified), ("resisted", resisted), ("gap", gaps)):
-        table.add_row(name, *(f"{value:.1f}" for value in values))
-    return table
-
-
-def _robustness_table(rows: Sequence[Robustness]) -> Table:
-    title = f"at the images found, %, [95 % intervals over the draws]; worst of {rows[0].queries} noisy queries"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in ("eps", "robust accuracy (empirical)", "average", "worst"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in reversed(rows):
-        table.add_row(
-            f"{one.eps:.4g}",
-            f"{100 * one.robust_accuracy:.1f}",
-            f"{100 * one.average:.1f} [{100 * one.average_lower:.1f}, {100 * one.average_upper:.1f}]",
-            f"{100 * one.worst:.1f} [{100 * one.worst_lower:.1f}, {100 * one.worst_upper:.1f}]",
-        )
-    return table
+def _spec_of_run(run: str, spec_name: str | None, overrides: tuple[str, ...]) -> RunSpec:
+    """The spec that says where the data and weights of a run are. Raises: UserError if none is given or shipped."""
+    if spec_name is not None:
+        return load_named(spec_name, overrides)
+    name = stored.StoredRun.open(run).run.name
+    spec = load_shipped(name, overrides)
+    if spec is None:
+        raise UserError(f"{run} is a run of {name}, which is no shipped spec; name its spec with --spec SPEC")
+    return spec

@@ -1,517 +1,56 @@
-"""`diffsmooth audit`: does a run's folder hold what it claims to, and can its votes be reproduced?
+"""`diffsmooth audit`."""
 
-The files alone reveal a damaged, swapped, foreign or deleted block, and certificates that do not follow from the votes.
-That the votes are those of f can only be shown by casting some of them again, in blocks that the auditor chooses at
-random. A fraction q of forged blocks escapes k redrawn blocks with probability at most (1 - q)^k.
-"""
+from typing import TYPE_CHECKING, Any
 
-import math
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+import click
 
-import numpy as np
-import pandas as pd
-import torch
-from numpy.typing import NDArray
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.later import Later
+from diffsmooth.jobs.options import JSON, RUN_ARGUMENT, SET
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.errors import UserError
 
-from diffsmooth.pipeline.attack.record import Attack, AttackedSample, attack_ids, attacked, read_attack, read_samples
-from diffsmooth.pipeline.attack.search import proof_noise, votes_at
-from diffsmooth.pipeline.block import Block, Stage
-from diffsmooth.pipeline.casting import CastOptions, cast_votes
-from diffsmooth.pipeline.certify.orders import Order, OrderKeys, broken_links, stored_hash
-from diffsmooth.pipeline.certify.planning import Pilot, Plan, make_plan
-from diffsmooth.pipeline.data.entry import Dataset
-from diffsmooth.pipeline.errors import RunError, UserError
-from diffsmooth.pipeline.models.device import DeviceFacts, device_facts, device_of
-from diffsmooth.pipeline.noise import Noise, check_known_answers
-from diffsmooth.pipeline.records import intact
-from diffsmooth.pipeline.results.stored import StoredRun
-from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
-from diffsmooth.pipeline.spec import RunSpec
-from diffsmooth.pipeline.storage.store import open_store
-from diffsmooth.pipeline.votes.blocks import (
-    BLOCK_COLUMNS,
-    REBUILD,
-    TABLE_KEY,
-    StoredBlock,
-    block_key,
-    list_blocks,
-    read_blocks,
-    read_derived,
-    to_table,
+if TYPE_CHECKING:
+    from diffsmooth.pipeline.audit import files, redraw
+else:
+    files = Later("diffsmooth.pipeline.audit.files")
+    redraw = Later("diffsmooth.pipeline.audit.redraw")
+
+
+@click.command("audit")
+@RUN_ARGUMENT
+@click.option("--spec", "spec_name", metavar="SPEC", help="Spec of the run, which says where data and weights are.")
+@SET
+@click.option(
+    "--share", type=float, default=0.01, show_default=True, help="Smallest fraction of forged blocks to detect."
 )
-from diffsmooth.pipeline.votes.run import SECRET_SEED, Run
-from diffsmooth.pipeline.votes.seal import compare, hash_objects, read_seals, record_keys, signature_key, signer
+@click.option("--assurance", type=float, default=0.95, show_default=True, help="Probability of detecting it.")
+@click.option("--blocks", type=click.IntRange(min=0), help="Number of blocks to cast again. [default: from --share]")
+@click.option("--seed", type=int, help="Seed for choosing the blocks. [default: the system's randomness]")
+@click.option("--commitment", metavar="HASH", help="Check the hash that was published before the first draw.")
+@click.option("--root", metavar="HASH", help="Check every file against the seal with this published root.")
+@click.option("--signers", metavar="FILE", help="Check that one of these SSH keys signed the seal: NAME KEYTYPE KEY.")
+@JSON
+def audit_command(
+    run: str,
+    spec_name: str | None,
+    overrides: tuple[str, ...],
+    commitment: str | None,
+    root: str | None,
+    signers: str | None,
+    as_json: bool,
+    **effort: Any,
+) -> None:
+    """Check RUN's files, and cast some of its blocks again. Exit status 1 if anything is wrong.
 
-_MOMENT_VALUES = 2_000_000
-_MOMENT_LIMIT = 5.0  # standard errors
-_LEAST_AGREEMENT = 0.98  # of votes cast on another kind of device, where rounding can decide near ties differently
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How many blocks to redraw."""
-
-    share: float = 0.01  # the smallest fraction of forged blocks to detect
-    assurance: float = 0.95  # with this probability
-    blocks: int | None = None  # None: as many as share and assurance need
-    seed: int | None = None  # None: choose the blocks with the operating system's randomness
-
-    def __post_init__(self) -> None:
-        for name in ("share", "assurance"):
-            value = getattr(self, name)
-            if not 0 < value < 1:
-                raise UserError(f"--{name} {value} must be above 0 and below 1")
-
-    @property
-    def wanted(self) -> int:
-        """The smallest k with 1 - (1 - share)^k >= assurance, unless the number of blocks is given."""
-        if self.blocks is not None:
-            return self.blocks
-        return math.ceil(math.log1p(-self.assurance) / math.log1p(-self.share) - 1e-9)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """What the author of a run published, for an auditor to compare with."""
-
-    commitment: str | None = None  # the hash that was published before the first draw
-    root: str | None = None  # of a seal
-    signers: str | None = None  # file of the SSH keys one of which signed the seal
-
-    def __post_init__(self) -> None:
-        if self.signers is not None and not Path(self.signers).is_file():
-            raise UserError(f"--signers {self.signers}: no such file; give a file with lines NAME KEYTYPE KEY")
-
-
-@dataclass
-class Redrawn:
-    """What came of casting blocks again."""
-
-    blocks: int = 0
-    equal: int = 0  # vote for vote
-    elsewhere: int = 0  # blocks that were first cast on another device or with other packages
-    agreement_elsewhere: float | None = None  # the lowest share of equal votes among these
-    attacked: int = 0  # attacked samples at whose nearest image votes were cast again
-    attacked_equal: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """The result of an audit."""
-
-    run: str
-    votes_id: str
-    blocks: int
-    noise_moments_largest_z: float
-    redrawn: Redrawn
-    share: float
-    findings: list[str]  # a line for each problem
-    notes: list[str]  # a line for each assumption that files cannot show
-
-    @property
-    def escape_probability(self) -> float:
-        return (1 - self.share) ** self.redrawn.blocks
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"escape_probability": self.escape_probability}
-
-    def __str__(self) -> str:
-        redrawn = self.redrawn
-        lines = [
-            f"{self.run}: {self.blocks:,} blocks read; the moments of the noise are at most "
-            f"{self.noise_moments_largest_z:.1f} standard errors off"
-        ]
-        if redrawn.blocks:
-            lines.append(
-                f"{redrawn.blocks:,} blocks cast again, {redrawn.equal:,} equal vote for vote; a fraction of "
-                f"{self.share:g} forged blocks would have escaped with probability {self.escape_probability:.2g}"
-            )
-            if redrawn.elsewhere:
-                lines.append(
-                    f"{redrawn.elsewhere:,} of them were first cast on another device or with other packages; at least "
-                    f"{100 * (redrawn.agreement_elsewhere or 0.0):.3f} % of their votes agree"
-                )
-            if redrawn.attacked:
-                lines.append(
-                    f"{redrawn.attacked:,} adversarial images were voted on again, {redrawn.attacked_equal:,} of them "
-                    "with the same votes"
-                )
-        else:
-            lines.append("no block was cast again; use --spec with the spec of this run")
-        lines += [f"NOTE: {note}" for note in self.notes]
-        lines += [f"FOUND: {finding}" for finding in self.findings] or ["no problem found"]
-        return "\n".join(lines) + "\n"
-
-
-def audit(run_uri: str, *, spec: RunSpec | None, effort: Effort, published: Published = Published()) -> Findings:
-    """Check a run. Without `spec`, which says where data and weights are, no block is cast again.
-
-    Raises: UserError if there is no run, or if the spec is that of another run.
+    \b
+    diffsmooth audit runs/mnist --spec mnist --share 0.05
     """
-    findings: list[str] = []
-
-    def note(error: Exception) -> None:
-        findings.append(str(error))
-
-    def collect(check: Callable[[], Iterable[str]]) -> None:
-        """Add the findings of a check; a file that it cannot read is one, and the next check goes on."""
-        try:
-            findings.extend(check())
-        except (UserError, RunError) as error:
-            note(error)
-
-    stored = StoredRun(open_store(run_uri), on_damage=note)
-    try:
-        check_known_answers()
-    except RunError as error:
-        note(error)
-    store, run = stored.store, stored.run
-    committed = list_blocks(store, run.block, on_damage=note)
-    blocks = read_blocks(store, run, committed, on_damage=note)
-    votes = to_table(blocks)
-    good = {one.block for one in blocks}
-    links = broken_links(store, stored.orders)
-    collect(lambda: (f"{store.uri}: {broken}; restore the run from a copy" for broken in links))
-    collect(lambda: _check_commitment(stored, published.commitment))
-    collect(lambda: _check_seal(stored, blocks, published))
-    collect(lambda: _check_table(stored, votes))
-    collect(lambda: _check_plans(stored, votes))
-    for name in stored.orders:
-        collect(partial(_check_order, stored, name, votes, good))
-    largest, off = _moments(run, blocks)
-    findings += off
-    attacked_images = _read_attacks(stored, findings)
-    redrawn = Redrawn()
-    if spec is not None:
-        chooser = random.SystemRandom() if effort.seed is None else random.Random(effort.seed)
-        chosen = chooser.sample(blocks, min(effort.wanted, len(blocks)))
-        images = chooser.sample(attacked_images, min(effort.wanted, len(attacked_images)))
-        redrawn = _redraw(run, run.seeded(spec), chosen, images, findings)
-    return Findings(
-        run=store.uri,
-        votes_id=run.votes_id,
-        blocks=len(committed),
-        noise_moments_largest_z=largest,
-        redrawn=redrawn,
-        share=effort.share,
-        findings=findings,
-        notes=_notes(stored),
-    )
-
-
-def _notes(stored: StoredRun) -> list[str]:
-    """What the certificates assume, and no file can show."""
-    seed, notes = int(stored.run.seed), []
-    if seed < SECRET_SEED:
-        notes.append(
-            f"the seed {seed} is fixed: the certificates assume that f and the images were chosen without looking at "
-            "runs with this seed; confirm a choice with certify --fresh-seed"
-        )
-    if any(order.previous is None for order in stored.orders.values()):
-        notes.append("orders of an earlier version are not chained, so a changed order may go unnoticed")
-    return notes
-
-
-def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
-    """Blocks of votes.parquet that are missing or changed in the folder."""
-    store, findings = stored.store, []
-    keys = [*BLOCK_COLUMNS, "class"]
-    columns = [*keys, "votes", "label"]
-    try:
-        table = read_derived(store, TABLE_KEY, columns, 2 * len(votes) + 1000)
-        table = _typed_as(table, votes[columns], f"{store.uri}/{TABLE_KEY}")
-    except FileNotFoundError:
-        return []
-    # all rows of its blocks; the run may have other blocks since
-    now = votes[columns].merge(table[BLOCK_COLUMNS].drop_duplicates(), on=BLOCK_COLUMNS)
-    both = table.merge(now, on=keys, how="outer", suffixes=("", "_now"))
-    differs = (both["votes"] != both["votes_now"]) | (both["label"] != both["label_now"])
-    changed = both[differs | both.duplicated(keys)]
-    for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
-        key = block_key(Block(*block))
-        if key in store.existing([key]):
-            state, remedy = "changed", "delete it and run certify again"
-        else:
-            state, remedy = "was deleted", "run certify again to cast its draws"
-        findings.append(f"{store.uri}/{key} {state} after {TABLE_KEY} was written from it; {remedy}")
-    return findings
-
-
-def _check_order(stored: StoredRun, name: str, votes: pd.DataFrame, good: set[Block]) -> list[str]:
-    """Blocks that an order needs and that are missing; certificates that do not follow from the votes."""
-    store, order, key = stored.store, stored.orders[name], OrderKeys(name).certificates
-    missing = stored.sampler(order, good, name=name).start()
-    if missing:
-        return [
-            f"{store.uri}: order {name} lacks {len(missing)} blocks, the first {block_key(missing[0])}: never "
-            "cast, or deleted; run certify again"
-        ]
-    derived = stored.certificates(votes, name)
-    try:
-        written = read_derived(store, key, list(derived.columns), 2 * len(derived) + 1000)
-    except FileNotFoundError:
-        return [f"{store.uri}/{key} is missing; run certify or analyze to derive it from the votes"]
-    written = _typed_as(written, derived, f"{store.uri}/{key}")
-    if len(written) != len(derived):
-        differing = ["its samples"]
-    else:
-        differing = [column for column in map(str, derived) if not _equal(written[column], derived[column])]
-    return [f"{store.uri}/{key} does not follow from the votes ({one}); run certify again" for one in differing[:1]]
-
-
-def _typed_as(written: pd.DataFrame, derived: pd.DataFrame, place: str) -> pd.DataFrame:
-    """A table with the types of another. Raises: RunError if its values do not have them."""
-    with intact(place, REBUILD):
-        return written.astype(dict(derived.dtypes))
-
-
-def _equal(written: pd.Series, derived: pd.Series) -> bool:
-    """Whether two columns are equal; numbers up to the rounding of another version of SciPy."""
-    if derived.dtype.kind == "f":
-        return bool(np.allclose(written, derived, rtol=1e-9, atol=1e-9, equal_nan=True))
-    return written.equals(derived)
-
-
-def _check_commitment(stored: StoredRun, commitment: str | None) -> list[str]:
-    """Whether the published hash is that of the first order, which commits to run.json too, or of run.json."""
-    store, first = stored.store, next(iter(stored.orders), None)
-    if commitment is None:
-        return []
-    known = {stored_hash(store, None)} | ({stored_hash(store, first)} if first else set())
-    if commitment.lower() in known:
-        return []
-    return [
-        f"{store.uri}: --commitment {commitment} is neither the sha256 of order {first} nor of run.json; ask its author"
-    ]
-
-
-def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Published) -> list[str]:
-    """What differs from the seal with the published root; without a root, from the last seal if there is one.
-
-    Without a root, objects that were added after the last seal are no finding: the run may be in progress.
-    """
-    store, root = stored.store, published.root
-    seals = read_seals(store)
-    chosen = [one for one in seals.values() if root is None or one.root == root.lower()][-1:]
-    if not chosen:
-        missing = f"has no seal with the root {root}" if root else "has no seal"
-        return [f"{store.uri} {missing}; ask its author"] if root or published.signers else []
-    (seal,) = chosen
-    blocks_of = {block_key(one.block): one.sha256 for one in blocks}
-    others = [key for key in seal.entries if key not in blocks_of]
-    found = blocks_of | hash_objects(store, [*others, *record_keys(store)])
-    present = {*record_keys(store), *store.keys("votes")} | {key for key in others if key in found}
-    lines, findings = compare(seal, found, present=present if root else present & seal.entries.keys()), []
-    for line in lines:
-        remedy = "use a later root, or delete it" if line.endswith("was added") else "restore it from a copy"
-        findings.append(f"{store.uri}: {line} after seal {seal.name}; {remedy}")
-    if published.signers is not None:
-        key = signature_key(seal.name)
-        by = signer(seal, store.read(key), published.signers) if store.exists(key) else None
-        if by is None:
-            findings.append(f"{store.uri}: seal {seal.name} is signed by none of {published.signers}; ask its author")
-    return findings
-
-
-def _check_plans(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
-    """Plans that do not follow from their pilots.
-
-    A plan follows if it is made from the order's own pilots, given what some of the plans that follow had planned
-    before; or if it repeats the draws of plans that follow (see `analyze`). Plans that only follow from each other do
-    not follow.
-    """
-    follow: dict[str, Plan] = {}
-    while True:
-        more = {
-            name: plan for name, plan in stored.plans.items() if name in follow or _follows(stored, name, follow, votes)
-        }
-        if more == follow:
-            break
-        follow = more
-    return [
-        f"{stored.store.uri}/{OrderKeys(name).plan} does not follow from the selection votes; restore the run from a "
-        "copy"
-        for name in stored.plans
-        if name not in follow
-    ]
-
-
-def _follows(stored: StoredRun, name: str, follow: Mapping[str, Plan], votes: pd.DataFrame) -> bool:
-    """Whether the plan of an order follows from its pilots and the plans that `follow`."""
-    run, order, plan = stored.run, stored.orders[name], stored.plans[name]
-    repeated = {sample: n for sample, n in _union(follow.values()).items() if sample in set(order.samples)}
-    if plan == repeated:
-        return True
-    pilots = _pilots(votes, order)
-    earlier = [one for other, one in follow.items() if stored.orders[other].claim == order.claim]
-    given = [{}, *earlier, _union(earlier)]
-    return bool(pilots) and any(make_plan(order, run.block, run.sigma, pilots, before) == plan for before in given)
-
-
-def _union(plans: Iterable[Plan]) -> dict[int, int]:
-    """The plans together; the first that has a sample decides."""
-    union: dict[int, int] = {}
-    for plan in plans:
-        union = {**plan, **union}
-    return union
-
-
-def _pilots(votes: pd.DataFrame, order: Order) -> dict[int, Pilot]:
-    """The pilots of an order; empty unless all are complete."""
-    pilots = {}
-    rows = votes[(votes["stage"] == "selection") & (votes["draw_stop"] <= order.n0)]
-    for sample, of_sample in rows.groupby("sample"):
-        counts = of_sample.groupby("class")["votes"].sum()
-        if counts.sum() == order.n0:
-            label = int(of_sample["label"].iloc[0])
-            pilots[int(str(sample))] = Pilot(label, {int(str(k)): int(n) for k, n in counts.items()})
-    return {sample: pilots[sample] for sample in order.samples} if set(order.samples) <= pilots.keys() else {}
-
-
-def _moments(run: Run, blocks: Sequence[StoredBlock]) -> tuple[float, list[str]]:
-    """The largest deviation of mean, variance and kurtosis of the run's own noise, in standard errors; and findings.
-
-    This detects accidents, not attackers: those are detected by casting votes again.
-    """
-    values, noise = 1000, Noise.of(run.spec.smoothing)
-    draws = max(1, _MOMENT_VALUES // values)
-    first = blocks[0].block if blocks else Block(0, "estimation", 0, 1)
-    out = np.empty((draws, values), np.float32)
-    noise.fill(out, first.stage, first.sample, range(draws))
-    z = out.astype(np.float64).ravel() * noise.unit
-    rounding = noise.unit**2 / 12 if noise.grid else 0.0  # rounding adds the variance of a uniform step
-    z /= math.sqrt(noise.sigma**2 + rounding)
-    deviations = {
-        "mean": z.mean() * math.sqrt(z.size),
-        "variance": ((z**2).mean() - 1) * math.sqrt(z.size / 2),
-        "fourth moment": ((z**4).mean() - 3) * math.sqrt(z.size / 96),
-    }
-    findings = [
-        f"the {name} of the noise is {deviation:+.1f} standard errors off; install another version of NumPy"
-        for name, deviation in deviations.items()
-        if abs(deviation) > _MOMENT_LIMIT
-    ]
-    return max(abs(deviation) for deviation in deviations.values()), findings
-
-
-class _Image(NamedTuple):
-    """An attacked sample with the image of its upper bound."""
-
-    attack: Attack
-    sample: AttackedSample
-    number: int  # of the image among those that were tried
-
-
-def _read_attacks(stored: StoredRun, findings: list[str]) -> list[_Image]:
-    """The proven images of all attacks; damaged files are findings."""
-    found = []
-    for attack_id in attack_ids(stored.store):
-        try:
-            attack = read_attack(stored.store, attack_id)
-        except RunError as error:
-            findings.append(str(error))
-            continue
-        if attack.votes_id != stored.run.votes_id:
-            findings.append(f"{stored.store.uri}/{attack.key} attacks another run ({attack.votes_id}); remove it")
-            continue
-        for index in attacked(stored.store, attack):
-            try:
-                (sample,) = read_samples(stored.store, stored.run, attack, [index])
-            except RunError as error:
-                findings.append(str(error))
-                continue
-            nearest = sample.nearest(attack.alpha)
-            if nearest is not None:
-                number = next(number for number, rung in enumerate(sample.rungs) if rung is nearest)
-                found.append(_Image(attack, sample, number))
-    return found
-
-
-def _vote_again(f: BaseClassifier, data: Dataset, one: _Image, noise: Noise, here: DeviceFacts) -> str | None:
-    """What is wrong with an adversarial image: its distance, or its votes. None if nothing is."""
-    same = (one.sample.metadata.device, one.sample.metadata.versions) == (here.device, here.versions)
-    least = 1 if same else _LEAST_AGREEMENT
-    attack, sample, rung = one.attack, one.sample, one.sample.rungs[one.number]
-    key = attack.sample_key(sample.sample)
-    clean = data[sample.sample] if sample.sample < len(data) else None
-    if clean is None or (clean.sha256, clean.label) != (sample.metadata.sample_sha256, sample.label):
-        return f"{key}: sample {sample.sample} of the data set has another image or label than in the attack"
-    distance = float(np.linalg.norm((rung.image_CHW.astype(np.float64) - clean.image_CHW).ravel()))
-    if not math.isclose(distance, rung.distance, rel_tol=1e-9, abs_tol=1e-12):
-        return f"{key} says distance {rung.distance:.6g}, but its image is {distance:.6g} away; delete it"
-    torch.set_num_threads(sample.metadata.threads)
-    options = CastOptions(sample.metadata.batch_size)
-    parts: list[tuple[Stage, int, int, NDArray[np.int64] | None]] = [
-        ("selection", one.number, attack.n0, rung.selection_K),
-        ("estimation", rung.judged, attack.n, rung.judging_K),
-    ]
-    for stage, place, length, claimed_K in parts:
-        block = Block(sample.sample, stage, place * length, (place + 1) * length)
-        counts_K = votes_at(f, rung.image_CHW, clean, block, proof_noise(attack, noise), options)
-        if claimed_K is not None and np.minimum(counts_K, claimed_K).sum() < least * length:
-            return f"{key} holds other {stage} votes than f casts at its image; find out where it came from, delete it"
-    return None
-
-
-def _redraw(
-    run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], images: Sequence[_Image], findings: list[str]
-) -> Redrawn:
-    """Cast the chosen blocks again, the way their metadata say that they were cast; and vote on images again."""
-    checked, redrawn = check_spec(spec), Redrawn()
-    weights = checked.weights_ids
-    for name, sha256 in run.spec.weights.items():
-        if weights.get(name) != sha256:
-            findings.append(f"{name} is {weights.get(name)} here, but {sha256} in the run; get the run's own file")
-    if weights != run.spec.weights:
-        return redrawn
-    if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data, device = checked.data, device_of(spec)
-    f, here = checked.build(device), device_facts(device)
-    agreements = []
-    for one in chosen:
-        key = block_key(one.block)
-        agreement = _agreement(f, data, one, Noise.of(spec.smoothing))
-        if agreement is None:
-            findings.append(
-                f"{key}: sample {one.block.sample} of the data set has another image or label than in the run"
-            )
-            continue
-        same = (one.metadata.device, one.metadata.versions) == (here.device, here.versions)
-        redrawn.blocks += 1
-        redrawn.equal += agreement == 1
-        if not same:
-            agreements.append(agreement)
-        if agreement < (1 if same else _LEAST_AGREEMENT):
-            findings.append(
-                f"{key} holds other votes than f casts ({100 * agreement:.2f} % agree); find out where it came from, "
-                "delete it and run certify again"
-            )
-    for image in images:
-        wrong = _vote_again(f, data, image, Noise.of(spec.smoothing), here)
-        redrawn.attacked += 1
-        redrawn.attacked_equal += wrong is None
-        findings += [wrong] if wrong else []
-    redrawn.elsewhere = len(agreements)
-    redrawn.agreement_elsewhere = min(agreements, default=None)
-    return redrawn
-
-
-def _agreement(f: BaseClassifier, data: Dataset, one: StoredBlock, noise: Noise) -> float | None:
-    """The share of a block's votes that f casts again; None if the data set has another image or label."""
-    if one.block.sample >= len(data):
-        return None
-    sample = data[one.block.sample]
-    if (sample.sha256, sample.label) != (one.metadata.sample_sha256, one.label):
-        return None
-    torch.set_num_threads(one.metadata.threads)
-    options = CastOptions(one.metadata.batch_size)
-    (cast,) = cast_votes(f, [one.block], {one.block.sample: sample}, noise, options)
-    claimed = np.zeros_like(cast.counts_K)
-    claimed[one.classes] = one.counts
-    return float(np.minimum(claimed, cast.counts_K).sum() / one.block.draws)
+    if spec_name is None and (effort["blocks"] or overrides):
+        given = f"--blocks {effort['blocks']}" if effort["blocks"] else f"--set {overrides[0]}"
+        raise UserError(f"{given} needs the spec of the run, which says where data and weights are; add --spec SPEC")
+    spec = load_named(spec_name, overrides) if spec_name else None
+    how = redraw.Effort(**effort)
+    published = files.Published(commitment=commitment, root=root, signers=signers)
+    found = redraw.audit(run, spec=spec, effort=how, published=published)
+    conclude(found, as_json=as_json, complete=not found.findings)

@@ -48,9 +48,9 @@ def speed_options(command: _Command) -> _Command:
     return command
 
 
-@click.command()
+@click.command("bench")
 @speed_options
-def bench(
+def bench_command(
     spec: str,
     cpu: bool,
     overrides: tuple[str, ...],

@@ -1,42 +1,56 @@
 """`diffsmooth compare`: paired differences between runs and logs on the samples that they share."""
 
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
-import numpy as np
-import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from diffsmooth.jobs.console import conclude, json_of
+from diffsmooth.jobs.options import GRID, JSON, ORDER, SOURCE_ARGUMENTS
 from diffsmooth.jobs.places import (
     Source,
     is_log,
-    parse_grid,
     parse_source,
     read_source,
     with_distinct_names,
     writing,
 )
-from diffsmooth.pipeline.certify.compare import MOST_RUNS, Comparison, PairDifference, compare, shared_rows
-from diffsmooth.pipeline.certify.curve import GROWN, Curve, table_radii
+from diffsmooth.pipeline.certify.compare import MOST_RUNS, Comparison, PairDifference
+from diffsmooth.pipeline.certify.curve import Curve
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.results.stored import OrderResult, comparison_notes, read_result
+from diffsmooth.pipeline.results.compared import Side, compare_sides
+from diffsmooth.pipeline.results.stored import read_result
+from diffsmooth.pipeline.show.grids import parse_grid
 from diffsmooth.pipeline.show.logs import read_log
 from diffsmooth.pipeline.votes.blocks import StoredBlock
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Side:
-    """One of the compared runs or logs."""
+@click.command("compare")
+@SOURCE_ARGUMENTS
+@ORDER
+@GRID
+@click.option("--output", metavar="FILE", help="Write to this file. [default: stdout]")
+@JSON
+def compare_command(
+    sources: tuple[str, ...], order_name: str | None, grid: str | None, output: str | None, as_json: bool
+) -> None:
+    """Test which of two or more runs certifies more of the samples that they share.
 
-    rows: pd.DataFrame  # as `shared_rows` requires
-    curve: Curve
-    result: OrderResult | None  # None for a log
+    Prints differences of certified accuracy (exact McNemar test) and of ACR (BCa bootstrap), with intervals that hold
+    for all radii and pairs at once, and the number of samples that would show a difference of 1 point.
+
+    \b
+    diffsmooth compare runs/mnist-diffsmooth-0.50 runs/mnist-cohen-0.50 --grid 0:1.5:0.25
+    """
+    found = compare_sources(sources, order_name=order_name, grid=grid)
+    if output is None:
+        conclude(found, as_json=as_json, show=lambda one: click.echo(describe(one), nl=False))
+    with writing("--output", output) as path:
+        Path(path).write_text(json_of(found) + "\n" if as_json else describe(found), encoding="utf-8")
 
 
 def compare_sources(sources: Sequence[str], *, order_name: str | None = None, grid: str | None = None) -> Comparison:
@@ -50,25 +64,10 @@ def compare_sources(sources: Sequence[str], *, order_name: str | None = None, gr
     parsed = [parse_source(text) for text in sources]
     read = [_read(source, order_name) for source in parsed]
     curves = with_distinct_names(parsed, [side.curve for side in read])
-    sides = dict(zip((curve.name for curve in curves), read, strict=True))
-    _check_claims(sides)
-    radii = _radii(curves, chosen)
-    rows = shared_rows({name: side.rows for name, side in sides.items()})
-    found = compare(rows, radii.tolist(), without_acr=any(curve.tested is not None for curve in curves))
-    return found.model_copy(update={"notes": [*_notes(sides, rows, radii), *found.notes]})
+    return compare_sides(dict(zip((curve.name for curve in curves), read, strict=True)), chosen)
 
 
-def print_comparison(found: Comparison, *, as_json: bool, output: str | None) -> None:
-    """Print a comparison, or write it to a file. Raises: UserError if the file cannot be written."""
-    text = json.dumps(found.to_json(), indent=2) + "\n" if as_json else describe(found)
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    with writing("--output", output) as path:
-        Path(path).write_text(text, encoding="utf-8")
-
-
-def _read(source: Source, order_name: str | None) -> _Side:
+def _read(source: Source, order_name: str | None) -> Side:
     if is_log(source.place):
         curve = read_source(source, None)
         assert isinstance(curve, Curve)
@@ -78,87 +77,17 @@ def _read(source: Source, order_name: str | None) -> _Side:
                 f"{source.place}: the log has no radius above 0, so it seems to be a log of PREDICT; compare logs of "
                 "CERTIFY"
             )
-        return _Side(rows=rows.assign(image=""), curve=curve, result=None)
+        return Side(rows=rows.assign(image=""), curve=curve, result=None)
     stored = read_result(source.place, order_name)
     rows = stored.result.certificates
     images = _images(stored.blocks)
     rows = rows.assign(image=[images.get(sample, "") for sample in rows["sample"]])
-    return _Side(rows=rows, curve=stored.result.curve, result=stored.result)
+    return Side(rows=rows, curve=stored.result.curve, result=stored.result)
 
 
 def _images(blocks: Iterable[StoredBlock]) -> dict[int, str]:
     """The hash of each sample's image."""
     return {one.block.sample: one.metadata.sample_sha256 for one in blocks}
-
-
-def _check_claims(sides: Mapping[str, _Side]) -> None:
-    """Refuse to compare shares that claim different properties of g."""
-    (first, one), *others = sides.items()
-    for name, other in others:
-        kinds, costs = (one.curve.kind, other.curve.kind), [_costly(side) for side in (one, other)]
-        if not kinds[0].comparable_with(kinds[1]) or costs[0] != costs[1]:
-            weaker = next((kind for kind in kinds if not kind.claims_label), kinds[0])
-            raise UserError(
-                f"{first}, {name}: the certificate {weaker.name!r} {weaker.caveat.partition(';')[0]}; compare it with "
-                "orders that have the same certificate and the same costly classes"
-            )
-
-
-def _costly(side: _Side) -> Mapping[int, Sequence[int]] | None:
-    return None if side.result is None else side.result.order.costly
-
-
-def _radii(curves: Sequence[Curve], chosen: np.ndarray | None) -> np.ndarray:
-    """The chosen radii, or round ones; with grid mode, radii that every such order tested. Raises: UserError."""
-    grids = [set(curve.tested.tolist()) for curve in curves if curve.tested is not None]
-    if not grids:
-        return table_radii(curves) if chosen is None else chosen
-    tested = sorted(set.intersection(*grids))
-    wrong = [] if chosen is None else sorted(set(chosen.tolist()) - set(tested))
-    shown = ", ".join(f"{radius:g}" for radius in tested[:20]) or "none"
-    if wrong or not tested:
-        problem = f"r = {wrong[0]:g} was not tested" if wrong else "no radius was tested"
-        raise UserError(f"{problem} by every order in grid mode; use radii that were: {shown}")
-    return np.array(tested) if chosen is None else chosen
-
-
-def _notes(sides: Mapping[str, _Side], rows: Mapping[str, pd.DataFrame], radii: np.ndarray) -> list[str]:
-    """What must be said with the figures: samples left out, settings that differ, second looks."""
-    shared = len(next(iter(rows.values())))
-    notes = []
-    if any(len(side.rows) > shared for side in sides.values()):
-        sizes = ", ".join(f"{shared:,} of {len(side.rows):,} in {name}" for name, side in sides.items())
-        notes.append(f"only samples that are complete in all runs are compared: {sizes}")
-    sigmas = [side.curve.sigma for side in sides.values()]
-    if len(set(sigmas)) > 1:
-        shown = ", ".join("unknown" if sigma is None else f"{sigma:g}" for sigma in sigmas)
-        notes.append(f"the runs differ in sigma ({shown}), so a difference between them is not only one of f")
-    notes += comparison_notes([side.result for side in sides.values() if side.result is not None])
-    notes += _about_attacks([side.curve for side in sides.values()], list(sides), radii)
-    if logs := [name for name, side in sides.items() if side.result is None]:
-        notes.append(
-            f"{', '.join(logs)}: a log does not state n, n0, alpha or its images; only the labels were compared"
-        )
-    if late := [name for name, table in rows.items() if table["post_hoc"].any()]:
-        notes.append(f"post hoc: {', '.join(late)}; an earlier order covers these samples")
-    if grown := [name for name, side in sides.items() if side.curve.grown]:
-        notes.append(f"{', '.join(grown)}: {GROWN}")
-    return notes
-
-
-def _about_attacks(curves: Sequence[Curve], names: Sequence[str], radii: np.ndarray) -> list[str]:
-    """The gap between certified and resisted accuracy of each run that was attacked."""
-    notes = []
-    for name, curve in zip(names, curves, strict=True):
-        if curve.uppers is None:
-            continue
-        shown = "; ".join(
-            f"r = {radius:.10g}: {100 * certified:.1f} certified, {100 * resisted:.1f} not proven wrong"
-            for radius, certified, resisted in zip(radii, curve.at(radii), curve.resisted(radii), strict=True)
-        )
-        attacked = int(np.isfinite(curve.uppers).sum())
-        notes.append(f"attacks on {name} (upper bounds for {attacked:,} of {curve.num_samples:,} samples), %: {shown}")
-    return notes
 
 
 def describe(found: Comparison) -> str:

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from diffsmooth.jobs.cascade import cascade
+from diffsmooth.jobs.options import GRID, ORDER, PIXELS, SOURCE_ARGUMENTS
 from diffsmooth.jobs.places import (
     images_of,
     is_log,
-    parse_grid,
     parse_images,
     parse_source,
     read_source,
@@ -20,14 +20,50 @@ from diffsmooth.jobs.places import (
 )
 from diffsmooth.pipeline.certify.curve import Curve, plot
 from diffsmooth.pipeline.certify.kinds import CASCADE
-from diffsmooth.pipeline.certify.units import converted
+from diffsmooth.pipeline.certify.units import UNITS, converted
 from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.results.cascades import cascade
 from diffsmooth.pipeline.results.stored import comparison_notes
-from diffsmooth.pipeline.show.tables import ENVELOPE, render
+from diffsmooth.pipeline.show.grids import parse_grid
+from diffsmooth.pipeline.show.tables import ENVELOPE, FORMATS, render
 
 logger = logging.getLogger(__name__)
 
 _ENDINGS = (".png", ".pdf", ".svg")
+
+
+@click.command("curve")
+@SOURCE_ARGUMENTS
+@ORDER
+@GRID
+@click.option("--float-grid", is_flag=True, help="Use numpy.arange in floats for --grid, as published tables do.")
+@click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True, help="Format of the table."
+)
+@click.option("--output", metavar="FILE", help="Write the table to this file. [default: stdout]")
+@click.option("--plot", "picture", metavar="FILE", help="Draw the curves into a .png, .pdf or .svg file.")
+@click.option("--envelope", is_flag=True, help="Add the best curve at each radius, and its name; not a classifier.")
+@click.option("--cascade", is_flag=True, help="Add one certificate over the sigmas of the runs, and the envelope.")
+@click.option(
+    "--unit",
+    type=click.Choice(list(UNITS)),
+    default="l2",
+    show_default=True,
+    help="Convert the radii: other pixel scales, or the l-infinity norm.",
+)
+@PIXELS
+@click.option("--std", metavar="S,S,S", help="With --unit l2-normalized: std per channel of the normalisation.")
+def curve_command(sources: tuple[str, ...], **layout: Any) -> None:
+    """Compare runs and published logs in one table and one picture.
+
+    A folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME is a run, a file is a log in Cohen's layout. NAME=PATH names
+    a curve, LOG@SIGMA gives the sigma of a log.
+
+    \b
+    diffsmooth curve runs/mnist-cohen-0.50 runs/mnist-diffsmooth-0.50 --plot curves.png
+    diffsmooth curve runs/my-0.50 Cohen=sigma_0.50@0.5 --grid 0:1.5:0.25 --format latex
+    """
+    curve(sources, Layout(**layout))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Places: how the arguments RUN, LOG and FILE of a command are opened, and how its radii and units are read."""
+"""Places: how the arguments RUN, LOG and FILE of a command are opened, and the images of a run."""
 
 import errno
 import math
@@ -7,12 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from diffsmooth.pipeline.certify.curve import Curve, curve_of
 from diffsmooth.pipeline.certify.units import Images
@@ -23,8 +19,6 @@ from diffsmooth.pipeline.results.stored import OrderResult, read_result
 from diffsmooth.pipeline.show.logs import read_log
 from diffsmooth.pipeline.spec import Data
 from diffsmooth.pipeline.votes.run import Run
-
-_MOST_RADII = 10_000
 
 
 class Source(NamedTuple):
@@ -151,28 +145,6 @@ def _distinct(paths: Sequence[tuple[str, ...]]) -> list[str]:
             name = paths[alike[0]][-1]
             raise UserError(f"two curves have the name {name!r}; rename one with NAME=PATH, or remove it")
         kept = [count + (index in alike) for index, count in enumerate(kept)]
-
-
-def parse_grid(grid: str, float_grid: bool = False) -> NDArray[np.float64]:
-    """The radii of --grid: START, START + STEP, ... up to STOP: exact decimals, or floats as in published tables.
-
-    70 steps of 0.005 are 0.35 in decimals but 0.35000000000000003 in floats, which a radius of 0.35 does not reach.
-    """
-    try:
-        start, stop, step = map(Decimal, grid.split(":"))
-        if not all(math.isfinite(float(value)) for value in (start, stop, step)):
-            raise ValueError
-    except (ValueError, DecimalException):
-        raise UserError(f"--grid {grid} must be START:STOP:STEP in decimal numbers, for example 0:1.5:0.25") from None
-    if float(step) <= 0:
-        raise UserError(f"--grid {grid}: the step {step} must be above 0")
-    if not 0 <= start <= stop:
-        raise UserError(f"--grid {grid}: the radii must satisfy 0 <= START <= STOP")
-    if (stop - start) / _MOST_RADII >= step:
-        raise UserError(f"--grid {grid}: more than {_MOST_RADII:,} radii; use a larger step")
-    if float_grid:
-        return np.arange(float(start), float(stop) + float(step), float(step))
-    return np.array([float(start + index * step) for index in range(int((stop - start) // step) + 1)])
 
 
 def parse_images(pixels: str | None, std: str | None) -> Images:

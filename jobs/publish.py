@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import click
+
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.options import JSON, RUN_ARGUMENT
 from diffsmooth.jobs.places import images_of
 from diffsmooth.pipeline.attack.record import FOLDER, attacked, read_attacks
 from diffsmooth.pipeline.certify.orders import OrderKeys
@@ -23,6 +28,29 @@ from diffsmooth.pipeline.votes.run import RUN_KEY
 from diffsmooth.pipeline.votes.seal import add_seal, seal_key, seal_names, signature_key
 
 _NO_PICTURES = "a published report shows no images of the data set"
+
+
+@click.command("publish")
+@RUN_ARGUMENT
+@click.argument("place", metavar="hf://datasets/ORG/NAME")
+@click.option(
+    "--commit", "--no-pr", "directly", is_flag=True, help="Commit to the repository instead of opening a pull request."
+)
+@click.option(
+    "--model", metavar="hf://ORG/NAME", help="Also open a pull request that adds the results to this model's page."
+)
+@click.option("--no-attacks", is_flag=True, help="Leave out attacks, which contain perturbed images of the data set.")
+@click.option("--dry-run", metavar="FOLDER", help="Write what would be published to a new folder; upload nothing.")
+@JSON
+def publish_command(run: str, place: str, no_attacks: bool, as_json: bool, **options: Any) -> None:
+    """Publish a complete RUN, so that anyone can audit it: votes, certificates, seals, a report and a card.
+
+    \b
+    diffsmooth publish runs/mnist hf://datasets/ORG/NAME
+    diffsmooth publish runs/mnist hf://datasets/ORG/NAME --dry-run published
+    diffsmooth audit hf://datasets/ORG/NAME
+    """
+    conclude(publish(run, place, attacks=not no_attacks, **options), as_json=as_json)
 
 
 @dataclass(frozen=True, kw_only=True)

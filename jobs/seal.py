@@ -2,9 +2,31 @@
 
 from dataclasses import dataclass
 
+import click
+
+from diffsmooth.jobs.console import conclude
+from diffsmooth.jobs.options import JSON, RUN_ARGUMENT
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.votes.seal import SampleProof, Seal, prove, read_seals, sign, signature_key
+
+
+@click.command("seal")
+@RUN_ARGUMENT
+@click.option("--sign", "key_file", metavar="KEY", help="Sign the seal with this SSH key (ssh-keygen -Y sign).")
+@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; seal nothing.")
+@JSON
+def seal_command(run: str, key_file: str | None, sample: int | None, as_json: bool) -> None:
+    """Commit to run.json, orders, plans and blocks of RUN by one hash, the root. certify does so when it ends.
+
+    \b
+    diffsmooth seal runs/mnist
+    diffsmooth seal runs/mnist --sign ~/.ssh/id_ed25519
+    """
+    if sample is not None:
+        click.echo(prove_sample(run, sample).model_dump_json(indent=2))
+        return
+    conclude(seal(run, key_file), as_json=as_json)
 
 
 @dataclass(frozen=True, kw_only=True)

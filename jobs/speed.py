@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsmooth.jobs.plan import FlopsPerDraw, flops_per_draw, in_gflop
-from diffsmooth.jobs.probe import with_weights_at_hand
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.casting import CastOptions, cast_votes, noisy_images
+from diffsmooth.pipeline.cost.flops import FlopsPerDraw, flops_per_draw, in_gflop
+from diffsmooth.pipeline.cost.probe import with_weights_at_hand
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.data.sets import DATASETS, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError

@@ -1,84 +1,48 @@
-"""The command train: trains a network, in this process or on Ray, and says where the results are."""
+"""`diffsmooth train`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+import click
 
-from diffsmooth.cluster.cast import Cluster
-from diffsmooth.cluster.connect import check_device
-from diffsmooth.cluster.trainer import Workers, train_on_ray
-from diffsmooth.jobs.console import note
-from diffsmooth.jobs.watch import stop_on_signals
-from diffsmooth.pipeline.errors import Stopped
-from diffsmooth.pipeline.models.device import available_device
-from diffsmooth.pipeline.storage.store import open_store
-from diffsmooth.pipeline.training.checkpoint import Row
-from diffsmooth.pipeline.training.loop import Report, check_training, run_training
-from diffsmooth.pipeline.training.settings import TrainingSpec
-from diffsmooth.pipeline.training.world import World
+from diffsmooth.jobs.console import conclude, print_text
+from diffsmooth.jobs.later import Later
+from diffsmooth.jobs.options import JSON, QUIET, SET
+from diffsmooth.jobs.specs import load_named_training
+
+if TYPE_CHECKING:
+    from diffsmooth.jobs import training as work
+else:
+    work = Later("diffsmooth.jobs.training")
 
 
-def train_here(spec: TrainingSpec, home: str, *, quiet: bool) -> Row:
-    """Train in this process. Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C, resumable."""
-    stopped: list[int] = []
-    device = available_device(spec.compute.device)
-    with _progress(spec, quiet) as show, stop_on_signals(stopped.append):
-        rows = run_training(
-            spec, open_store(home), device=device, world=World(), on_step=show,
-            stopped_by=lambda: stopped[0] if stopped else None,
-        )  # fmt: skip
-    return rows[-1]
+@click.command("train")
+@click.argument("training", metavar="TRAINING")
+@click.option("--out", help="Folder or s3://BUCKET/PREFIX of the training. [default: trainings/NAME]")
+@click.option("--address", help="Address of the Ray cluster; trains on it. [default: train in this process]")
+@click.option(
+    "--workers",
+    metavar="K[:L]",
+    help="Train on Ray with K workers, or K to L as nodes come and go. [default: this process]",
+)
+@SET
+@QUIET
+@JSON
+def train_command(
+    training: str,
+    out: str | None,
+    address: str | None,
+    workers: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Train a denoiser or a classifier, and write a spec that certifies it. Run it again to resume.
 
-
-@contextmanager
-def _progress(spec: TrainingSpec, quiet: bool) -> Iterator[Callable[[Report], None]]:
-    """Show a progress bar on stderr, and a line of metrics at each checkpoint."""
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(spec.name, total=spec.training.steps, loss=float("nan"))
-
-        def show(report: Report) -> None:
-            bar.update(task, completed=report.step, loss=report.loss)
-            if report.row is not None and not quiet:
-                note(describe(report.row))
-
-        yield show
-
-
-def describe(row: Row) -> str:
-    """Return a row of metrics as one line."""
-    rest = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items() if name not in ("step", "seconds"))
-    return f"step {int(row['step'])}: {', '.join(rest)}, {row['seconds']:.0f} s"
-
-
-def train(spec: TrainingSpec, home: str, *, address: str | None, workers: str | None, quiet: bool) -> Row:
-    """Train in this process, or on Ray if workers or a cluster are given; return the last metrics.
-
-    Raises: UserError, RunError; Stopped after SIGTERM or Ctrl-C, resumable.
+    \b
+    diffsmooth train my-training.toml --out trainings/mine
+    diffsmooth certify trainings/mine/certify.toml
     """
-    if address is None and workers is None:
-        return train_here(spec, home, quiet=quiet)
-    count = Workers.parse(workers or "1")
-    check_device(address, spec.compute.device)
-    check_training(spec, open_store(home))
-
-    def stop(signal: int) -> None:
-        raise Stopped(signal)
-
-    cluster = Cluster(address=address, device=spec.compute.device, actors=count.most, verbose=False)
-    with cluster, stop_on_signals(stop):
-        row = train_on_ray(spec, home, cluster, count)
-    if not quiet:
-        note(describe(row))
-    return row
-
-
-def closing(spec: TrainingSpec, home: str) -> str:
-    """Return what to do next."""
-    wrote = f"{home}: weights.safetensors, provenance.json, metrics.csv, loss.png"
-    if spec.classifier is None:
-        return f"{wrote}\ncertify.toml needs a classifier; add the table [classifier] and run the same command again"
-    return f"{wrote}, certify.toml\nnext: diffsmooth certify {home}/certify.toml"
+    spec = load_named_training(training, overrides)
+    home = out or f"trainings/{spec.name}"
+    done = work.train(spec, home, address=address, workers=workers, quiet=quiet or as_json)
+    conclude(done, as_json=as_json, show=None if quiet else print_text)

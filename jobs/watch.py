@@ -14,7 +14,6 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scipy.special import bdtrc
 
 from diffsmooth.cluster.cast import Cluster
 from diffsmooth.cluster.listener import Listener, Update
@@ -22,6 +21,7 @@ from diffsmooth.cluster.worker import CleanAccuracy
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.hooks import tell_progress
 from diffsmooth.pipeline.block import STAGES
+from diffsmooth.pipeline.certify.advice import better_than_chance
 from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
 from diffsmooth.pipeline.certify.certificates import top_class
 from diffsmooth.pipeline.certify.orders import Order
@@ -31,8 +31,6 @@ from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
 
-_TOO_FEW = 1e-3  # samples say nothing about a classifier if chance gets all of them right with more probability
-_CHANCE = 0.01  # a clean accuracy counts as no better than chance if chance reaches it with more probability
 _LOG_SECONDS = 10.0  # between plain progress lines, and between writes of progress.json
 
 
@@ -47,6 +45,23 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
+
+
+@contextmanager
+def bar_in_process(name: str, *, show: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """Give a function that shows the draws cast, the draws wanted and draws per second as a bar on stderr."""
+    bar = progress_bar(Console(stderr=True, quiet=not show))
+    task = bar.add_task(name, total=None, rate=0.0, note="")
+
+    def update(done: int, total: int, rate: float) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total, rate=rate)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +156,15 @@ class Watch(Listener):
 
     def _report_accuracy(self, clean: CleanAccuracy) -> None:
         """Report the bare classifier's accuracy; warn if it may be chance and the samples can show that."""
-        chance = 1 / clean.num_classes
-        if float(bdtrc(clean.samples - 1, clean.samples, chance)) > _TOO_FEW:
+        better = better_than_chance(clean.right, clean.samples, clean.num_classes)
+        if better is None:
             return
         correct = f"{clean.right} of {clean.samples} clean samples"
-        if float(bdtrc(clean.right - 1, clean.samples, chance)) > _CHANCE:
+        if not better:
             logger.warning(
                 "WARNING: the classifier alone gets %s right, not clearly better than chance (%g of %d); check "
                 "classifier.normalize and the order of the classes, since a certificate of this f is of little use",
-                correct, round(clean.samples * chance, 1), clean.samples,
+                correct, round(clean.samples / clean.num_classes, 1), clean.samples,
             )  # fmt: skip
         elif not self._quiet:
             note(f"the classifier alone gets {correct} right")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import diffsmooth as ds
-from diffsmooth.jobs.audit import Effort, audit
 from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.smoothing import build_base_classifier

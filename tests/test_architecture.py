@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from diffsmooth.jobs.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("pipeline", "cluster", "jobs")
 
@@ -26,8 +28,10 @@ MAY_IMPORT = {
     "votes": "records spec storage",
     "certify": "records spec storage votes",
     "attack": "casting certify data models noise records smoothing storage votes",
-    "results": "attack certify records storage votes",
+    "results": "attack certify data records spec storage votes",
+    "audit": "attack casting certify data models noise records results smoothing spec storage votes",
     "training": "data models records spec storage",
+    "cost": "attack certify data models smoothing spec storage training",
     "show": "attack casting certify data models noise records results smoothing spec votes",
 }
 TORCH = {
@@ -36,28 +40,17 @@ TORCH = {
     "pipeline.models",
     "pipeline.attack.search",
     "pipeline.attack.foreign",
+    "pipeline.attack.request",
+    "pipeline.audit.redraw",
     "pipeline.training",
+    "pipeline.cost",
     "pipeline.show.gallery",  # draws the images at each step of f
 }
 RAY = {f"cluster.{name}" for name in ("actor", "cast", "connect", "metrics", "ray_private", "trainer")}
-RAY |= {"jobs.submit"}
-COMMANDS = {
-    f"jobs.{name}"
-    for name in (
-        "analyze",
-        "attack",
-        "audit",
-        "certify",
-        "compare",
-        "curve",
-        "plan",
-        "publish",
-        "report",
-        "seal",
-        "submit",
-        "train",
-    )
-}
+RAY |= {"jobs.job_server"}
+COMMAND_MODULES = {f"jobs.{entry.module}" for entry in COMMANDS.values()}
+CALCULATES = {"jobs.speed"}  # of jobs/: it measures networks
+IMPORT_LATE = {"jobs.cli", "jobs.start", "jobs.bench"}  # our own modules, inside functions
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 PARSES_JSON = {"pipeline.votes.blocks", "pipeline.models.files", "pipeline.data.sources"}
 
@@ -144,10 +137,14 @@ def test_imports_of_torch_ray_and_other_commands(module):
     if module.startswith("pipeline") and not belongs(module, TORCH):
         assert not third_party(names, "torch")
     assert not third_party(names, "ray") or module in RAY
-    if module in COMMANDS:
-        assert names & COMMANDS <= {"jobs.plan"}
+    if module in COMMAND_MODULES:
+        assert not names & COMMAND_MODULES
     if module.startswith("pipeline"):
         assert not {name for name in ours(names) if name.startswith(("cluster", "jobs", "api"))}
+    if module.startswith("jobs") and not belongs(module, CALCULATES):
+        assert not any(third_party(names, package) for package in ("torch", "numpy", "scipy"))
+    if module.startswith("cluster"):
+        assert not {name for name in ours(names) if name.startswith(("jobs", "api"))}
     if module == "cluster.scheduler":
         assert ours(names) == {"pipeline.block"}
 
@@ -158,7 +155,7 @@ def test_our_own_modules_are_imported_at_the_top(module):
     tree = ast.parse(MODULES[module].read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = imported(node for function in functions for node in ast.walk(function))
-    assert not ours(inside) or module in ("jobs.cli", "jobs.start", "jobs.bench")
+    assert not ours(inside) or module in IMPORT_LATE
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import diffsmooth as ds
-from diffsmooth.jobs.attack import Request, attack_run
+from diffsmooth.jobs.attacking import attack_run
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import ClusterOptions
@@ -27,6 +27,7 @@ from diffsmooth.pipeline.attack.record import (
     read_samples,
     table_of,
 )
+from diffsmooth.pipeline.attack.request import AttackRequest
 from diffsmooth.pipeline.certify.orders import order_of, place_order
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import RunError, UserError
@@ -238,13 +239,13 @@ def test_votes_that_do_not_add_up_are_refused(made):
 @pytest.mark.usefixtures("ray_session")
 def test_the_command_attacks_a_run_and_resumes(made, tmp_path):
     spec, store = made
-    request = Request(eps=(2.0, 1.0), samples="0:4", **QUICK)
+    request = AttackRequest(eps=(2.0, 1.0), samples="0:4", **QUICK)
     found = attack_run(store.uri, spec, request, ClusterOptions(actors=2, batch_size=16, quiet=True))
     assert found.complete
     assert found.gap.contradictions == []
     assert len(found.gap.table) == 4
     files = {path: path.stat().st_mtime_ns for path in (Path(store.uri) / "attacks").rglob("samples/*.parquet")}
-    more = attack_run(store.uri, spec, Request(eps=(1.0, 2.0), **QUICK), ClusterOptions(quiet=True))
+    more = attack_run(store.uri, spec, AttackRequest(eps=(1.0, 2.0), **QUICK), ClusterOptions(quiet=True))
     assert (len(more.samples), more.attack) == (8, found.attack)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     alone = make_run(spec, tmp_path / "alone")
@@ -258,7 +259,7 @@ def test_a_wrong_gradient_stops_the_cluster_with_the_first_cause(raw_spec, tmp_p
     spec = load_spec(raw_spec)
     store = make_run(spec, tmp_path / "run", samples=2)
     with pytest.raises(UserError, match="the gradient of f is not finite"):
-        attack_run(store.uri, spec, Request(samples="0:2", **QUICK), ClusterOptions(quiet=True))
+        attack_run(store.uri, spec, AttackRequest(samples="0:2", **QUICK), ClusterOptions(quiet=True))
 
 
 def test_killed_and_started_twice_equals_undisturbed(raw_spec, tmp_path, ray_session):

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.audit import Effort, Published, audit
+from diffsmooth.pipeline.audit.files import Published
+from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.spec import load_spec

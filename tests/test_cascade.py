@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from scipy.special import ndtr, ndtri
 
 import diffsmooth as ds
-from diffsmooth.jobs.cascade import read_record
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.certify.cascade import CASCADE_COLUMNS, ScaleVotes, certify_cascade
 from diffsmooth.pipeline.certify.certificates import certify
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.results.cascades import read_record
 from diffsmooth.pipeline.spec import BlockLengths
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import encode_block, read_blocks

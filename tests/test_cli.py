@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.cli import COMMANDS, main
 from diffsmooth.jobs.specs import SPECS, load_named
 from diffsmooth.pipeline.show.tables import ENVELOPE
 from diffsmooth.pipeline.spec import load_spec
@@ -359,15 +359,15 @@ def test_completion(shell, monkeypatch):
 
 
 def test_the_help_of_every_command_has_an_example():
-    for name, command in main.commands.items():
+    for name in COMMANDS:
         text = run(name, "--help").output
         assert f"  diffsmooth {name} " in text, name
-        for option in command.params:
+        for option in main.get_command(click.Context(main), name).params:
             assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
 
 
 def test_expensive_orders_cause_a_warning():
-    from diffsmooth.jobs.plan import warn_of_cost
+    from diffsmooth.jobs.costs import warn_of_cost
 
     names = ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50")
     expensive, cheap = (load_named(name) for name in names)

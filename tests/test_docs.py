@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import matplotlib
 import pytest
 import tomli_w
@@ -85,7 +86,7 @@ def test_commands_are_inside_code_blocks(page):
 def test_every_command_parses(block):
     for words in block.commands:
         if words[0] == "diffsmooth" and not words[1].startswith("-"):
-            command = main.commands[words[1]]
+            command = main.get_command(click.Context(main), words[1])
             command.make_context(f"diffsmooth {words[1]}", words[2:])  # raises for unknown options and invalid values
         elif words[:3] == ["python", "-m", "benchmarks"]:
             laboratory.commands[words[3]].make_context(words[3], words[4:])

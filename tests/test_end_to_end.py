@@ -27,7 +27,7 @@ import diffsmooth.cluster.cast
 from benchmarks.driver import bench_driver
 from diffsmooth.cluster.cast import Cluster
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import Watch

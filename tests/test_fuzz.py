@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsmooth.jobs.cascade import read_record
-from diffsmooth.jobs.places import parse_grid, parse_source
+from diffsmooth.jobs.places import parse_source
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.cascade import CascadeRecord
 from diffsmooth.pipeline.certify.orders import read_costly
@@ -28,7 +27,9 @@ from diffsmooth.pipeline.data.sets import open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.files import load_json
 from diffsmooth.pipeline.models.weights import load_weights
+from diffsmooth.pipeline.results.cascades import read_record
 from diffsmooth.pipeline.results.stored import StoredRun
+from diffsmooth.pipeline.show.grids import parse_grid
 from diffsmooth.pipeline.show.logs import read_log
 from diffsmooth.pipeline.spec import Data, load_spec
 from diffsmooth.pipeline.storage.folder import Entry

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffsmooth.cluster.worker import Setup, Worker
-from diffsmooth.jobs.audit import Effort, audit
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.casting import CastOptions, cast_votes
 from diffsmooth.pipeline.data.sets import open_dataset

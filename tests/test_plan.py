@@ -10,9 +10,10 @@ from rich.console import Console
 from torch import nn
 
 from diffsmooth.jobs.cli import main
-from diffsmooth.jobs.plan import GPUS, flops_per_draw, parse_gpus, plan, print_plans
-from diffsmooth.jobs.plan_training import plan_training
+from diffsmooth.jobs.plan import parse_gpus, print_plans
 from diffsmooth.jobs.specs import SPECS, TRAININGS, load_named
+from diffsmooth.pipeline.cost.flops import GPUS, flops_per_draw, plan
+from diffsmooth.pipeline.cost.training import plan_training
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models import classifiers
 from diffsmooth.pipeline.models.classifiers import resolve_classifier

@@ -17,9 +17,10 @@ import yaml
 from click.testing import CliRunner
 
 import diffsmooth as ds
-from diffsmooth.jobs.audit import Effort, Published, audit
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.publish import publish
+from diffsmooth.pipeline.audit.files import Published
+from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.data.sets import DATASETS
 from diffsmooth.pipeline.errors import RunError, UserError

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.report import report
+from diffsmooth.jobs.reporting import report
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.noise import Noise

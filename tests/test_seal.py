@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.jobs.audit import Effort, Published, audit
 from diffsmooth.jobs.cli import main
+from diffsmooth.pipeline.audit.files import Published
+from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.results.stored import StoredRun

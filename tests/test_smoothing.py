@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 from diffsmooth.cluster.worker import Setup, Worker
-from diffsmooth.jobs.certify import Options, certify_all
+from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.casting import CastOptions, cast_votes, noisy_images

@@ -1,4 +1,4 @@
-"""Ctrl-C ends every command with status 130 and without a traceback: during imports, Ray's start, and waiting."""
+"""Commands start fast, and Ctrl-C ends each with status 130 and without a traceback: while importing or waiting."""
 
 import os
 import shutil
@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from diffsmooth.jobs.cli import COMMANDS, main
 from diffsmooth.pipeline.errors import RunError
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.spec import load_spec
@@ -18,14 +20,14 @@ from tests.models import make_run, to_toml
 
 ROOT = Path(__file__).parent.parent
 
-# Sends itself Ctrl-C when a module is imported that comes late.
+# Sends itself Ctrl-C when a module is imported.
 INTERRUPTED_IMPORT = """
 import os, signal, sys
 
 class Interrupt:
     @staticmethod
     def find_spec(name, *_):
-        if name == "diffsmooth.pipeline.errors":
+        if name == "{module}":
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt)
@@ -33,6 +35,16 @@ from diffsmooth.jobs.start import main
 main()
 """
 MAIN = "from diffsmooth.jobs.start import main; main()"
+
+# Prints the heavy packages that were imported when the command ends.
+IMPORTED = """
+import atexit, sys
+heavy = ("torch", "ray", "pandas", "scipy", "pyarrow")
+sys.argv[0] = "diffsmooth"
+atexit.register(lambda: print("imported:", *(name for name in heavy if name in sys.modules)))
+from diffsmooth.jobs.start import main
+main()
+"""
 
 
 def start(code, *arguments, **environment):
@@ -49,8 +61,56 @@ def ended_quietly(process):
     assert "Traceback" not in stderr
 
 
-def test_ctrl_c_during_imports():
-    ended_quietly(start(INTERRUPTED_IMPORT, "status", "x"))
+@pytest.mark.parametrize("module", ["diffsmooth.jobs.cli", "diffsmooth.pipeline.results.stored"])
+def test_ctrl_c_during_imports(module):
+    ended_quietly(start(INTERRUPTED_IMPORT.format(module=module), "status", "x"))
+
+
+def heavy_imports(*arguments, status=0, **environment):
+    """What a command prints on stderr, and the heavy packages that it imports."""
+    process = start(IMPORTED, *arguments, **environment)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == status, stderr
+    return stderr, set(stdout.splitlines()[-1].removeprefix("imported:").split())
+
+
+def test_help_and_completion_import_nothing_heavy():
+    assert heavy_imports("--help") == ("", set())
+    assert not heavy_imports("certify", "--help")[1] & {
+        "torch",
+        "ray",
+        "pandas",
+        "pyarrow",
+    }  # it shows all certificates
+    completing = {"_DIFFSMOOTH_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+    assert heavy_imports(COMP_WORDS="diffsmooth certify mnist-coh", **completing) == ("", set())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("certify",),
+        ("predict",),
+        ("plan",),
+        ("submit", "--address", "http://127.0.0.1:1"),
+        ("attack", "run", "--spec"),
+        ("audit", "run", "--spec"),
+        ("report", "run", "--spec"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_mistake_in_a_spec_is_reported_before_torch_and_ray_are_imported(raw_spec, tmp_path, command):
+    (tmp_path / "half.toml").write_text(to_toml(load_spec(raw_spec)) + "\n[smoothign]\nm = 1\n")
+    stderr, heavy = heavy_imports(*command, tmp_path / "half.toml", status=2)
+    assert "smoothign" in stderr
+    assert not heavy & {"torch", "ray"}
+
+
+def test_the_help_shows_a_whole_sentence_for_each_command():
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    for name, entry in COMMANDS.items():
+        assert f"  {name:<10}  {entry.sentence}\n" in shown
+        assert entry.sentence.endswith(".")
 
 
 def test_ctrl_c_while_a_server_never_answers():

@@ -17,10 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 from ray.job_submission import JobStatus
 
-from diffsmooth.jobs import submit as submission
+from diffsmooth.jobs import job_server, ship
 from diffsmooth.jobs.cli import main
+from diffsmooth.jobs.job_server import JobServer, _exit_status, wait
+from diffsmooth.jobs.ship import _ship_module
 from diffsmooth.jobs.specs import SPECS
-from diffsmooth.jobs.submit import JobServer, _exit_status, _ship_module, wait
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import open_store
@@ -151,7 +152,7 @@ def refused(*arguments) -> str:
 @pytest.mark.parametrize("out", ["hf://datasets/org/run", "https://host/run"])
 def test_a_place_that_cannot_be_written_is_refused(out):
     with pytest.raises(UserError, match=f"--out {out}: a run is written to an object store; give s3://BUCKET/PREFIX"):
-        submission._reachable_out(SimpleNamespace(out=out, shared=False), ["mnist"], "http://HEAD:8265", here=False)
+        ship._reachable_out(SimpleNamespace(out=out, shared=False), ["mnist"], "http://HEAD:8265", here=False)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9", "http://user:secret@127.0.0.1:9"])
@@ -181,7 +182,7 @@ def remote(monkeypatch):
     sent: dict = {"answers": {}, "status": 200}
     answers = sent["answers"]
     answers["/api/v0/cluster_metadata"] = {
-        "data": {"rayVersion": submission.ray.__version__, "pythonVersion": ".".join(map(str, sys.version_info[:3]))}
+        "data": {"rayVersion": job_server.ray.__version__, "pythonVersion": ".".join(map(str, sys.version_info[:3]))}
     }
     answers["/nodes?view=summary"] = {"data": {"summary": [{"hostname": "ip-10-0-0-1"}]}}
 
@@ -198,8 +199,8 @@ def remote(monkeypatch):
         content = json.dumps(answers[url.removeprefix("http://127.0.0.1:8265")]).encode()
         return SimpleNamespace(status_code=sent["status"], content=content)
 
-    monkeypatch.setattr(submission, "JobSubmissionClient", Client)
-    monkeypatch.setattr(submission.requests, "get", get)
+    monkeypatch.setattr(job_server, "JobSubmissionClient", Client)
+    monkeypatch.setattr(job_server.requests, "get", get)
     return sent
 
 
@@ -276,7 +277,7 @@ def test_secrets_in_variables_are_warned_of(remote, caplog, env):
 
 def test_too_many_bytes_are_refused_with_the_largest_files(remote, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffsmooth.jobs.submit._LIMIT", 5000)
+    monkeypatch.setattr("diffsmooth.jobs.ship._LIMIT", 5000)
     (tmp_path / "big.py").write_text("#" * 6000)
     line = refused(ROOT / "jobs/specs/mnist.toml", *REMOTE, "--out", "s3://b/a", "--set", "classifier.arch=big:f")
     assert "the limit is 5.0 kB" in line

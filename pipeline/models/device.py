@@ -1,6 +1,7 @@
 """The device that runs the networks: how it is chosen, and which facts about it can change a vote."""
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -107,3 +108,15 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_torch() -> str:
+    """The versions of torch and CUDA, and the number of GPUs of this machine."""
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    gpus = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+    return f"torch {torch.__version__} with {cuda}, {gpus} here"

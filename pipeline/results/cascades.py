@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich.console import Console
 
 from diffsmooth.pipeline.block import STAGES
 from diffsmooth.pipeline.certify.bounds import certified_radius
@@ -22,7 +21,6 @@ from diffsmooth.pipeline.certify.kinds import CASCADE
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.records import MOST_BYTES, intact, parse_record
 from diffsmooth.pipeline.results.stored import StoredRun, sample_set_grew
-from diffsmooth.pipeline.show.tables import render
 from diffsmooth.pipeline.spec import check_alpha, check_multiple
 from diffsmooth.pipeline.storage.store import Store, open_store
 from diffsmooth.pipeline.votes.blocks import to_table
@@ -219,22 +217,6 @@ def write_cascade(found: Cascade, uri: str) -> str:
     store.replace("curve.csv", curve.to_csv(index=False).encode())
     store.replace("curve.png", picture.getvalue())
     return store.uri
-
-
-def print_cascade(found: Cascade, home: str) -> None:
-    """Print the table of a cascade and where its files are, and report incomplete samples."""
-    record, curve = found.record, found.curve
-    draws = "; ".join(f"sigma {one.sigma:g}: n0 = {one.n0}, n = {one.n}" for one in record.scales)
-    Console().out(
-        f"{render([curve])}cascade of {len(record.scales)} runs, alpha = {record.alpha:g} in all ({draws}), "
-        f"{curve.num_samples} samples; POST HOC: each run has a claim of its own on these votes\n"
-        f"{home}: {CASCADE_KEY}, certificates.parquet, curve.csv, curve.png",
-        highlight=False,
-    )
-    if curve.incomplete:
-        missing = found.certificates.query("status == 'incomplete'")["sample"].tolist()
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        logger.error("%d of %d samples are incomplete: %s", len(missing), len(found.certificates), shown)
 
 
 def read_record(store: Store) -> CascadeRecord | None:

@@ -14,30 +14,30 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 
 from diffsmooth.cluster.attacker import Attacker, block_of
 from diffsmooth.cluster.worker import Setup, Worker
-from diffsmooth.jobs.attack import Attacked, Request, chosen_samples, default_alpha, finish
-from diffsmooth.jobs.attack import settings as attack_settings
-from diffsmooth.jobs.certify import warn_of_settings
-from diffsmooth.jobs.watch import progress_bar
 from diffsmooth.pipeline.attack.record import attacked, claim_attack
+from diffsmooth.pipeline.attack.request import AttackRequest, attack_of
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.certify.advice import warn_of_settings
 from diffsmooth.pipeline.certify.orders import order_of
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.denoisers import Denoiser
 from diffsmooth.pipeline.noise import local_noise
+from diffsmooth.pipeline.results.attacked import Attacked, chosen_samples, default_alpha, finish
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.smoothing import BaseClassifier, check_function, check_networks
 from diffsmooth.pipeline.spec import MOST_CLASSES, RunSpec, load_spec
 from diffsmooth.pipeline.storage.store import MemoryStore, open_store
 from diffsmooth.pipeline.votes.run import claim_run, describe_run
 
-_BATCHES_PER_TASK = 20  # a stop loses at most so much work, and the progress bar moves this often
+_BATCHES_PER_TASK = 20  # a stop loses at most so much work, and progress is reported this often
 _IN_MEMORY = "python"  # stands for the data set and the architectures, which have no name
+
+OnProgress = Callable[[int, int, float], None]  # the draws that are cast, those of all blocks, and draws per second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Settings:
     seed: int = 0
     batch_size: int | None = None
     device: str | torch.device | None = None  # None: that of the model
-    progress: bool = False
+    on_progress: OnProgress | None = None
 
 
 class MemoryImages:
@@ -159,7 +159,7 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         name = stored.place(order)
         missing = stored.sampler(order, committed, name=name).start()
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
-        _cast(Worker(setup, f, data, store), missing, show=settings.progress)
+        _cast(Worker(setup, f, data, store), missing, settings.on_progress)
     return Cast(stored, name)
 
 
@@ -175,7 +175,7 @@ def _check_images(stored: StoredRun, committed: Iterable[Block], data: MemoryIma
 
 
 def attack_in_process(
-    model: Model, images: Any, labels: Any, settings: Settings, request: Request, certified: StoredRun | None
+    model: Model, images: Any, labels: Any, settings: Settings, request: AttackRequest, certified: StoredRun | None
 ) -> Attacked:
     """Attack the images in this process, in the run `certified` of the same model and images, or in a new one.
 
@@ -195,12 +195,12 @@ def attack_in_process(
         stored = StoredRun(store)
         _check_images(stored, stored.committed(), data)
         wanted = chosen_samples(stored, request.samples or ":", data)
-        attack = attack_settings(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
+        attack = attack_of(request, run, alpha=default_alpha(stored), pixels=data[wanted[0]].image_CHW.size)
         claim_attack(store, attack)
         done = set(attacked(store, attack))
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads(), attack)
         missing = [block_of(sample, attack) for sample in wanted if sample not in done]
-        _cast(Attacker(setup, f, data, store), missing, show=settings.progress, each=True)
+        _cast(Attacker(setup, f, data, store), missing, settings.on_progress, each=True)
     return finish(stored, attack, wanted)
 
 
@@ -209,21 +209,19 @@ def _weights(model: Model, *, stored: bool) -> dict[str, str]:
     return {"f": _identity(model) if stored and model.identity is None else model.identity or "memory"}
 
 
-def _cast(worker: Worker, blocks: Sequence[Block], *, show: bool, each: bool = False) -> None:
+def _cast(worker: Worker, blocks: Sequence[Block], on_progress: OnProgress | None, *, each: bool = False) -> None:
     """Cast and commit blocks, a few batches at a time; with `each`, one at a time."""
-    console = Console(stderr=True, quiet=not show)
-    with progress_bar(console) as bar:
-        task = bar.add_task(
-            "attack" if each else "certify", total=sum(block.draws for block in blocks), rate=0.0, note=""
-        )
-        chunk: list[Block] = []
-        for index, block in enumerate(blocks):
-            chunk.append(block)
-            draws = sum(one.draws for one in chunk)
-            if each or draws >= _BATCHES_PER_TASK * worker.batch_size or index == len(blocks) - 1:
-                receipt = worker.run(chunk, "in-process")
-                bar.update(task, advance=draws, rate=receipt.draws / max(receipt.seconds, 1e-9))
-                chunk = []
+    done, total = 0, sum(block.draws for block in blocks)
+    chunk: list[Block] = []
+    for index, block in enumerate(blocks):
+        chunk.append(block)
+        draws = sum(one.draws for one in chunk)
+        if each or draws >= _BATCHES_PER_TASK * worker.batch_size or index == len(blocks) - 1:
+            receipt = worker.run(chunk, "in-process")
+            done += draws
+            if on_progress is not None:
+                on_progress(done, total, receipt.draws / max(receipt.seconds, 1e-9))
+            chunk = []
 
 
 def _device_of(model: Model, settings: Settings) -> torch.device:

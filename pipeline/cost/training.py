@@ -1,4 +1,4 @@
-"""`diffsmooth plan` for trainings: images, steps, FLOPs, GPU-hours and dollars before anything is started.
+"""The cost of a training: images, steps, FLOPs, GPU-hours and dollars before anything is started.
 
 The FLOPs of a step are those of its loss and of the gradient, counted on the meta device as they are computed: denoised
 images and the attacks of FT-CADIS are part of it, and frozen weights have no gradient. Optimizer and average are not
@@ -13,8 +13,8 @@ import torch
 from rich.markup import escape
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffsmooth.jobs.plan import Estimate, facts_of, gpu_cost, on_meta_or_none
-from diffsmooth.jobs.probe import CpuRate, measure_on_one_core
+from diffsmooth.pipeline.cost.flops import Estimate, facts_of, gpu_cost, on_meta_or_none
+from diffsmooth.pipeline.cost.probe import CpuRate, measure_on_one_core
 from diffsmooth.pipeline.data.sets import sample_indices
 from diffsmooth.pipeline.training.batches import HELD_OUT, Batch
 from diffsmooth.pipeline.training.randomness import Randomness

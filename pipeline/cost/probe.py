@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffsmooth.cluster.allocation import cores
 from diffsmooth.pipeline.data.entry import Facts
 from diffsmooth.pipeline.locations import EMBEDDED
 from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.device import cores
 from diffsmooth.pipeline.models.weights import RANDOM
 from diffsmooth.pipeline.smoothing import base_classifier
 from diffsmooth.pipeline.spec import RunSpec

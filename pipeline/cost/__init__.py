@@ -1,0 +1,1 @@
+"""What a spec or a training costs before anything is started."""
