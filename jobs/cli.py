@@ -19,7 +19,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from diffsmooth.jobs.bench import bench
+from diffsmooth.jobs.bench import bench_command
 from diffsmooth.jobs.specs import SPECS, find_spec, is_training, load_named, load_named_training, load_shipped
 from diffsmooth.pipeline.certify.kinds import CASCADE, KINDS, OF_ORDERS, TOP
 from diffsmooth.pipeline.certify.units import UNITS
@@ -664,7 +664,7 @@ def plan(
         planning.print_plans(plans, Console())
 
 
-main.add_command(bench)
+main.add_command(bench_command)
 
 
 @main.command()
