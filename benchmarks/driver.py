@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from diffsmooth.cluster.driver import Cluster, Work
+from diffsmooth.cluster.cast import Cluster, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.speed import peak_memory

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from diffsmooth.cluster.allocation import part_of
 from diffsmooth.cluster.attacker import block_of
-from diffsmooth.cluster.driver import Outcome, Work
+from diffsmooth.cluster.cast import Outcome, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.plan import warn_of_cost
@@ -217,7 +217,7 @@ def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
         Watch(f"attack {attack.id}", _Tally(), store, options.quiet, key=key) as watch,
     ):
         scheduler = Scheduler(part=part_of(None, os.environ))
-        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, on_update=watch)
+        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, listeners=[watch])
 
 
 class _Tally:

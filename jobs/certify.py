@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from diffsmooth.cluster.allocation import part_of
-from diffsmooth.cluster.driver import Outcome, Work, check_device
+from diffsmooth.cluster.cast import Outcome, Work
+from diffsmooth.cluster.connect import check_device
 from diffsmooth.cluster.scheduler import Part, Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.console import note, print_order
@@ -127,7 +128,7 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part)
                 work = Work(setup=setup, blocks=run.missing, sampler=run.sampler, last=index == last)
                 tally = OrderTally(run.order, run.stored.run.sigma)
                 with Watch(run.spec.name, tally, store, options.quiet) as watch:
-                    outcome = cluster.cast(work, scheduler=Scheduler(part=part), on_update=watch)
+                    outcome = cluster.cast(work, scheduler=Scheduler(part=part), listeners=[watch])
                 for task, error in outcome.set_aside:
                     logger.error("gave up after %d attempts: %s; %s", task.attempts, task.blocks[0], error)
             yield _finish(run, options, outcome)

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.special import bdtrc
 
-from diffsmooth.cluster.driver import Cluster, Update
+from diffsmooth.cluster.cast import Cluster
+from diffsmooth.cluster.listener import Listener, Update
 from diffsmooth.cluster.worker import CleanAccuracy
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.hooks import tell_progress
@@ -80,7 +81,7 @@ class Tally(Protocol):
     def describe(self) -> str: ...
 
 
-class Watch:
+class Watch(Listener):
     """A context manager that takes the driver's updates: a bar on a terminal or in a notebook, else plain lines."""
 
     def __init__(self, name: str, tally: Tally, store: Store, quiet: bool, *, key: str = results.PROGRESS_KEY) -> None:
@@ -104,7 +105,7 @@ class Watch:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, update: Update) -> None:
+    def updated(self, update: Update) -> None:
         """Show an update of the driver."""
         if update.clean is not None and not self._accuracy_reported:
             self._accuracy_reported = True

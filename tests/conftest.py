@@ -86,7 +86,7 @@ def pooled_cluster() -> type:
 
     An actor that is passed on loads the models of the next run, as it does between the specs of one command.
     """
-    from diffsmooth.cluster.driver import Cluster
+    from diffsmooth.cluster.cast import Cluster
 
     pool: list[Any] = []
 

@@ -98,7 +98,7 @@ def loses_its_device(spec: RunSpec, device: torch.device) -> Model:
     """
     inner = half_space(spec, device)
 
-    driver = sys.modules["diffsmooth.cluster.driver"]
+    driver = sys.modules["diffsmooth.cluster.actor"]
 
     def use_device(occasion: str) -> None:
         path = Path(spec.data.path or "").with_name(f"failed-{occasion}")

@@ -39,7 +39,8 @@ TORCH = {
     "pipeline.training",
     "pipeline.show.gallery",  # draws the images at each step of f
 }
-RAY = {"cluster.driver", "cluster.ray_private", "cluster.trainer", "jobs.submit"}
+RAY = {f"cluster.{name}" for name in ("actor", "cast", "connect", "metrics", "ray_private", "trainer")}
+RAY |= {"jobs.submit"}
 COMMANDS = {
     f"jobs.{name}"
     for name in (

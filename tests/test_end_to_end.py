@@ -23,9 +23,9 @@ import ray
 import requests
 from click.testing import CliRunner
 
-import diffsmooth.cluster.driver
+import diffsmooth.cluster.cast
 from benchmarks.driver import bench_driver
-from diffsmooth.cluster.driver import Cluster
+from diffsmooth.cluster.cast import Cluster
 from diffsmooth.jobs.analyze import Request, analyze
 from diffsmooth.jobs.certify import Options, certify_all
 from diffsmooth.jobs.cli import main
@@ -176,10 +176,10 @@ def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
 
 
 def test_the_count_moves_while_a_task_runs_and_counts_no_draw_twice(raw_spec, tmp_path, monkeypatch):
-    updates, show = [], Watch.__call__
-    monkeypatch.setattr(Watch, "__call__", lambda watch, update: updates.append(update) or show(watch, update))
+    updates, show = [], Watch.updated
+    monkeypatch.setattr(Watch, "updated", lambda watch, update: updates.append(update) or show(watch, update))
     for name in ("_TICK", "_PROGRESS_CHECK"):
-        monkeypatch.setattr(diffsmooth.cluster.driver, name, 0.05)
+        monkeypatch.setattr(diffsmooth.cluster.cast, name, 0.05)
     raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
     result = certify(load_spec(raw_spec, ["data.samples=0:1", "smoothing.n=1500"]), tmp_path / "run", actors=1)
     draws = [update.draws for update in updates]
@@ -239,14 +239,14 @@ def test_a_lost_device_costs_one_attempt_and_its_actor_is_restarted(raw_spec, tm
     result = certify(load_spec(raw_spec), tmp_path / "run", actors=1)
     assert {path.name for path in tmp_path.glob("failed-*")} == {"failed-build", "failed-check", "failed-task"}
     assert (result["complete"], result["draws_cast"]) == (True, whole["draws_cast"])
-    lost = r"_DeviceLost: cpu on \S+: CUDA error: an illegal memory access was encountered"
+    lost = r"DeviceLost: cpu on \S+: CUDA error: an illegal memory access was encountered"
     assert len(re.findall(rf"task failed; requeued: {lost}", caplog.text)) == 1
     assert len(re.findall(rf"the clean accuracy is unknown .{lost}", caplog.text)) == 1
     pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "whole"))
 
 
 def test_actors_that_always_die_end_the_run(raw_spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffsmooth.cluster.driver._START_ATTEMPTS", 2)
+    monkeypatch.setattr("diffsmooth.cluster.cast._START_ATTEMPTS", 2)
     raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
     with pytest.raises(RunError, match=r"actors died 2 times in a row .* enough memory"):
         certify(load_spec(raw_spec), tmp_path / "run", actors=1)

@@ -8,127 +8,39 @@ and moves to another node after the task in flight.
 
 import logging
 import os
-import re
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
-import torch
-from ray.exceptions import ActorDiedError, AuthenticationError, RayActorError, RayError, RayTaskError
-from ray.util.metrics import Counter, Histogram
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from diffsmooth.cluster import compiled
-from diffsmooth.cluster.allocation import address_of_symmetric_run, cores
-from diffsmooth.cluster.attacker import load_worker
-from diffsmooth.cluster.ray_private import draining_nodes, only_for_this_process, redirect_worker_output
+from diffsmooth.cluster.actor import REMOTE, Actor, DeviceLost, Loaded
+from diffsmooth.cluster.connect import Suitable, address_of, cause_of, connect, line_of, suitable_nodes
+from diffsmooth.cluster.listener import Listener, Update
+from diffsmooth.cluster.metrics import Metrics
+from diffsmooth.cluster.ray_private import draining_nodes, only_for_this_process
 from diffsmooth.cluster.scheduler import Scheduler, SetAside
-from diffsmooth.cluster.worker import CleanAccuracy, Progress, Receipt, Setup, Worker
+from diffsmooth.cluster.worker import CleanAccuracy, Progress, Receipt, Setup
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.sampling import Sampler
-from diffsmooth.pipeline.errors import RunError, Stopped, UserError, first_line
-from diffsmooth.pipeline.models.device import available_device, computes, device_of
+from diffsmooth.pipeline.errors import RunError, Stopped, UserError
 from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
 
 _START_ATTEMPTS = 5  # failed starts in a row, per actor, after which the run is given up
-_KNOCK_SECONDS = 10.0
 _TICK = 1.0  # seconds between checks of deadlines and stop requests
 _NAP = 0.05  # seconds between checks for work if nothing is in flight
 _DRAIN_CHECK = 3.0  # seconds between checks for nodes that are being drained
 _PROGRESS_CHECK = 1.0  # seconds between questions for the progress of running tasks
-_ACCELERATOR = "ray.io/accelerator-type"  # the label that Ray gives a node with GPUs
 _ASKED_AT_ONCE = 64  # actors asked for their progress each time; the others have their turn later
-
-
-class _DeviceLost(Exception):
-    """An actor's device computes nothing any more; only a new process can use it, or another device."""
-
-
-class _RemoteWorker:
-    """What Ray runs in an actor's process: a Worker that can be replaced by that of the next run."""
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-        self._device = torch.device("cpu")
-
-    def load(self, setup: Setup, known: dict[str, bytes]) -> "_Loaded":
-        """Load the models; `known` are artefacts of compilations."""
-        self._worker = None  # free the models of an earlier run first
-        self._device = device_of(setup.spec)
-        with self._noticing_a_lost_device():
-            self._worker = load_worker(setup, known)
-        return _Loaded(ray.get_runtime_context().get_node_id(), self._worker.compiled_key)
-
-    def compiled(self) -> bytes | None:
-        return compiled.save()
-
-    def check(self) -> CleanAccuracy:
-        assert self._worker is not None
-        with self._noticing_a_lost_device():
-            return self._worker.clean_accuracy()
-
-    def run(self, blocks: list[Block], attempt: str, share: bool) -> Receipt:
-        assert self._worker is not None
-        with self._noticing_a_lost_device():
-            return self._worker.run(blocks, attempt, share)
-
-    @contextmanager
-    def _noticing_a_lost_device(self) -> Iterator[None]:
-        """Raise _DeviceLost instead of an error after which the device computes nothing any more."""
-        try:
-            yield
-        except Exception as error:
-            if computes(self._device):
-                raise
-            raise _DeviceLost(f"{self._device} on {socket.gethostname()}: {first_line(error)}") from error
-
-    @ray.method(concurrency_group="progress")
-    def progress(self) -> Progress | None:
-        """Returns at once, also while `run` is busy, because its concurrency group has a thread of its own."""
-        return self._worker.progress if self._worker else None
-
-
-_REMOTE: Any = ray.remote(  # Ray's annotations lack concurrency_groups
-    max_restarts=-1, max_task_retries=0, concurrency_groups={"progress": 1}
-)(_RemoteWorker)  # type: ignore[call-overload]
-
-
-class _Loaded(NamedTuple):
-    """What an actor reports when it has loaded its models."""
-
-    node: str  # the id of the node that it is on
-    compiled_key: str | None  # None if f is not compiled
-
-
-@dataclass(eq=False)
-class _Actor:
-    """One actor of ours on the cluster."""
-
-    name: str  # as the scheduler knows it
-    handle: Any
-    node: str = ""  # where it loaded its models
-
-
-class Update(NamedTuple):
-    """What the driver reports while it casts."""
-
-    draws: int  # of the committed blocks, also of those that other drivers cast
-    in_flight: int  # those of `draws` whose task has not finished yet
-    draws_wanted: int  # of all blocks handed out so far
-    cast: int  # draws cast and stored by this call
-    seconds: float  # since the first task started
-    actors: int  # that are ready or busy
-    actors_wanted: int
-    new: list[Votes]  # of the tasks that finished since the last update
-    clean: CleanAccuracy | None  # of the first actor that loaded the models, once it is measured
 
 
 @dataclass
@@ -175,8 +87,8 @@ class Cluster:
 
         Raises: UserError if the cluster cannot be reached or lacks what the actors need.
         """
-        address = _address(address)
-        self.actors: dict[str, _Actor] = {}
+        address = address_of(address)
+        self.actors: dict[str, Actor] = {}
         self._created = 0
         self.stop_signal: int | None = None
         with ExitStack() as started:
@@ -184,11 +96,11 @@ class Cluster:
                 if address == "local":
                     started.enter_context(only_for_this_process())
                 started.callback(ray.shutdown)
-                _connect(address, actors, verbose)
-            self._choose_actors(address, device, actors, _suitable(address, device, accelerators, memory_gb))
+                connect(address, actors, verbose)
+            self._choose_actors(address, device, actors, suitable_nodes(address, device, accelerators, memory_gb))
             self._own_ray = started.pop_all()  # ends what is started here
 
-    def _choose_actors(self, address: str, device: str, actors: int | None, suitable: "_Suitable") -> None:
+    def _choose_actors(self, address: str, device: str, actors: int | None, suitable: "Suitable") -> None:
         """Decide how many actors there are, and what each needs. Raises: UserError."""
         cpus, gpus = (int(sum(node["Resources"].get(kind, 0) for node in suitable.nodes)) for kind in ("CPU", "GPU"))
         if device == "cuda" and address == "local" and not gpus:
@@ -218,13 +130,13 @@ class Cluster:
         """Make `cast` start no more tasks, wait for those in flight within the grace period, and raise Stopped."""
         self.stop_signal = signal
 
-    def add_actor(self) -> _Actor:
+    def add_actor(self) -> Actor:
         self._created += 1
-        actor = _Actor(f"actor-{self._created}", _REMOTE.options(**self._options).remote())
+        actor = Actor(f"actor-{self._created}", REMOTE.options(**self._options).remote())
         self.actors[actor.name] = actor
         return actor
 
-    def release(self, actors: Iterable[_Actor]) -> None:
+    def release(self, actors: Iterable[Actor]) -> None:
         """Stop actors and free their devices."""
         for actor in actors:
             del self.actors[actor.name]
@@ -235,14 +147,14 @@ class Cluster:
         work: Work,
         *,
         scheduler: Scheduler | None = None,
-        on_update: Callable[[Update], None] = lambda update: None,
+        listeners: Sequence[Listener] = (),
     ) -> Outcome:
         """Cast and store the votes of all blocks of `work`.
 
         Raises: Stopped after `stop`; UserError or RunError, the first cause, if the program or its input is wrong:
         nothing is retried then.
         """
-        return _Cast(self, work, scheduler or Scheduler(), on_update).run()
+        return _Cast(self, work, scheduler or Scheduler(), [Metrics(work.setup.spec.name), *listeners]).run()
 
 
 class _InFlight:
@@ -254,11 +166,11 @@ class _InFlight:
 
     def __init__(self) -> None:
         self.draws = self.stored = 0  # sums over the running attempts
-        self._running: dict[str, tuple[_Actor, Progress]] = {}  # by the actor's name; who is asked next comes first
+        self._running: dict[str, tuple[Actor, Progress]] = {}  # by the actor's name; who is asked next comes first
         self._asked: dict[str, Any] = {}  # the actor's name -> the future of its answer
         self._checked = 0.0
 
-    def started(self, actor: _Actor, attempt: str) -> None:
+    def started(self, actor: Actor, attempt: str) -> None:
         self._running[actor.name] = (actor, Progress(attempt))
 
     def ended(self, name: str) -> None:
@@ -299,24 +211,23 @@ class _InFlight:
         self.stored += sign * progress.stored
 
 
-_Handler = Callable[[_Actor, Any], list[Votes]]  # takes in the result of a future
+_Handler = Callable[[Actor, Any], list[Votes]]  # takes in the result of a future
 
 
 class _Cast:
     """One call of `Cluster.cast`."""
 
-    def __init__(self, cluster: Cluster, work: Work, scheduler: Scheduler, on_update: Callable[[Update], None]) -> None:
-        self._cluster, self._work, self._scheduler, self._on_update = cluster, work, scheduler, on_update
+    def __init__(self, cluster: Cluster, work: Work, scheduler: Scheduler, listeners: Sequence[Listener]) -> None:
+        self._cluster, self._work, self._scheduler, self._listeners = cluster, work, scheduler, listeners
         self._setup = work.setup._replace(threads=cluster.threads)
         self._outcome = Outcome(set_aside=scheduler.set_aside)
-        self._idle: deque[_Actor] = deque()
-        self._pending: dict[Any, tuple[_Actor, _Handler]] = {}  # future -> its actor, and what handles its result
+        self._idle: deque[Actor] = deque()
+        self._pending: dict[Any, tuple[Actor, _Handler]] = {}  # future -> its actor, and what handles its result
         self._checking = 0  # actors that measure the clean accuracy
         self._checked = False  # only the first actor is asked for the clean accuracy
         self._clean: CleanAccuracy | None = None
         self._draining: set[str] = set()
         self._drains_checked = 0.0
-        self._metrics = _Metrics(work.setup.spec.name)
         self._failed_starts = 0
         self._first_task: float | None = None
         self._draws = self._draws_wanted = 0  # of finished tasks; of all tasks
@@ -399,17 +310,17 @@ class _Cast:
         actor, handle = self._pending.pop(future)
         return handle(actor, future)
 
-    def _restart(self, actor: _Actor) -> None:
+    def _restart(self, actor: Actor) -> None:
         """End the actor's process; Ray starts it again where it has a place."""
         actor.node = ""
         ray.kill(actor.handle, no_restart=False)
         self._await_ready(actor)
 
-    def _await_ready(self, actor: _Actor) -> None:
+    def _await_ready(self, actor: Actor) -> None:
         """Wait until the actor's process runs on a device: at the start, and after each death."""
         self._pending[actor.handle.__ray_ready__.remote()] = (actor, self._started)
 
-    def _started(self, actor: _Actor, future: Any) -> list[Votes]:
+    def _started(self, actor: Actor, future: Any) -> list[Votes]:
         try:
             ray.get(future)
         except ActorDiedError as error:  # for good: put a new actor in its place
@@ -422,12 +333,12 @@ class _Cast:
             self._pending[actor.handle.load.remote(self._setup, self._compiled_ref)] = (actor, self._loaded)
         return []
 
-    def _loaded(self, actor: _Actor, future: Any) -> list[Votes]:
+    def _loaded(self, actor: Actor, future: Any) -> list[Votes]:
         try:
-            loaded: _Loaded = ray.get(future)
+            loaded: Loaded = ray.get(future)
         except RayTaskError as error:
-            if not isinstance(error.cause, _DeviceLost):
-                raise _cause(error) from None
+            if not isinstance(error.cause, DeviceLost):
+                raise cause_of(error) from None
             self._count_failed_start(error)
             self._restart(actor)
             return []
@@ -447,12 +358,12 @@ class _Cast:
             self._pending[actor.handle.check.remote()] = (actor, self._accuracy_measured)
         return []
 
-    def _keep_compiled(self, key: str, actor: _Actor, future: Any) -> list[Votes]:
+    def _keep_compiled(self, key: str, actor: Actor, future: Any) -> list[Votes]:
         """Keep what the first actor has compiled, for actors that start later and for the next call."""
         try:
             artefacts: bytes | None = ray.get(future)
         except RayError as error:  # if the actor died, its next task reports it
-            logger.warning("the compiled f of %s is not kept (%s)", actor.name, _line(error))
+            logger.warning("the compiled f of %s is not kept (%s)", actor.name, line_of(error))
             artefacts = None
         if artefacts:
             self._compiled[key] = artefacts
@@ -462,30 +373,30 @@ class _Cast:
             del self._compiled[key]
         return []
 
-    def _accuracy_measured(self, actor: _Actor, future: Any) -> list[Votes]:
+    def _accuracy_measured(self, actor: Actor, future: Any) -> list[Votes]:
         self._checking -= 1
         try:
             self._clean = ray.get(future)
         except RayTaskError as error:
-            if not isinstance(error.cause, _DeviceLost):
-                raise _cause(error) from None
-            logger.warning("the clean accuracy is unknown (%s)", _line(error))
+            if not isinstance(error.cause, DeviceLost):
+                raise cause_of(error) from None
+            logger.warning("the clean accuracy is unknown (%s)", line_of(error))
             self._restart(actor)
         except RayActorError as error:
-            logger.warning("the clean accuracy is unknown; its actor died (%s)", _line(error))
+            logger.warning("the clean accuracy is unknown; its actor died (%s)", line_of(error))
             self._await_ready(actor)
         else:
             self._idle.append(actor)
         return []
 
-    def _task_done(self, actor: _Actor, future: Any) -> list[Votes]:
+    def _task_done(self, actor: Actor, future: Any) -> list[Votes]:
         try:
             receipt: Receipt = ray.get(future)
         except RayTaskError as error:
             if isinstance(error.cause, UserError | RunError):
-                raise _cause(error) from None
+                raise cause_of(error) from None
             self._task_failed(actor, error)
-            if isinstance(error.cause, _DeviceLost):  # otherwise it would fail every task
+            if isinstance(error.cause, DeviceLost):  # otherwise it would fail every task
                 self._restart(actor)
             else:
                 self._idle.append(actor)
@@ -501,18 +412,20 @@ class _Cast:
         self._outcome.tasks += 1
         self._outcome.draws += receipt.stored
         self._outcome.duplicates += len(receipt.duplicates)
-        self._metrics.finished(receipt)
+        for listener in self._listeners:
+            listener.finished(receipt)
         if not first:
             return []  # a copy of the task brings these votes
         self._draws += sum(votes.block.draws for votes in receipt.votes)
         return receipt.votes
 
-    def _task_failed(self, actor: _Actor, error: RayTaskError | RayActorError) -> None:
+    def _task_failed(self, actor: Actor, error: RayTaskError | RayActorError) -> None:
         self._in_flight.ended(actor.name)
         self._outcome.lost += 1
-        self._metrics.lost(error)
-        logger.warning("task failed; requeued: %s", _line(error))
-        self._scheduler.lost(actor.name, _line(error), attempted=not getattr(error, "preempted", False))
+        for listener in self._listeners:
+            listener.lost(error)
+        logger.warning("task failed; requeued: %s", line_of(error))
+        self._scheduler.lost(actor.name, line_of(error), attempted=not getattr(error, "preempted", False))
 
     def _count_failed_start(self, error: RayActorError | RayTaskError) -> None:
         """Give the run up if actors do nothing but die; waiting for a device is not dying."""
@@ -520,137 +433,20 @@ class _Cast:
         if self._failed_starts >= _START_ATTEMPTS * self._cluster.wanted:
             raise RunError(
                 f"actors died {self._failed_starts} times in a row while they started or loaded the models "
-                f"({_line(error)}); check that their nodes have enough memory and working GPUs"
+                f"({line_of(error)}); check that their nodes have enough memory and working GPUs"
             )
 
     def _report(self, new: list[Votes]) -> None:
-        self._on_update(
-            Update(
-                draws=self._draws + self._in_flight.draws,
-                in_flight=self._in_flight.draws,
-                draws_wanted=self._draws_wanted,
-                cast=self._outcome.draws + self._in_flight.stored,
-                seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
-                actors=len(self._idle) + self._checking + len(self._scheduler.running),
-                actors_wanted=len(self._cluster.actors),
-                new=new,
-                clean=self._clean,
-            )
+        update = Update(
+            draws=self._draws + self._in_flight.draws,
+            in_flight=self._in_flight.draws,
+            draws_wanted=self._draws_wanted,
+            cast=self._outcome.draws + self._in_flight.stored,
+            seconds=time.monotonic() - self._first_task if self._first_task else 0.0,
+            actors=len(self._idle) + self._checking + len(self._scheduler.running),
+            actors_wanted=len(self._cluster.actors),
+            new=new,
+            clean=self._clean,
         )
-
-
-class _Metrics:
-    """What Prometheus sees of a run: ray_diffsmooth_* on each node's metrics port."""
-
-    def __init__(self, run: str) -> None:
-        tags = ("run", "device")
-        self._run = run
-        self._draws = Counter("diffsmooth_draws", "Draws whose votes are stored.", tags)
-        self._duplicates = Counter("diffsmooth_duplicate_blocks", "Blocks computed although already stored.", tags)
-        self._failures = Counter(
-            "diffsmooth_store_failures", "Writes to the store that lost their answer or met another one.", tags
-        )
-        bounds = [0.1, 1, 10, 30, 60, 120, 300, 600, 1800]
-        self._seconds = Histogram("diffsmooth_task_seconds", "Seconds per task.", bounds, tags)
-        self._lost = Counter("diffsmooth_lost_tasks", "Attempts that ended in an error.", ("run", "error"))
-
-    def finished(self, receipt: Receipt) -> None:
-        tags = {"run": self._run, "device": receipt.device}
-        self._seconds.observe(receipt.seconds, tags)
-        for counter, value in (
-            (self._draws, receipt.stored),
-            (self._duplicates, len(receipt.duplicates)),
-            (self._failures, receipt.store_failures),
-        ):
-            if value:  # a counter accepts only values above 0
-                counter.inc(value, tags)
-
-    def lost(self, error: Exception) -> None:
-        self._lost.inc(1, {"run": self._run, "error": _line(error).partition(":")[0]})
-
-
-def check_device(address: str | None, device: str) -> None:
-    """Refuse a GPU that this machine lacks before anything is stored, if `Cluster` would use this machine.
-
-    Raises: UserError.
-    """
-    if device == "cuda" and not ray.is_initialized() and _address(address) == "local":
-        available_device(device)
-
-
-def _address(given: str | None) -> str:
-    return given or os.environ.get("RAY_ADDRESS") or address_of_symmetric_run() or "local"
-
-
-def _connect(address: str, actors: int | None, verbose: bool) -> None:
-    """Attach to a cluster, or start a local one."""
-    local: dict[str, Any] = (
-        {"num_cpus": max(actors or 0, cores()), "include_dashboard": False} if address == "local" else {}
-    )
-    if not verbose:
-        redirect_worker_output(lambda line: logger.warning("Ray: %s", line))
-    level = logging.INFO if verbose else logging.ERROR
-    try:
-        _knock(address)
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **local)
-    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one, set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it requires a token, or omit --address to start a local Ray"
-        ) from error
-    except Exception as error:  # Ray raises plain ones if a machine is too slow or too full
-        raise RunError(
-            f"--address {address}: Ray did not start ({first_line(error)}); free some memory and run the command again"
-        ) from error
-
-
-class _Suitable(NamedTuple):
-    """The living nodes that may hold an actor, and what an actor asks for so that it is placed there."""
-
-    nodes: list[Any]
-    options: dict[str, Any]
-
-
-def _suitable(address: str, device: str, accelerators: Sequence[str], memory_gb: float | None) -> _Suitable:
-    """Raises: UserError for names that are no accelerators, and for a local Ray on which no actor has a place."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    options: dict[str, Any] = {}
-    present = sorted({node["Labels"][_ACCELERATOR] for node in nodes if _ACCELERATOR in node["Labels"]})
-    if accelerators and device == "cpu":
-        raise UserError(f"--accelerator {accelerators[0]} needs a GPU, but compute.device = 'cpu'; omit one of them")
-    for name in accelerators:
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"--accelerator {name}: not the name of a GPU type; use names such as H100, A100 or L4")
-    if accelerators:
-        options["label_selector"] = {_ACCELERATOR: f"in({','.join(accelerators)})"}
-        nodes = [node for node in nodes if node["Labels"].get(_ACCELERATOR) in accelerators]
-    lacking = "" if nodes else f"--accelerator {' --accelerator '.join(accelerators)}: no node has such a GPU"
-    if memory_gb is not None:
-        options["memory"] = int(memory_gb * 1e9)
-        most = max((node["Resources"].get("memory", 0) for node in nodes), default=0)
-        nodes = [node for node in nodes if node["Resources"].get("memory", 0) >= options["memory"]]
-        if not nodes and not lacking:
-            lacking = f"--memory {memory_gb:g}: a node has at most {most / 1e9:.1f} GB for actors"
-    if lacking and address == "local":
-        have = f"this machine has {', '.join(present) or 'none that Ray knows'}"
-        raise UserError(f"{lacking} ({have}); omit the option, or use a cluster with --address")
-    if lacking:
-        logger.warning("%s yet (accelerators at %s: %s); waiting", lacking, address, ", ".join(present) or "none")
-    return _Suitable(nodes, options)
-
-
-def _knock(address: str) -> None:
-    """Raise OSError at once if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """The exception that the actor's own code raised."""
-    return error.cause if isinstance(error.cause, Exception) else error
-
-
-def _line(error: Exception) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-    return f"{type(cause).__name__}: {first_line(cause)}"
+        for listener in self._listeners:
+            listener.updated(update)
