@@ -10,10 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from diffsmooth.jobs.later import Later
 from diffsmooth.jobs.specs import load_named
 
 if TYPE_CHECKING:
+    from diffsmooth.jobs import speed
     from diffsmooth.jobs.speed import Rate, SpeedFigures
+else:
+    speed = Later("diffsmooth.jobs.speed")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -69,14 +73,11 @@ def bench_command(
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
     """
     loaded = load_named(spec, (*overrides, "compute.device=cpu") if cpu else overrides)
-
-    from diffsmooth.jobs.speed import Effort, Pipeline, measure  # imports torch, after the spec was checked
-
-    figures = measure(
-        Pipeline(loaded, threads=threads),
+    figures = speed.measure(
+        speed.Pipeline(loaded, threads=threads),
         batch_sizes=sizes,
         precisions=precisions,
-        effort=Effort(rounds=rounds, agreement_draws=draws),
+        effort=speed.Effort(rounds=rounds, agreement_draws=draws),
     )
     if as_json:
         click.echo(json.dumps(figures.to_json(), indent=2))
