@@ -20,7 +20,7 @@ from diffsmooth.jobs.bench import speed_options
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.places import writing
 from diffsmooth.jobs.specs import load_named
-from diffsmooth.jobs.speed import Effort, Pipeline
+from diffsmooth.pipeline.cost.speed import Effort, Pipeline
 from diffsmooth.pipeline.errors import RunError, UserError
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout.")

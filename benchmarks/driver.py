@@ -16,8 +16,8 @@ from PIL import Image
 from diffsmooth.cluster.cast import Cluster, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
-from diffsmooth.jobs.speed import peak_memory
 from diffsmooth.pipeline.certify.orders import order_of
+from diffsmooth.pipeline.cost.speed import peak_memory
 from diffsmooth.pipeline.smoothing import weights_ids
 from diffsmooth.pipeline.spec import RunSpec, load_spec
 from diffsmooth.pipeline.storage.store import open_store

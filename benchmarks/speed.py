@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.literal import Literal
 from benchmarks.profile import Profile, profile
 from diffsmooth.jobs.bench import print_speed
-from diffsmooth.jobs.speed import DEFAULT_EFFORT, Effort, Pipeline, Rival, Side, SpeedFigures, measure
 from diffsmooth.pipeline.casting import in_pixels, in_units
+from diffsmooth.pipeline.cost.speed import DEFAULT_EFFORT, Effort, Pipeline, Rival, Side, SpeedFigures, measure
 from diffsmooth.pipeline.errors import first_line
 from diffsmooth.pipeline.models.denoisers import PRESETS
 from diffsmooth.pipeline.models.device import torch_settings

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsmooth.jobs.speed import peak_memory
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.certify.sampling import Sampler
+from diffsmooth.pipeline.cost.speed import peak_memory
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import (

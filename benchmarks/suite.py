@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.speed import LabFigures, bench_speed
 from diffsmooth.jobs.specs import load_named
-from diffsmooth.jobs.speed import Effort, Pipeline
+from diffsmooth.pipeline.cost.speed import Effort, Pipeline
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.models.device import device_facts, device_of
 from diffsmooth.pipeline.smoothing import BaseClassifier

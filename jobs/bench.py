@@ -14,10 +14,10 @@ from diffsmooth.jobs.later import Later
 from diffsmooth.jobs.specs import load_named
 
 if TYPE_CHECKING:
-    from diffsmooth.jobs import speed
-    from diffsmooth.jobs.speed import Rate, SpeedFigures
+    from diffsmooth.pipeline.cost import speed
+    from diffsmooth.pipeline.cost.speed import Rate, SpeedFigures
 else:
-    speed = Later("diffsmooth.jobs.speed")
+    speed = Later("diffsmooth.pipeline.cost.speed")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "results": "attack certify data records spec storage votes",
     "audit": "attack casting certify data models noise records results smoothing spec storage votes",
     "training": "data models records spec storage",
-    "cost": "attack certify data models smoothing spec storage training",
+    "cost": "attack casting certify data models noise smoothing spec storage training",
     "show": "attack casting certify data models noise records results smoothing spec votes",
 }
 TORCH = {
@@ -49,8 +49,7 @@ TORCH = {
 RAY = {f"cluster.{name}" for name in ("actor", "cast", "connect", "metrics", "ray_private", "trainer")}
 RAY |= {"jobs.job_server"}
 COMMAND_MODULES = {f"jobs.{entry.module}" for entry in COMMANDS.values()}
-CALCULATES = {"jobs.speed"}  # of jobs/: it measures networks
-IMPORT_LATE = {"jobs.cli", "jobs.start", "jobs.bench"}  # our own modules, inside functions
+IMPORT_LATE = {"jobs.cli", "jobs.start"}  # our own modules, inside functions
 # where JSON is parsed without a model of ours: it is the user's, another library's, or becomes a model at once
 PARSES_JSON = {"pipeline.votes.blocks", "pipeline.models.files", "pipeline.data.sources"}
 
@@ -141,7 +140,7 @@ def test_imports_of_torch_ray_and_other_commands(module):
         assert not names & COMMAND_MODULES
     if module.startswith("pipeline"):
         assert not {name for name in ours(names) if name.startswith(("cluster", "jobs", "api"))}
-    if module.startswith("jobs") and not belongs(module, CALCULATES):
+    if module.startswith("jobs"):
         assert not any(third_party(names, package) for package in ("torch", "numpy", "scipy"))
     if module.startswith("cluster"):
         assert not {name for name in ours(names) if name.startswith(("jobs", "api"))}

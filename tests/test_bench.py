@@ -19,8 +19,8 @@ from benchmarks.speed import PARTS, bench_speed, print_figures
 from benchmarks.suite import SUITES, print_suite, run_suite
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
-from diffsmooth.jobs.speed import Effort, Pipeline
 from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.cost.speed import Effort, Pipeline
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.smoothing import build_base_classifier
