@@ -25,7 +25,7 @@ soak: $(VENV)/dev
 
 gpu: $(VENV)/dev # on a machine with a GPU
 	$(BIN)/pytest tests/test_gpu.py
-	$(BIN)/diffsmooth bench --suite gpu --output gpu.json
+	$(BIN)/python -m benchmarks suite gpu --output gpu.json
 
 $(VENV)/demo: EXTRAS :=
 $(VENV)/dev: EXTRAS := [dev]

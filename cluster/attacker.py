@@ -21,9 +21,9 @@ from diffsmooth.pipeline.attack.record import (
 )
 from diffsmooth.pipeline.attack.search import attack_sample
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
 from diffsmooth.pipeline.errors import UserError
-from diffsmooth.pipeline.smoothing import CastOptions
 from diffsmooth.pipeline.votes.blocks import Votes
 from diffsmooth.pipeline.votes.run import read_run
 
@@ -41,7 +41,7 @@ def block_of(sample: int, attack: Attack) -> Block:
 class Attacker(Worker):
     """Attacks samples and commits the results on one device."""
 
-    def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
+    def _run(self, blocks: Sequence[Block], attempt: str, share: bool) -> Receipt:
         """Attack and commit the samples that are not committed yet; `share` as in `Worker.run`."""
         start, failures, attack = time.perf_counter(), self._store.failures, self._attack
         keys = {attack.sample_key(block.sample): block for block in blocks}

@@ -149,7 +149,6 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         data = MemoryImages(images, labels, f.num_classes)
         spec = _spec(model, settings, data)
         store = MemoryStore() if out is None else open_store(out)
-        store.prepare()
         run = describe_run(spec, _weights(model, stored=out is not None), f.num_classes)
         claim_run(store, run)
         stored = StoredRun(store)
@@ -159,8 +158,6 @@ def certify_in_process(model: Model, images: Any, labels: Any, settings: Setting
         warn_of_settings(spec, order)
         name = stored.place(order)
         missing = stored.sampler(order, committed, name=name).start()
-        if missing:
-            stored.forget_deleted(committed)
         setup = Setup(spec, store.uri, run.votes_id, settings.batch_size, torch.get_num_threads())
         _cast(Worker(setup, f, data, store), missing, settings.on_progress)
     return Cast(stored, name)

@@ -14,7 +14,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device
 
-from diffsmooth.cluster.driver import Cluster
+from diffsmooth.cluster.cast import Cluster
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.training import checkpoint

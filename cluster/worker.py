@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
@@ -19,20 +20,15 @@ import torch
 from diffsmooth.cluster import compiled
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastBlock, CastOptions, cast_votes
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED, Sample
-from diffsmooth.pipeline.data.sets import Dataset, hub_location, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import hub_location, sample_indices
 from diffsmooth.pipeline.errors import UserError, first_line
-from diffsmooth.pipeline.models.device import device_facts, device_of
+from diffsmooth.pipeline.models.device import device_facts, device_of, torch_settings
 from diffsmooth.pipeline.noise import Noise, check_known_answers
-from diffsmooth.pipeline.smoothing import (
-    BaseClassifier,
-    CastBlock,
-    CastOptions,
-    build_base_classifier,
-    cast_votes,
-    weights_ids,
-)
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.hub import cached_commits, on_hub
 from diffsmooth.pipeline.storage.store import Store, open_store
 from diffsmooth.pipeline.votes.blocks import BlockMetadata, Votes, block_key, encode_block, read_blocks
@@ -97,9 +93,10 @@ class Worker:
         self._noise = Noise.of(setup.spec.smoothing)
         # reduced when memory runs out
         self.batch_size = setup.batch_size or (_CPU_BATCH if self._device.type == "cpu" else _LARGEST_BATCH)
-        if setup.spec.compute.compile or (setup.batch_size is None and self._device.type != "cpu"):
-            self._warm_up()
-        self._facts = device_facts(self._device)
+        with self._settings():
+            if setup.spec.compute.compile or (setup.batch_size is None and self._device.type != "cpu"):
+                self._warm_up()
+            self._facts = device_facts(self._device)
         self._commits = cached_commits(hub_locations(setup.spec))
         self.progress = Progress("")  # of the latest attempt; another thread may read it at any time
 
@@ -110,18 +107,17 @@ class Worker:
         Raises: UserError if something cannot be loaded, or is not what the run was made with.
         """
         spec = setup.spec
-        found = votes_id(spec, weights_ids(spec))
-        if found != setup.votes_id:
+        checked = check_spec(spec)
+        if checked.votes_id != setup.votes_id:
             raise UserError(
-                f"the weights or own functions on {platform.node()} differ from the driver's (votes_id {found}, not "
+                f"the weights or own functions on {platform.node()} differ from the driver's (votes_id "
+                f"{checked.votes_id}, not "
                 f"{setup.votes_id}); give every node the same files"
             )
         device = device_of(spec)
-        if device.type == "cpu":
-            torch.set_num_threads(setup.threads)
-        data = open_dataset(spec.data)
         try:
-            f = build_base_classifier(spec, device, data)
+            with torch_settings(spec.smoothing.precision, setup.threads):
+                f = checked.build(device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the networks do not fit in the memory of {device} on {platform.node()} ({first_line(error)}); free "
@@ -130,7 +126,7 @@ class Worker:
         if spec.compute.compile:
             compiled.load(known, compiled.key_of(setup.votes_id, device_facts(device).device))
             f.compile()
-        return cls(setup, f, data, open_store(setup.run_uri))
+        return cls(setup, f, checked.data, open_store(setup.run_uri))
 
     @property
     def compiled_key(self) -> str | None:
@@ -138,11 +134,19 @@ class Worker:
         setup = self._setup
         return compiled.key_of(setup.votes_id, self._facts.device) if setup.spec.compute.compile else None
 
+    def _settings(self) -> AbstractContextManager[None]:
+        """torch's settings while f runs: they are part of how votes are cast, whatever this process did before."""
+        return torch_settings(self._setup.spec.smoothing.precision, self._setup.threads)
+
     def run(self, blocks: Sequence[Block], attempt: str, share: bool = False) -> Receipt:
         """Cast and commit the votes of the blocks that are not committed yet.
 
         With `share`, stop at the first block that another attempt has committed: another driver is at work there.
         """
+        with self._settings():
+            return self._run(blocks, attempt, share)
+
+    def _run(self, blocks: Sequence[Block], attempt: str, share: bool) -> Receipt:
         start, failures = time.perf_counter(), self._store.failures
         # checked at every attempt, also the first: another driver may have cast them since ours listed the run
         existing = self._store.existing(map(block_key, blocks))
@@ -268,14 +272,16 @@ class Worker:
         for start in range(0, len(samples), self.batch_size):
             batch = samples[start : start + self.batch_size]
             x_BCHW = torch.from_numpy(np.stack([sample.image_CHW for sample in batch])).to(self._device)
-            predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
+            with self._settings():
+                predicted_B = self._f.classify(x_BCHW).argmax(dim=1).tolist()
             right += sum(k == sample.label for k, sample in zip(predicted_B, batch, strict=True))
         return CleanAccuracy(right, len(samples), self._f.num_classes)
 
 
 def hub_locations(spec: RunSpec) -> list[str]:
     """The locations of weights and data that are on the Hugging Face Hub."""
-    weights = (spec.denoiser.checkpoint, spec.classifier.checkpoint)
+    adapter = spec.classifier.adapter
+    weights = (spec.denoiser.checkpoint, spec.classifier.checkpoint, None if adapter is None else adapter.checkpoint)
     return [one for one in (*weights, hub_location(spec.data)) if one is not None and on_hub(one)]
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         load_spec,
         open_run,
     )
-    from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound
+    from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
     from diffsmooth.pipeline.certify.compare import Comparison
     from diffsmooth.pipeline.certify.curve import Curve
     from diffsmooth.pipeline.errors import RunError, Stopped, UserError
@@ -43,8 +43,8 @@ _HOMES = {
     "compare": "diffsmooth.api",
     "load_spec": "diffsmooth.api",
     "open_run": "diffsmooth.api",
-    "certified_radius": "diffsmooth.pipeline.certify.certificates",
-    "lower_confidence_bound": "diffsmooth.pipeline.certify.certificates",
+    "certified_radius": "diffsmooth.pipeline.certify.bounds",
+    "lower_confidence_bound": "diffsmooth.pipeline.certify.bounds",
     "Comparison": "diffsmooth.pipeline.certify.compare",
     "Curve": "diffsmooth.pipeline.certify.curve",
     "RunError": "diffsmooth.pipeline.errors",

@@ -16,13 +16,12 @@ from diffsmooth.jobs.attacking import attack_run
 from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.compare import compare_sources
 from diffsmooth.jobs.reporting import report
-from diffsmooth.jobs.specs import find_spec, home_of, load_shipped
+from diffsmooth.jobs.specs import home_of, load_shipped, read_named
 from diffsmooth.jobs.watch import ClusterOptions, bar_in_process
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
 from diffsmooth.pipeline.attack.request import AttackRequest
 from diffsmooth.pipeline.certify.compare import Comparison
 from diffsmooth.pipeline.certify.curve import Curve
-from diffsmooth.pipeline.certify.orders import Certificate
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.denoisers import Denoiser
 from diffsmooth.pipeline.results.attacked import Attacked
@@ -30,7 +29,6 @@ from diffsmooth.pipeline.results.cascades import Cascade, write_cascade
 from diffsmooth.pipeline.results.cascades import cascade as cascade_of
 from diffsmooth.pipeline.results.stored import OrderResult, RunStatus, StoredRun
 from diffsmooth.pipeline.spec import RunSpec
-from diffsmooth.pipeline.spec import load_spec as load_spec_file
 from diffsmooth.pipeline.votes.blocks import to_table
 
 
@@ -260,7 +258,7 @@ def load_spec(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
 
     Raises: UserError.
     """
-    return load_spec_file(find_spec(path_or_name), overrides)
+    return read_named(path_or_name, overrides)
 
 
 class OpenRun:
@@ -314,7 +312,7 @@ def analyze(
     alpha: float | None = None,
     n0: int | None = None,
     n: int | None = None,
-    certificate: Certificate | None = None,
+    certificate: str | None = None,
     costly: str | None = None,
 ) -> Result:
     """Certify the votes of a run with other settings, without draws; a second look is marked post hoc.

@@ -1,1 +1,1 @@
-"""WHO ordered it: the command line, the specs of published numbers, the embedded default's training."""
+"""WHO ordered it: the command line and the specs of published numbers."""

@@ -14,8 +14,8 @@ from diffsmooth.jobs.options import COSTLY, JSON
 from diffsmooth.jobs.orders import print_order
 from diffsmooth.jobs.places import writing
 from diffsmooth.pipeline.block import STAGES, Block, Stage
-from diffsmooth.pipeline.certify.cascade import CASCADE
-from diffsmooth.pipeline.certify.orders import CERTIFICATES, Certificate, Order, check_size, read_costly
+from diffsmooth.pipeline.certify.kinds import CASCADE, KINDS, kind_of
+from diffsmooth.pipeline.certify.orders import Order, check_size, read_costly
 from diffsmooth.pipeline.certify.planning import planned_before, store_plan
 from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.errors import UserError
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 @click.option("--n", type=int, help="Number of estimation draws. [default: the first order's]")
 @click.option(
     "--certificate",
-    type=click.Choice([*CERTIFICATES, CASCADE]),
+    type=click.Choice(list(KINDS)),
     help="What to claim; cascade is one certificate over several RUNs. [default: the first order's]",
 )
 @COSTLY
@@ -91,7 +91,7 @@ class Request:
     alpha: float | None = None
     n0: int | None = None
     n: int | None = None
-    certificate: Certificate | None = None
+    certificate: str | None = None
     costly: str | None = None
 
 
@@ -106,21 +106,23 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
         raise UserError(f"{run_uri} has no order yet; certify it first")
     first = next(iter(stored.orders.values()))
     order = _order(stored, first, request)
-    if export_tsv and order.certificate == "cost":
+    if export_tsv and not order.kind.claims_label:
         raise UserError(
-            "--export-tsv: readers of Cohen's layout would take the certificate 'cost' for one of robustness; export "
-            "another certificate"
+            f"--export-tsv: readers of Cohen's layout would take the certificate {order.certificate!r} for one of "
+            "robustness; export another certificate"
         )
     _check_drawn(stored, order)
-    if order.certificate == "cost":
+    if order.kind.needs_costs:
         (block,) = stored.read_blocks([next(order.blocks(stored.run.block))])
         if block.label == UNLABELLED:
-            raise UserError("--certificate cost needs labels, but the data set has none; use another certificate")
+            raise UserError(
+                f"--certificate {order.certificate} needs labels, but the data set has none; use another certificate"
+            )
     planned = _planned(stored, first, order) if order.mode == "planned" else {}
     name = stored.place(order)
     if order.mode == "planned":
         store_plan(stored.store, name, planned)
-    result = StoredRun(stored.store).finish(name, rebuild=True)
+    result = stored.finish(name, rebuild=True)
     print_order(result, quiet=quiet)
     if export_tsv:
         _export(export_tsv, result.certificates)
@@ -129,29 +131,27 @@ def analyze(run_uri: str, request: Request, *, export_tsv: str | None = None, qu
 
 def _order(stored: StoredRun, first: Order, request: Request) -> Order:
     """The first order with what the request changes, over the samples of all orders."""
-    certificate = request.certificate or first.certificate
-    n0 = 0 if certificate == "predict" else first.n0 if request.n0 is None else request.n0
+    kind = kind_of(request.certificate or first.certificate)
+    n0 = 0 if not kind.selects else first.n0 if request.n0 is None else request.n0
     n = first.n if request.n is None else request.n
-    for name, value, least in (("n0", n0, 0 if certificate == "predict" else 1), ("n", n, 1)):
+    for name, value, least in (("n0", n0, int(kind.selects)), ("n", n, 1)):
         if value < least:
             raise UserError(f"--{name} {value} must be at least {least}")
     alpha = first.alpha if request.alpha is None else request.alpha
     check_alpha("--alpha", alpha, n)
     changes_costs = request.certificate is not None or request.costly is not None
-    costly = read_costly(certificate, request.costly, stored.run.num_classes) if changes_costs else first.costly
+    costly = read_costly(kind.name, request.costly, stored.run.num_classes) if changes_costs else first.costly
     to_fixed = request.n is not None and first.mode != "fixed"
-    if certificate in ("predict", "cost") and first.mode != "fixed" and not to_fixed:
-        raise UserError(f"--certificate {certificate} needs the same n for each sample; give it with --n")
-    if certificate != "top" and first.mode == "grid" and not to_fixed:
-        raise UserError(f"--certificate {certificate} is not available in grid mode; use --n for fixed mode")
+    if first.mode not in kind.modes and not to_fixed:
+        raise UserError(f"--certificate {kind.name} is not available in {first.mode} mode; use --n for fixed mode")
     order = first.changed(
         samples=sorted({sample for order in stored.orders.values() for sample in order.samples}),
         n0=n0,
         n=n,
         alpha=alpha,
-        certificate=certificate,
+        certificate=kind.name,
         costly=costly,
-        skip_wrong=first.skip_wrong and certificate not in ("predict", "cost"),
+        skip_wrong=first.skip_wrong and kind.skips_wrong,
         **({"mode": "fixed", "max_acr_loss": None, "radii": None} if to_fixed else {}),
     )
     check_size(order, stored.run.block)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from diffsmooth.cluster.allocation import part_of
 from diffsmooth.cluster.attacker import block_of
-from diffsmooth.cluster.driver import Outcome, Work
+from diffsmooth.cluster.cast import Outcome, Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.costs import warn_of_cost
@@ -20,12 +20,12 @@ from diffsmooth.jobs.watch import ClusterOptions, Watch, stop_on_signals
 from diffsmooth.pipeline.attack.gap import Gap, Robustness
 from diffsmooth.pipeline.attack.record import FOLDER, Attack, attacked, claim_attack
 from diffsmooth.pipeline.attack.request import AttackRequest, attack_of
-from diffsmooth.pipeline.data.sets import dataset_id, open_dataset
+from diffsmooth.pipeline.data.sets import dataset_id
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.attacked import Attacked, chosen_samples, default_alpha, finish
 from diffsmooth.pipeline.results.stored import StoredRun
-from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ def _prepare(run_uri: str, spec: RunSpec, request: AttackRequest) -> _Ready:
     stored = StoredRun.open(run_uri)
     run, store = stored.run, stored.store
     seeded = run.seeded(spec)
-    check_base_classifier(seeded)
-    if votes_id(seeded, weights_ids(seeded)) != run.votes_id:
+    checked = check_spec(seeded)
+    if checked.votes_id != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data = open_dataset(seeded.data)
+    data = checked.data
     if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
         raise UserError(
             f"{store.uri}: the data set differs from that of the run (its size or some of its samples); use the same "
@@ -105,7 +105,7 @@ def _search(ready: _Ready, options: ClusterOptions) -> Outcome:
         Watch(f"attack {attack.id}", _Tally(), store, options.quiet, key=key) as watch,
     ):
         scheduler = Scheduler(part=part_of(None, os.environ))
-        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, on_update=watch)
+        return cluster.cast(Work(setup=setup, blocks=blocks), scheduler=scheduler, listeners=[watch])
 
 
 class _Tally:

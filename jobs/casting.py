@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from diffsmooth.cluster.allocation import part_of
-from diffsmooth.cluster.driver import Outcome, Work, check_device
+from diffsmooth.cluster.cast import Outcome, Work
+from diffsmooth.cluster.connect import check_device
 from diffsmooth.cluster.scheduler import Part, Scheduler
 from diffsmooth.cluster.worker import Setup
 from diffsmooth.jobs.console import note
@@ -17,13 +18,14 @@ from diffsmooth.jobs.orders import print_order
 from diffsmooth.jobs.watch import ClusterOptions, OrderTally, Watch, stop_on_signals
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.advice import warn_of_settings
-from diffsmooth.pipeline.certify.orders import Certificate, Order, order_of, read_costly, stored_hash
+from diffsmooth.pipeline.certify.kinds import TOP
+from diffsmooth.pipeline.certify.orders import Order, order_of, read_costly, stored_hash
 from diffsmooth.pipeline.certify.sampling import Sampler
 from diffsmooth.pipeline.data.images import UNLABELLED
 from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.stored import OrderResult, StoredRun
-from diffsmooth.pipeline.smoothing import check_base_classifier, weights_ids
+from diffsmooth.pipeline.smoothing import check_spec
 from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.storage.published import PublishedStore
 from diffsmooth.pipeline.storage.store import open_store
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Options(ClusterOptions):
     """How to certify; the same for all specs of one call."""
 
-    certificate: Certificate = "top"
+    certificate: str = TOP
     costly: str | None = None  # the file of `orders.read_costly`
     part: str | None = None  # I/K of --part
 
@@ -128,14 +130,14 @@ def _cast_all(runs: Sequence[_Ready], device: str, options: Options, part: Part)
                 work = Work(setup=setup, blocks=run.missing, sampler=run.sampler, last=index == last)
                 tally = OrderTally(run.order, run.stored.run.sigma)
                 with Watch(run.spec.name, tally, store, options.quiet) as watch:
-                    outcome = cluster.cast(work, scheduler=Scheduler(part=part), on_update=watch)
+                    outcome = cluster.cast(work, scheduler=Scheduler(part=part), listeners=[watch])
                 for task, error in outcome.set_aside:
                     logger.error("gave up after %d attempts: %s; %s", task.attempts, task.blocks[0], error)
             yield _finish(run, options, outcome)
 
 
 def _finish(run: _Ready, options: Options, outcome: Outcome | None = None) -> Certified:
-    result = StoredRun(run.stored.store).finish(run.order_name)  # opened again: other orders may have been placed
+    result = run.stored.finish(run.order_name)
     print_order(result, quiet=options.quiet)
     tell_result(result)
     return Certified(result=result, effort=None if outcome is None else Effort.of(outcome))
@@ -150,16 +152,14 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
     samples = sample_indices(spec.data.samples, len(data))
     costly = read_costly(options.certificate, options.costly, data.num_classes)
     order = order_of(spec, samples, options.certificate, costly, dataset_id(data))
-    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else "--certificate cost" if costly else None
-    if needs_labels and data[samples[0]].label == UNLABELLED:
+    needs_labels = "sampling.skip_wrong = true" if order.skip_wrong else f"--certificate {order.certificate}"
+    if (order.skip_wrong or costly) and data[samples[0]].label == UNLABELLED:
         raise UserError(f"{needs_labels} needs labels, but the data set has none; use a labelled data set")
-    check_base_classifier(spec)
     warn_of_settings(spec, order)
-    weights = weights_ids(spec)
+    checked = check_spec(spec, data)
     if not store.exists(RUN_KEY):  # a complete run can be certified again without a device
         check_device(options.address, spec.compute.device)
-    store.prepare()
-    seeded, _ = claim_seeded_run(store, spec, weights, data.num_classes)
+    seeded, _ = claim_seeded_run(store, spec, checked.weights_ids, data.num_classes)
     stored = StoredRun(store)
     name, committed = stored.place(order), stored.committed()
     if spec.smoothing.seed == "random" and not options.quiet:
@@ -167,7 +167,5 @@ def _prepare(spec: RunSpec, home: str, options: Options) -> _Ready:
         note(f"commitment: {stored_hash(store, first)} (sha256 of order {first}; publish it before the first draw)")
     sampler = stored.sampler(order, committed, name=name, plans=True)
     missing = sampler.start()
-    if missing:
-        stored.forget_deleted(committed)
     left = sum(block.draws for block in order.blocks(stored.run.block) if block not in committed)
     return _Ready(seeded, stored, name, order, sampler, missing, left)

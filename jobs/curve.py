@@ -18,8 +18,8 @@ from diffsmooth.jobs.places import (
     with_distinct_names,
     writing,
 )
-from diffsmooth.pipeline.certify.cascade import CASCADE
 from diffsmooth.pipeline.certify.curve import Curve, plot
+from diffsmooth.pipeline.certify.kinds import CASCADE
 from diffsmooth.pipeline.certify.units import UNITS, converted
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.cascades import cascade

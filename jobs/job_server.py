@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
@@ -32,12 +33,13 @@ _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to
 _DASHBOARD = "give the address of the dashboard, by default port 8265 of the head"
 
 
-class Submitted(NamedTuple):
+@dataclass(frozen=True)
+class Submitted:
     submission_id: str
     status: str
 
     def to_json(self) -> dict[str, str]:
-        return self._asdict()
+        return asdict(self)
 
 
 class _Versions(BaseModel):

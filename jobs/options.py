@@ -31,7 +31,7 @@ def together(*options: Option[Any]) -> Option[Any]:
 
 def _complete_spec(context: click.Context, option: click.Parameter, typed: str) -> list[CompletionItem]:
     """The names of the shipped specs, then files."""
-    names = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem.startswith(typed))
+    names = [name for name in SPECS.names() if name.startswith(typed)]
     return [*map(CompletionItem, names), *([] if names else [CompletionItem(typed, type="file")])]
 
 

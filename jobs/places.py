@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from diffsmooth.pipeline.certify.curve import Curve, curve_of
 from diffsmooth.pipeline.certify.units import Images
-from diffsmooth.pipeline.data.sets import known_facts
+from diffsmooth.pipeline.data.sets import DATASETS
 from diffsmooth.pipeline.errors import UserError, printable
 from diffsmooth.pipeline.locations import is_remote
 from diffsmooth.pipeline.results.stored import OrderResult, read_result
@@ -174,10 +174,11 @@ def images_of(run: Run | None, given: Images) -> Images:
     run.json does not store the shape. Only CIFAR-10 and cropped ImageNet have one that follows from it.
     Raises: UserError if --pixels contradicts that shape.
     """
-    if run is None or run.spec.data.name not in ("cifar10", "imagenet"):
+    data = None if run is None else run.spec.data
+    entry = None if data is None else DATASETS.get(data.name)
+    if data is None or entry is None or not entry.one_shape:
         return given
-    data = run.spec.data
-    facts = known_facts(Data(**data.model_dump()))
+    facts = entry.facts(Data(**data.model_dump()))
     if facts is None:
         return given
     if given.shape_CHW not in (None, facts.shape_CHW):

@@ -12,8 +12,8 @@ from diffsmooth.pipeline.models.device import any_device
 from diffsmooth.pipeline.results.stored import StoredResult, comparison_notes, read_result
 from diffsmooth.pipeline.show.gallery import attack_exhibits, gallery
 from diffsmooth.pipeline.show.report import Exhibit, render_report, report_of
-from diffsmooth.pipeline.smoothing import weights_ids
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import CheckedSpec, check_spec
+from diffsmooth.pipeline.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,16 @@ def _galleries(
     galleries: list[tuple[list[Exhibit], str]] = []
     used: set[int] = set()
     for one in read:
-        made = [index for index, spec in enumerate(specs) if _made(spec, one)]
-        used.update(made)
-        spec = specs[made[0]] if made else shipped(one.result.run.name)
+        found = [(index, checked) for index, spec in enumerate(specs) if (checked := _checked(spec, one)) is not None]
+        made = {index for index, _ in found}
+        used |= made
+        spec = None if found else shipped(one.result.run.name)
         try:
-            if spec is not None and (made or _made(spec, one)):
-                galleries.append((_gallery(spec, one, each), "no sample is of a kind that is shown"))
+            checked = found[0][1] if found else None if spec is None else _checked(spec, one)
+            if checked is not None:
+                device = any_device(checked.spec)
+                exhibits = gallery(checked, device, one.result.certificates, one.votes, each)
+                galleries.append((exhibits, "no sample is of a kind that is shown"))
                 continue
             reason = "use --spec SPEC to name the run's spec, which says where data and weights are"
         except (UserError, RunError) as error:
@@ -90,10 +94,8 @@ def _galleries(
     return galleries
 
 
-def _made(spec: RunSpec, one: StoredResult) -> bool:
+def _checked(spec: RunSpec, one: StoredResult) -> CheckedSpec | None:
+    """The spec with the seed of a run if it made the run."""
     run = one.result.run
-    return votes_id(run.seeded(spec), weights_ids(spec)) == run.votes_id
-
-
-def _gallery(spec: RunSpec, one: StoredResult, each: int) -> list[Exhibit]:
-    return gallery(one.result.run.seeded(spec), any_device(spec), one.result.certificates, one.votes, each)
+    checked = check_spec(run.seeded(spec))
+    return checked if checked.votes_id == run.votes_id else None

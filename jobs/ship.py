@@ -33,12 +33,11 @@ _SECRET_NAMES = ("SECRET", "TOKEN", "PASSW", "CREDENTIAL", "PRIVATE", "API_KEY",
 _INSTALLED = "diffsmooth"  # on the cluster; a copy from here must not shadow it
 
 
-class SpecFile(NamedTuple):
-    """A spec as it was named, its file, and whether it ships with the package and therefore need not be sent."""
+class NamedSpec(NamedTuple):
+    """A spec as it was named, and its file; one that ships with the package has none, and is not sent."""
 
     name: str
-    file: Path
-    shipped: bool
+    file: Path | None
     spec: RunSpec
 
 
@@ -46,7 +45,7 @@ class SpecFile(NamedTuple):
 class Submission:
     """A request to certify on a cluster; `options` are flags of `diffsmooth certify` that are passed on unchanged."""
 
-    specs: Sequence[SpecFile]
+    specs: Sequence[NamedSpec]
     out: str | None
     shared: bool = False  # whether `out` is a folder that all nodes share
     overrides: Sequence[str] = ()
@@ -78,7 +77,7 @@ def submit(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sent = [
-            one.name if one.shipped else _ship_spec(one.file, spec.name, folder, here)
+            one.name if one.file is None else _ship_spec(one.file, spec.name, folder, here)
             for one, spec in zip(submission.specs, specs, strict=True)
         ]
         _ship_own_functions(specs, folder)
@@ -95,8 +94,8 @@ def _refuse_secrets(submission: Submission) -> None:
     and shows them to everyone who may read its dashboard."""
     sent = [("--set", override) for override in submission.overrides]
     sent += [("--out", submission.out or "")]
-    for one in submission.specs:
-        raw = tomllib.loads(one.file.read_text(encoding="utf-8"))
+    for file in (one.file for one in submission.specs if one.file):
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
         sent += [(name, table[key]) for name, table, key in locations_in(raw)]
     for name, text in sent:
         if redacted(text) != text:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from diffsmooth.jobs.console import conclude
 from diffsmooth.jobs.options import JSON, RUN_ARGUMENT
+from diffsmooth.pipeline.certify.kinds import KINDS
 from diffsmooth.pipeline.errors import printable
 from diffsmooth.pipeline.results.stored import OrderStatus, RunStatus, StoredRun
 
@@ -55,7 +56,7 @@ def _order_lines(name: str, status: OrderStatus) -> list[str]:
         f"{order.samples + order.incomplete} samples, {status.draws_done:,} draws done, "
         f"{'complete' if order.complete else missing}"
     ]
-    if order.samples and order.certificate == "predict":
+    if order.samples and not KINDS[order.certificate].has_radius:
         abstained = 100 * (order.abstention_rate or 0.0)
         lines.append(f"  predictions so far  {100 * order.accuracy:.1f}% correct, {abstained:.1f}% abstained")
     elif order.samples:

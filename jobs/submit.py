@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +19,7 @@ from diffsmooth.jobs.options import (
     ask_unless,
     batch_size,
 )
-from diffsmooth.jobs.specs import SPECS, find_spec, load_named
+from diffsmooth.jobs.specs import find_spec, load_named
 
 if TYPE_CHECKING:
     from diffsmooth.jobs import job_server, ship
@@ -61,13 +60,9 @@ def submit_command(
     diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
     """
     logging.getLogger("diffsmooth.jobs.ship").setLevel(logging.INFO)
-    files = [(name, find_spec(name)) for name in specs]
-    loaded = [load_named(str(file), overrides) for _, file in files]
+    loaded = [(name, load_named(name, overrides)) for name in specs]
     request = ship.Submission(
-        specs=[
-            ship.SpecFile(name, file, file.parent == SPECS and file != Path(name), spec)
-            for (name, file), spec in zip(files, loaded, strict=True)
-        ],
+        specs=[ship.NamedSpec(name, find_spec(name), spec) for name, spec in loaded],
         out=given["out"],
         shared=given["shared"],
         overrides=overrides,

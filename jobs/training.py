@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from diffsmooth.cluster.driver import Cluster, check_device
+from diffsmooth.cluster.cast import Cluster
+from diffsmooth.cluster.connect import check_device
 from diffsmooth.cluster.trainer import Workers, train_on_ray
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.watch import stop_on_signals

@@ -15,13 +15,15 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffsmooth.cluster.driver import Cluster, Update
+from diffsmooth.cluster.cast import Cluster
+from diffsmooth.cluster.listener import Listener, Update
 from diffsmooth.cluster.worker import CleanAccuracy
 from diffsmooth.jobs.console import note
 from diffsmooth.jobs.hooks import tell_progress
 from diffsmooth.pipeline.block import STAGES
 from diffsmooth.pipeline.certify.advice import better_than_chance
-from diffsmooth.pipeline.certify.certificates import certified_radius, lower_confidence_bound, top_class
+from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
+from diffsmooth.pipeline.certify.certificates import top_class
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.results import stored as results
 from diffsmooth.pipeline.storage.store import Store
@@ -94,7 +96,7 @@ class Tally(Protocol):
     def describe(self) -> str: ...
 
 
-class Watch:
+class Watch(Listener):
     """A context manager that takes the driver's updates: a bar on a terminal or in a notebook, else plain lines."""
 
     def __init__(self, name: str, tally: Tally, store: Store, quiet: bool, *, key: str = results.PROGRESS_KEY) -> None:
@@ -118,7 +120,7 @@ class Watch:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, update: Update) -> None:
+    def updated(self, update: Update) -> None:
         """Show an update of the driver."""
         if update.clean is not None and not self._accuracy_reported:
             self._accuracy_reported = True
@@ -183,14 +185,14 @@ class OrderTally:
         self._samples = 0
 
     def describe(self) -> str:
-        if not self._samples or self._order.certificate == "predict":
+        if not self._samples or not self._order.kind.has_radius:
             return ""
         at = [f"{100 * count / self._samples:.0f}% at r={radius:g}" for radius, count in self._certified.items()]
         return f"certified {', '.join(at)} ({self._samples} samples)"
 
     def add(self, new: Votes) -> None:
         order, sample = self._order, new.block.sample
-        if order.mode != "fixed" or order.certificate == "cost":
+        if order.mode != "fixed" or not order.kind.claims_label:
             return
         self._counts[sample, new.block.stage].update(new.counts)
         selection, estimation = (self._counts[sample, stage] for stage in STAGES)

@@ -4,9 +4,13 @@ A damaged or hostile file then fails in one place, with one line that names the 
 """
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffsmooth.pipeline.errors import RunError, UserError, first_line
 
 MOST_BYTES = 100_000_000  # of a record's file
 LARGEST = 2**31 - 1  # of samples, labels, classes, and draws: their columns are int32
@@ -40,6 +44,21 @@ def parse_record(model: type[Model], data: bytes) -> Model:
         raise ValueError(first_problem(error)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+@contextmanager
+def intact(place: str, remedy: str = "restore it from a copy") -> Iterator[None]:
+    """Report in one line that a stored file is damaged if reading its content raises anything.
+
+    What already says what is wrong with the file, or that there is none, is raised as it is.
+    """
+    try:
+        yield
+    except (FileNotFoundError, RunError, UserError):
+        raise
+    except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
+        reason = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise RunError(f"{place} is damaged: {reason}; {remedy}") from error
 
 
 def first_problem(error: ValidationError) -> str:

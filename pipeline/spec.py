@@ -319,10 +319,13 @@ class Smoothing(SmoothingIdentity):
         return self.n0 if stage == "selection" else self.n
 
 
+SamplingMode = Literal["fixed", "planned", "grid"]
+
+
 class Sampling(Record):
     """The table [sampling]: which of the n draws of a sample are cast."""
 
-    mode: Literal["fixed", "planned", "grid"] = "fixed"
+    mode: SamplingMode = "fixed"
     skip_wrong: bool = False  # no estimation if the selected class is not the label
     max_acr_loss: float | None = Field(default=None, gt=0, lt=1)  # planned: share of the ACR that may be lost
     radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)  # grid, pixels in [0, 1]
@@ -433,15 +436,18 @@ def votes_id(spec: RunSpec, weights_ids: Mapping[str, str]) -> str:
     return identity(spec, weights_ids).votes_id
 
 
-def load_spec(path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
+def load_spec(
+    path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "spec"
+) -> RunSpec:
     """Read and validate a spec.
 
     Relative paths in a file count from the file's folder; those in a mapping or in an override from the working folder.
+    `where` is what messages call a mapping.
     An override is `section.key=value`, its value written as in TOML (a bare word is a string).
 
     Raises: UserError, naming key, value, limit and remedy.
     """
-    return read_model(RunSpec, path_or_dict, overrides)
+    return read_model(RunSpec, path_or_dict, overrides, where=where)
 
 
 def read_model(
@@ -450,10 +456,11 @@ def read_model(
     overrides: Sequence[str] = (),
     *,
     locations: Sequence[str] = LOCATIONS,
+    where: str = "spec",
 ) -> _Part:
     """Read and validate a TOML file of any model, as `load_spec` does. `locations` are its keys that hold locations."""
     if isinstance(path_or_dict, Mapping):
-        where, raw, folder = "spec", _copy(path_or_dict), Path.cwd()
+        raw, folder = _copy(path_or_dict), Path.cwd()
     else:
         where, folder = os.fspath(path_or_dict), Path(path_or_dict).absolute().parent
         raw = _read_toml(path_or_dict)

@@ -58,7 +58,7 @@ def ray_session() -> Iterator[RaySession]:
     """Start one Ray for all tests of this process. Commands that run in this process reuse their actors."""
     import ray
 
-    import diffsmooth.jobs.bench.driver
+    import benchmarks.driver
     import diffsmooth.jobs.watch
 
     (port,) = free_ports(1)
@@ -75,7 +75,7 @@ def ray_session() -> Iterator[RaySession]:
             _system_config={"prestart_worker_first_driver": False, "metrics_report_interval_ms": 2000},
         )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (diffsmooth.jobs.watch, diffsmooth.jobs.bench.driver):
+        for module in (diffsmooth.jobs.watch, benchmarks.driver):
             patch.setattr(module, "Cluster", pooled_cluster())
         yield RaySession(address=context.address_info["address"], metrics_url=f"http://127.0.0.1:{port}/metrics")
     ray.shutdown()
@@ -86,7 +86,7 @@ def pooled_cluster() -> type:
 
     An actor that is passed on loads the models of the next run, as it does between the specs of one command.
     """
-    from diffsmooth.cluster.driver import Cluster
+    from diffsmooth.cluster.cast import Cluster
 
     pool: list[Any] = []
 

@@ -98,7 +98,7 @@ def loses_its_device(spec: RunSpec, device: torch.device) -> Model:
     """
     inner = half_space(spec, device)
 
-    driver = sys.modules["diffsmooth.cluster.driver"]
+    driver = sys.modules["diffsmooth.cluster.actor"]
 
     def use_device(occasion: str) -> None:
         path = Path(spec.data.path or "").with_name(f"failed-{occasion}")
@@ -155,7 +155,6 @@ def make_run(spec: RunSpec, home: Path, samples: int = 8) -> Store:
 
     store = open_store(str(home))
     run = describe_run(spec, weights_ids(spec), open_dataset(spec.data).num_classes)
-    store.prepare()
     claim_run(store, run)
     order = order_of(spec, range(samples))
     name = place_order(store, order)

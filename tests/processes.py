@@ -47,6 +47,6 @@ def worker_actors() -> list[int]:
             title = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::_RemoteWorker"):
+        if title.startswith(b"ray::RemoteWorker"):
             found.append(pid)
     return sorted(found)

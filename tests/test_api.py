@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import diffsmooth as ds
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
@@ -76,7 +76,7 @@ def test_a_half_space_gets_its_exact_radius():
 def test_votes_equal_those_of_the_command(name, tmp_path, monkeypatch):
     """For the same f, images, seed and batch size; the run on disk is made by a worker, as on a cluster."""
     changes = ["compute.device=cpu", "smoothing.n=200", "smoothing.block.estimation=100", "data.samples=0:3"]
-    spec = load_spec(SPECS / f"{name}.toml", changes)
+    spec = load_named(name, changes)
     threads = torch.get_num_threads()
     make_run(spec, tmp_path / "run", samples=3)  # sets one thread
     f, data = build_base_classifier(spec, "cpu"), open_dataset(spec.data)

@@ -177,6 +177,45 @@ def test_a_damaged_file_is_named(made, damage, message):
         read_samples(store, read_run(store), attack)
 
 
+def test_a_small_file_that_declares_a_huge_image_is_not_decoded(made):
+    import pyarrow.parquet as pq
+
+    from diffsmooth.pipeline.votes.run import read_run
+
+    spec, store = made
+    attack, _ = attack_alone(spec, store, range(1))
+    path = Path(store.uri) / attack.sample_key(0)
+    table = pq.read_table(path).slice(0, 1)
+    huge = table.set_column(4, "image", [[bytes(200_000_000)]])
+    pq.write_table(huge, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(RunError, match=r"samples/0\.parquet is damaged: 1 rows of 200"):
+        read_samples(store, read_run(store), attack)
+
+
+def test_a_flipped_bit_of_an_attacked_sample_is_detected(made):
+    from diffsmooth.pipeline.votes.run import read_run
+
+    spec, store = made
+    attack, _ = attack_alone(spec, store, range(1))
+    path = Path(store.uri) / attack.sample_key(0)
+    data = path.read_bytes()
+    run = read_run(store)
+
+    def content() -> str:
+        (one,) = read_samples(store, run, attack)
+        return repr([(rung.image_CHW.tolist(), rung.selection_K, rung.judging_K) for rung in one.rungs])
+
+    whole, refused = content(), 0
+    for place in range(0, len(data), 37):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert content() == whole  # a bit that no reader looks at
+        except RunError:
+            refused += 1
+    assert refused > len(data) // 37 // 2
+
+
 def test_votes_that_do_not_add_up_are_refused(made):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -11,39 +11,31 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from diffsmooth.jobs.bench.literal import Literal
-from diffsmooth.jobs.bench.modes import INVENTED, describe_modes, population_of_log, simulate_modes
-from diffsmooth.jobs.bench.profile import covered, kind_of, profile
-from diffsmooth.jobs.bench.speed import PARTS, Effort, bench_speed, print_speed
-from diffsmooth.jobs.bench.suite import SUITES, print_suite, run_suite
+from benchmarks.__main__ import main as laboratory
+from benchmarks.literal import Literal
+from benchmarks.profile import covered, kind_of, profile
+from benchmarks.sampling import INVENTED, describe_modes, population_of_log, simulate_modes
+from benchmarks.speed import PARTS, bench_speed, print_figures
+from benchmarks.suite import SUITES, print_suite, run_suite
 from diffsmooth.jobs.cli import main
-from diffsmooth.jobs.specs import SPECS
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.jobs.specs import load_named
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.cost.speed import Effort, Pipeline
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.smoothing import build_base_classifier
-from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.votes.blocks import read_votes
 
 QUICK = Effort(rounds=2, seconds=0.05, agreement_draws=60)
 
 
 def test_storage_is_measured_on_a_valid_run(tmp_path):
-    answer = CliRunner().invoke(main, ["bench", "--storage", str(tmp_path), "--blocks", "30", "--json"])
+    answer = CliRunner().invoke(laboratory, ["storage", str(tmp_path), "--blocks", "30", "--json"])
     assert answer.exit_code == 0, answer.output
     figures = json.loads(answer.output)
     assert (figures["blocks"], figures["missing"]) == (30, 3)
     assert read_votes(figures["run"]).votes.sum() == 3 * 100 + 27 * 1000
     assert Path(figures["run"], "votes.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--simulate", "--storage", "x"], ["mnist", "--simulate"], ["mnist", "--sampling", "--storage", "x"]]
-)
-def test_two_benchmarks_at_once_are_refused(arguments):
-    answer = CliRunner().invoke(main, ["bench", *arguments])
-    assert answer.exit_code == 2
-    assert "choose one" in answer.output
 
 
 @pytest.mark.parametrize(
@@ -57,24 +49,42 @@ def test_two_benchmarks_at_once_are_refused(arguments):
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_invalid_benchmarks_are_refused_with_one_line(arguments, message):
-    answer = CliRunner().invoke(main, ["bench", *arguments])
-    assert answer.exit_code == 2
-    assert message in answer.output
+    for command in ((main, ["bench", *arguments]), (laboratory, ["speed", *arguments])):
+        answer = CliRunner().invoke(*command)
+        assert answer.exit_code == 2
+        assert message in answer.output
+
+
+def test_bench_prints_the_speed_of_a_spec_as_text_or_json():
+    arguments = ["bench", "mnist-cohen-0.50", "--cpu", "--batch-size", "8", "--rounds", "1", "--draws", "20"]
+    text = CliRunner().invoke(main, [*arguments, "--precision", "bf16"])
+    assert text.exit_code == 0, text.output
+    for words in (
+        "pipeline over bare networks: ",
+        "votes equal to those of bf16: ",
+        "of a matrix product",
+        "batch size",
+    ):
+        assert words in text.output
+    figures = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert figures["draws_per_second"].keys() == {"bare", "pipeline"}
+    assert figures["pipeline_over"].keys() == {"bare"}
 
 
 def test_speed_of_the_embedded_networks():
     """Everything is measured, and the votes agree; the timings themselves are not checked."""
     before = torch.get_rng_state()
-    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu"])
-    figures = bench_speed(spec, batch_sizes=(4,), precisions=("bf16", "fp32"), effort=QUICK).to_json()
-    json.dumps(figures)
+    spec = load_named("mnist", ["compute.device=cpu"])
+    found = bench_speed(Pipeline(spec), batch_sizes=(4,), precisions=("bf16", "fp32"), effort=QUICK).to_json()
+    json.dumps(found)
+    figures = found["speed"]
     assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
     assert (figures["random_weights"], figures["random_images"]) == ([], False)
     assert figures["draws_per_second"].keys() == {"bare", "pipeline", "literal"}
-    assert figures["pipeline_over_bare"] > 0
-    assert figures["pipeline_over_literal"] > 0
-    assert list(figures["share_of_time"]) == list(PARTS)
-    assert sum(figures["share_of_time"].values()) == pytest.approx(1)
+    assert figures["pipeline_over"]["bare"] > 0
+    assert figures["pipeline_over"]["literal"] > 0
+    assert list(found["share_of_time"]) == list(PARTS)
+    assert sum(found["share_of_time"].values()) == pytest.approx(1)
     # 13 million multiply-adds minus the savings of the merged doubling
     assert figures["gflop_per_draw"]["denoiser"] == pytest.approx(0.0242, abs=0.0005)
     assert figures["agreement"]["literal"]["equal"] == figures["agreement"]["literal"]["draws"] == 60
@@ -87,47 +97,48 @@ def test_speed_of_the_embedded_networks():
 def test_missing_weights_are_replaced_by_random_ones():
     """The UNet learns its variance and resamples in residual blocks; its file does not exist."""
     changes = {"learn_sigma": True, "resblock_updown": True, "num_groups": 4}
-    spec = load_spec(
-        SPECS / "mnist.toml",
+    spec = load_named(
+        "mnist",
         ["compute.device=cpu", "denoiser.checkpoint=/nowhere", "classifier.checkpoint=${NOT_SET_ANYWHERE}/a.pt"]
         + [f"denoiser.unet.{key}={json.dumps(value)}" for key, value in changes.items()],
     )
-    figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK).to_json()
-    assert figures["random_weights"] == ["denoiser", "classifier"]
-    assert figures["agreement"]["literal"]["largest_difference"] < 1e-6
+    figures = bench_speed(Pipeline(spec), batch_sizes=(8,), effort=QUICK).speed
+    assert figures.random_weights == ["denoiser", "classifier"]
+    assert figures.agreement["literal"].largest_difference < 1e-6
 
 
 def test_a_network_whose_sizes_are_in_a_missing_file_is_refused():
-    spec = load_spec(
-        SPECS / "mnist-cohen-0.50.toml",
+    spec = load_named(
+        "mnist-cohen-0.50",
         ["compute.device=cpu", "denoiser.arch=dncnn", "denoiser.checkpoint=/nowhere/dncnn.pt"],
     )
     with pytest.raises(UserError, match=r"the sizes of this network follow from its file.* download the file"):
-        bench_speed(spec, batch_sizes=(8,), effort=QUICK)
+        Pipeline(spec)
 
 
 def test_random_images_are_on_the_grid_of_the_noise():
     """With smoothing.noise_grid the benchmark measures the f that certifies, so images off the grid are refused."""
-    spec = load_spec(SPECS / "cifar10-cohen-0.50.toml", ["compute.device=cpu", "smoothing.noise_grid=255"])
-    figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
+    spec = load_named("cifar10-cohen-0.50", ["compute.device=cpu", "smoothing.noise_grid=255"])
+    figures = bench_speed(Pipeline(spec), batch_sizes=(8,), effort=QUICK).speed
     assert figures.random_images
     assert figures.agreement["literal"].equal == figures.agreement["literal"].draws
 
 
 def test_denoisers_that_the_published_algorithm_does_not_support_are_measured_without_it(caplog):
-    spec = load_spec(SPECS / "mnist.toml", ["compute.device=cpu", "denoiser.steps=2"])
-    figures = bench_speed(spec, batch_sizes=(8,), effort=QUICK)
-    assert figures.pipeline_over_literal is None
+    spec = load_named("mnist", ["compute.device=cpu", "denoiser.steps=2"])
+    figures = bench_speed(Pipeline(spec), batch_sizes=(8,), effort=QUICK).speed
+    assert figures.pipeline_over.keys() == {"bare"}
     assert figures.agreement == {}
     assert "it is not measured" in caplog.text
 
 
 def test_figures_are_printed_as_text():
-    spec, text = load_spec(SPECS / "fashion-cohen-0.50.toml", ["compute.device=cpu"]), io.StringIO()
-    figures = bench_speed(spec, batch_sizes=(8, 16), effort=QUICK, with_profile=True)
-    assert not figures.random_images
-    print_speed(figures, Console(file=text))
+    spec, text = load_named("fashion-cohen-0.50", ["compute.device=cpu"]), io.StringIO()
+    figures = bench_speed(Pipeline(spec), batch_sizes=(8, 16), effort=QUICK, with_profile=True)
+    assert not figures.speed.random_images
+    print_figures(figures, Console(file=text))
     assert "pipeline over bare networks" in text.getvalue()
+    assert "pipeline over literal: " in text.getvalue()
     assert "votes equal to those of literal: 60 of 60" in text.getvalue()
     for words in ("profile of 4 batches", "no operator runs", "convolution", "aten::"):
         assert words in text.getvalue()
@@ -179,7 +190,7 @@ def test_overlapping_kernels_are_counted_once():
 
 
 def test_literal_scores_equal_those_of_f_and_each_draw_has_one_vote():
-    spec = load_spec(SPECS / "mnist.toml")
+    spec = load_named("mnist")
     data, f = open_dataset(spec.data), build_base_classifier(spec, "cpu")
     literal = Literal(spec, torch.device("cpu"), (1, 28, 28), 10)
     x = torch.from_numpy(np.stack([data[index].image_CHW for index in range(40)]))
@@ -243,7 +254,7 @@ def test_the_votes_of_a_log_follow_from_its_radii(tmp_path):
 )
 def test_numbers_that_do_not_fit_a_log_are_refused(tmp_path, radius, numbers, message):
     log = write_log(tmp_path / "log.tsv", [(0 if float(radius) else -1, radius)])
-    answer = CliRunner().invoke(main, ["bench", "--sampling", "--log", str(log), *numbers])
+    answer = CliRunner().invoke(laboratory, ["sampling", "--log", str(log), *numbers])
     assert answer.exit_code == 2
     assert message in answer.output
 
@@ -258,7 +269,7 @@ SMALL = [
 
 def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     """A compiled row uses the batch size that its eager row found; torch.compile itself is replaced."""
-    monkeypatch.setattr("diffsmooth.jobs.bench.suite._BATCH_SIZES", {"cpu": (2, 4)})
+    monkeypatch.setattr("benchmarks.suite._BATCH_SIZES", {"cpu": (2, 4)})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     settings = SUITES["gpu"].settings(SMALL)
     assert [(setting.spec.smoothing.precision, setting.mode) for setting in settings][:4] == [
@@ -272,10 +283,10 @@ def test_the_gpu_suite_runs_with_small_networks_on_the_cpu(monkeypatch):
     assert rows == suite.rows
     for row in suite.rows:
         assert row.reason is None, row
-        assert row.figures.draws_per_second["pipeline"] > 0
-        assert ("literal" in row.figures.draws_per_second) == (row.precision == "fp32")
+        assert row.figures.speed.draws_per_second["pipeline"] > 0
+        assert ("literal" in row.figures.speed.draws_per_second) == (row.precision == "fp32")
     eager, graphs, *_ = suite.rows
-    assert {one.batch_size for one in graphs.figures.sweep} == {eager.figures.batch_size["pipeline"]}
+    assert {one.batch_size for one in graphs.figures.speed.sweep} == {eager.figures.speed.batch_size["pipeline"]}
     console = Console(file=io.StringIO())
     print_suite(suite, console)
     assert console.file.getvalue().count("cifar10-diffsmooth-0.50") == 3
@@ -288,7 +299,7 @@ def test_a_suite_says_why_a_row_has_no_figures(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the compiler failed\nat some place")
 
-    monkeypatch.setattr("diffsmooth.jobs.bench.suite.bench_speed", fail)
+    monkeypatch.setattr("benchmarks.suite.bench_speed", fail)
     assert [row.reason for row in run_suite(settings).rows] == ["RuntimeError: the compiler failed"] * 2
     suite = run_suite(settings, seconds=-1)
     assert [row.reason for row in suite.rows] == ["not started within -1 s"] * 2
@@ -300,12 +311,10 @@ def test_a_suite_says_why_a_row_has_no_figures(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_mistakes_with_suites_are_refused(tmp_path):
     for arguments, message in (
-        (["--suite", "gpu"], "sees no GPU"),
-        (["--suite", "cpu", "--output", str(tmp_path / "none" / "x.json")], "cannot write it"),
-        (["--output", "x.json", "--simulate"], "add --suite"),
-        (["--log", "x.tsv", "0.5", "100", "0.01"], "add --sampling"),
-        (["mnist", "--suite", "cpu"], "choose one"),
+        (["gpu"], "sees no GPU"),
+        (["cpu", "--output", str(tmp_path / "none" / "x.json")], "cannot write it"),
+        (["mnist"], "'mnist' is not one of 'gpu', 'cpu'"),
     ):
-        answer = CliRunner().invoke(main, ["bench", *arguments])
+        answer = CliRunner().invoke(laboratory, ["suite", *arguments])
         assert answer.exit_code == 2, answer.output
         assert message in answer.output

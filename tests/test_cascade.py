@@ -14,13 +14,13 @@ from scipy.special import ndtr, ndtri
 
 import diffsmooth as ds
 from diffsmooth.jobs.cli import main
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.certify.cascade import CASCADE_COLUMNS, ScaleVotes, certify_cascade
 from diffsmooth.pipeline.certify.certificates import certify
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.results.cascades import read_record
-from diffsmooth.pipeline.spec import BlockLengths, load_spec
+from diffsmooth.pipeline.spec import BlockLengths
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import encode_block, read_blocks
 from tests.models import make_run
@@ -197,9 +197,7 @@ def test_scales_that_do_not_fit_together_are_refused():
 
 def make(home: Path, sigma: str, *changes: str, samples: int = 4) -> Path:
     draws = ["smoothing.block.estimation=100", "smoothing.n=200"]
-    spec = load_spec(
-        SPECS / f"mnist-cohen-{sigma}.toml", [f"data.samples=0:{samples}", "compute.device=cpu", *draws, *changes]
-    )
+    spec = load_named(f"mnist-cohen-{sigma}", [f"data.samples=0:{samples}", "compute.device=cpu", *draws, *changes])
     make_run(spec, home, samples=samples)
     return home
 

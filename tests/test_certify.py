@@ -7,12 +7,8 @@ from scipy.stats import binom, binomtest, norm
 
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify import certificates as certification
-from diffsmooth.pipeline.certify.certificates import (
-    certified_radius,
-    least_certifying_n,
-    lower_confidence_bound,
-    prediction_p_value,
-)
+from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound, prediction_p_value
+from diffsmooth.pipeline.certify.kinds import KINDS
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.spec import BlockLengths
 from diffsmooth.pipeline.votes.blocks import StoredBlock, to_table
@@ -120,7 +116,7 @@ def test_coverage_is_exact(p, n):
 
 
 def test_least_certifying_n():
-    n = least_certifying_n(0.001)
+    n = KINDS["top"].least_n(0.001)
     assert certified_radius(n, n, 0.001, 1.0) > 0
     assert certified_radius(n - 1, n - 1, 0.001, 1.0) == 0
 
@@ -129,7 +125,7 @@ def test_least_certifying_n():
 def test_a_unanimous_vote_is_enough_at_the_least_certifying_n(certificate):
     costly = {0: [1]} if certificate == "cost" else None
     statuses = []
-    for n in (least_certifying_n(0.001, certificate) - 1, least_certifying_n(0.001, certificate)):
+    for n in (KINDS[certificate].least_n(0.001) - 1, KINDS[certificate].least_n(0.001)):
         votes = votes_of((0, 0, "selection", 0, 10, {0: 10}), (0, 0, "estimation", 0, n, {0: n}))
         order = {"alpha": 0.001, "n0": 0 if certificate == "predict" else 10, "n": n, "costly": costly}
         statuses += certify(votes, sigma=1.0, certificate=certificate, **order)["status"].tolist()
@@ -242,7 +238,7 @@ def test_predict_errs_with_probability_at_most_alpha():
     n_A = rng.binomial(n, 0.5, paths)
     answered = prediction_p_value(np.maximum(n_A, n - n_A), np.minimum(n_A, n - n_A)) <= alpha
     assert 0.5 * alpha < answered.mean() <= alpha
-    assert least_certifying_n(0.001, "predict") == 11
+    assert KINDS["predict"].least_n(0.001) == 11
     assert prediction_p_value(11, 0) <= 0.001 < prediction_p_value(10, 0)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from diffsmooth.jobs.cli import COMMANDS, main
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import SPECS, load_named
 from diffsmooth.pipeline.show.tables import ENVELOPE
 from diffsmooth.pipeline.spec import load_spec
 from tests.models import make_run, to_toml
@@ -60,12 +59,10 @@ def test_a_missing_gpu_leaves_nothing_behind(raw_spec, tmp_path, monkeypatch):
         assert not home.exists()
 
 
-def test_every_shipped_spec_loads_and_has_its_file_name():
-    paths = sorted(SPECS.glob("*.toml"))
-    assert len(paths) >= 10
-    for path in paths:
-        assert load_spec(path).name == path.stem
-        assert tomllib.loads(path.read_text())["name"] == path.stem
+def test_every_shipped_spec_loads_by_its_name():
+    assert len(SPECS.names()) >= 10
+    for name in SPECS.names():
+        assert load_named(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -160,7 +157,7 @@ def test_damaged_run_json(tmp_path):
 def stored(tmp_path) -> Path:
     """A small complete run, cast without a cluster."""
     changes = ["data.samples=0:3", "compute.device=cpu", "smoothing.block.estimation=100", "smoothing.n=200"]
-    spec = load_spec(SPECS / "mnist-cohen-0.50.toml", changes)
+    spec = load_named("mnist-cohen-0.50", changes)
     make_run(spec, tmp_path / "run", samples=3)
     return tmp_path / "run"
 
@@ -373,8 +370,8 @@ def test_expensive_orders_cause_a_warning():
     from diffsmooth.jobs.costs import warn_of_cost
 
     names = ("imagenet-diffsmooth-0.50", "cifar10-cohen-0.50")
-    expensive, cheap = (load_spec(SPECS / f"{name}.toml") for name in names)
-    on_cpus = load_spec(SPECS / "imagenet-diffsmooth-0.50.toml", ["compute.device=cpu"])
+    expensive, cheap = (load_named(name) for name in names)
+    on_cpus = load_named("imagenet-diffsmooth-0.50", ["compute.device=cpu"])
     said = []
     for wanted in ([(expensive, None)], [(expensive, 1_000_000)], [(cheap, None)], [(on_cpus, None)], [(expensive, 0)]):
         warn_of_cost(wanted, said.append)

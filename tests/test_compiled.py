@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import diffsmooth.cluster.driver
+import diffsmooth.cluster.cast
 from diffsmooth.cluster import compiled
-from diffsmooth.cluster.driver import Work
+from diffsmooth.cluster.cast import Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup, Worker
 from diffsmooth.pipeline.block import Block
@@ -94,17 +94,15 @@ def test_the_driver_asks_one_actor_and_gives_its_artefacts_to_the_next(
     setup = compiling(raw_spec, tmp_path)
     results = {}
     ray = SimpleNamespace(get=lambda future: results[future], put=dict)
-    monkeypatch.setattr(diffsmooth.cluster.driver, "ray", ray)
+    monkeypatch.setattr(diffsmooth.cluster.cast, "ray", ray)
 
     def start():
         work = Work(setup=setup, blocks=[Block(0, "selection", 0, 50)])
-        return diffsmooth.cluster.driver._Cast(
-            SimpleNamespace(threads=1, actors={}), work, Scheduler(), lambda update: None
-        )
+        return diffsmooth.cluster.cast._Cast(SimpleNamespace(threads=1, actors={}), work, Scheduler(), [])
 
     key = compiled.key_of(setup.votes_id, "gpu")
-    cast, actors = start(), [diffsmooth.cluster.driver._Actor(f"actor-{index}", Handle()) for index in range(3)]
-    results.update(load=diffsmooth.cluster.driver._Loaded("node", key), compiled=b"code", ready=None)
+    cast, actors = start(), [diffsmooth.cluster.actor.Actor(f"actor-{index}", Handle()) for index in range(3)]
+    results.update(load=diffsmooth.cluster.actor.Loaded("node", key), compiled=b"code", ready=None)
     for actor in actors[:2]:
         cast._started(actor, "ready")
         assert actor.handle.calls == [("load", cast._setup, {})]

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffsmooth.pipeline.data import cifar10 as cifar10_module
+from diffsmooth.pipeline.data import imagenet, sources
 from diffsmooth.pipeline.data import images as images_module
-from diffsmooth.pipeline.data import sets as data_module
-from diffsmooth.pipeline.data import sources
+from diffsmooth.pipeline.data.entry import Facts
 from diffsmooth.pipeline.data.images import Sample
-from diffsmooth.pipeline.data.sets import Facts, dataset_id, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import dataset_id, known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.spec import Data, load_spec, votes_id
 from diffsmooth.pipeline.storage.remote import ObjectFile
@@ -410,7 +411,7 @@ def imagenet_classes() -> list[str]:
 
 def test_imagenet_classes_are_in_sorted_order(imagenet_classes):
     assert imagenet_classes == sorted(imagenet_classes)
-    assert hashlib.sha256("\n".join(imagenet_classes).encode()).hexdigest() == data_module._IMAGENET_CLASSES
+    assert hashlib.sha256("\n".join(imagenet_classes).encode()).hexdigest() == imagenet._IMAGENET_CLASSES
 
 
 @needs_photographs
@@ -421,7 +422,7 @@ def test_imagenet(imagenet_classes, tmp_path, caplog):
         (tmp_path / "val" / name).mkdir(parents=True)
     for path, label in photographs("imagenet"):
         shutil.copy(path, tmp_path / "val" / imagenet_classes[label] / path.name)
-    caplog.set_level(logging.INFO, "diffsmooth.pipeline.data.sets")
+    caplog.set_level(logging.INFO, "diffsmooth.pipeline.data")
     data = open_dataset(Data(name="imagenet", path=str(tmp_path)))
     assert "classes 0 n01440764 to 999 n15075141, 20 images" in caplog.text
     assert (len(data), data.num_classes) == (20, 1000)
@@ -526,7 +527,7 @@ def test_cifar10_from_its_archive_and_by_download(cifar10, monkeypatch):
         asked.append(uri)
         return root / CIFAR10.filename
 
-    monkeypatch.setattr(data_module, "fetch", fetch)
+    monkeypatch.setattr(cifar10_module, "fetch", fetch)
     for path in (str(root), str(root / CIFAR10.filename), None, "s3://bucket/cifar-10-python.tar.gz", None):
         if path != str(root / CIFAR10.filename):  # the cache of the previous call is used
             shutil.rmtree(root / "cache", ignore_errors=True)
@@ -548,7 +549,7 @@ def test_missing_cifar10_is_reported(tmp_path, monkeypatch):
     def fail(uri):
         raise UserError(f"{uri}: unknown host")
 
-    monkeypatch.setattr(data_module, "fetch", fail)
+    monkeypatch.setattr(cifar10_module, "fetch", fail)
     with pytest.raises(UserError, match=r"cannot download cifar10: https://.*and set data\.path to its folder"):
         open_dataset(Data(name="cifar10"))
     with pytest.raises(UserError, match=r"contains neither cifar-10-batches-py nor cifar-10-python\.tar\.gz"):

@@ -20,6 +20,7 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
+from benchmarks.__main__ import main as laboratory
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.spec import load_spec
@@ -28,7 +29,7 @@ from diffsmooth.pipeline.training.settings import load_training
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 120
-PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "tests")
+PACKAGES = ("diffsmooth", "pipeline", "cluster", "jobs", "benchmarks", "examples", "tests")
 KINDS = {"bash", "python", "toml", "text"}
 
 
@@ -87,6 +88,8 @@ def test_every_command_parses(block):
         if words[0] == "diffsmooth" and not words[1].startswith("-"):
             command = main.get_command(click.Context(main), words[1])
             command.make_context(f"diffsmooth {words[1]}", words[2:])  # raises for unknown options and invalid values
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            laboratory.commands[words[3]].make_context(words[3], words[4:])
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         elif block.runs:
@@ -135,7 +138,7 @@ def demo(tmp_path_factory, ray_session) -> Path:
     """A folder that holds a run of MNIST with three samples."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("fashion", "mnist", "mnist-cohen-0.50", "mnist-dds-0.50", "mnist-diffsmooth-0.50"):
-        shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', (SPECS / f"{name}.toml").read_text(), flags=re.M)
+        shorter = re.sub(r'^samples = ".*"', 'samples = "0:3"', SPECS.text(name), flags=re.M)
         # a file has priority over the shipped spec of the same name
         (folder / name).write_text(shorter.replace('device = "auto"', 'device = "cpu"'))
     with pytest.MonkeyPatch.context() as patch, original_signal_handlers():

@@ -23,15 +23,16 @@ import ray
 import requests
 from click.testing import CliRunner
 
-import diffsmooth.cluster.driver
-from diffsmooth.cluster.driver import Cluster
+import diffsmooth.cluster.cast
+from benchmarks.driver import bench_driver
+from diffsmooth.cluster.cast import Cluster
 from diffsmooth.jobs.analyze import Request, analyze
 from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.jobs.watch import Watch
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.results.stored import StoredRun, read_result
 from diffsmooth.pipeline.spec import load_spec
@@ -175,10 +176,10 @@ def test_prometheus_sees_the_draws(raw_spec, tmp_path, ray_session):
 
 
 def test_the_count_moves_while_a_task_runs_and_counts_no_draw_twice(raw_spec, tmp_path, monkeypatch):
-    updates, show = [], Watch.__call__
-    monkeypatch.setattr(Watch, "__call__", lambda watch, update: updates.append(update) or show(watch, update))
+    updates, show = [], Watch.updated
+    monkeypatch.setattr(Watch, "updated", lambda watch, update: updates.append(update) or show(watch, update))
     for name in ("_TICK", "_PROGRESS_CHECK"):
-        monkeypatch.setattr(diffsmooth.cluster.driver, name, 0.05)
+        monkeypatch.setattr(diffsmooth.cluster.cast, name, 0.05)
     raw_spec["classifier"] = {"arch": "tests.models:slow_half_space"}
     result = certify(load_spec(raw_spec, ["data.samples=0:1", "smoothing.n=1500"]), tmp_path / "run", actors=1)
     draws = [update.draws for update in updates]
@@ -238,14 +239,14 @@ def test_a_lost_device_costs_one_attempt_and_its_actor_is_restarted(raw_spec, tm
     result = certify(load_spec(raw_spec), tmp_path / "run", actors=1)
     assert {path.name for path in tmp_path.glob("failed-*")} == {"failed-build", "failed-check", "failed-task"}
     assert (result["complete"], result["draws_cast"]) == (True, whole["draws_cast"])
-    lost = r"_DeviceLost: cpu on \S+: CUDA error: an illegal memory access was encountered"
+    lost = r"DeviceLost: cpu on \S+: CUDA error: an illegal memory access was encountered"
     assert len(re.findall(rf"task failed; requeued: {lost}", caplog.text)) == 1
     assert len(re.findall(rf"the clean accuracy is unknown .{lost}", caplog.text)) == 1
     pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "whole"))
 
 
 def test_actors_that_always_die_end_the_run(raw_spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffsmooth.cluster.driver._START_ATTEMPTS", 2)
+    monkeypatch.setattr("diffsmooth.cluster.cast._START_ATTEMPTS", 2)
     raw_spec["classifier"] = {"arch": "tests.models:dead_on_arrival"}
     with pytest.raises(RunError, match=r"actors died 2 times in a row .* enough memory"):
         certify(load_spec(raw_spec), tmp_path / "run", actors=1)
@@ -358,8 +359,6 @@ def test_stop_signals_end_gracefully(slow, number, status, own_ray):
 
 
 def test_bench_counts_every_task():
-    from diffsmooth.jobs.bench.driver import bench_driver
-
     cost = bench_driver(20)
     assert cost.draws == 210  # one block of selection, twenty of estimation; a straggler's copy counts once
     assert cost.tasks >= 21

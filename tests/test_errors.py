@@ -11,6 +11,7 @@ from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.spec import known_keys, load_spec
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("pipeline", "cluster", "jobs", "benchmarks")
 
 # "what is wrong; what to do", or a limit: "value must be ..."
 REMEDY = re.compile(r"; \S|\bmust\b", re.S)
@@ -29,7 +30,7 @@ def template(node: ast.expr) -> str:
 
 
 def errors():
-    for folder in ("pipeline", "cluster", "jobs"):
+    for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "RunError"):
@@ -43,7 +44,7 @@ PASSED_ON = ("{first_problem(error)}", "checkpoint {error}", "{where}: {_one_lin
 
 def test_the_catalogue_is_complete():
     texts = sum(len(re.findall(r"\b(?:UserError|RunError)\(\s*f?\"", path.read_text()))
-                for folder in ("pipeline", "cluster", "jobs") for path in (ROOT / folder).rglob("*.py"))  # fmt: skip
+                for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))  # fmt: skip
     assert len(CATALOGUE) >= texts >= 140
 
 

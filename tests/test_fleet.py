@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from diffsmooth.jobs.bench.fleet import Fleet, ideal_makespan, imagenet_blocks, simulate
+from benchmarks.fleet import Fleet, ideal_makespan, imagenet_blocks, simulate
 
 BLOCKS = list(imagenet_blocks(samples=60, n=10_000))
 LONGEST = 1000  # draws of a block

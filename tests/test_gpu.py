@@ -13,9 +13,10 @@ from diffsmooth.jobs.casting import Options, certify_all
 from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.casting import CastOptions, cast_votes
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, weights_ids
+from diffsmooth.pipeline.smoothing import check_spec, weights_ids
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import read_blocks, read_votes
@@ -35,7 +36,7 @@ def named(name=NAMES[0], *changes):
 def votes_of(spec, device, batch_size):
     """The votes of single draws of three samples, in blocks of one draw."""
     data, noise = open_dataset(spec.data), Noise.of(spec.smoothing)
-    f = build_base_classifier(spec, device, data)
+    f = check_spec(spec, data).build(device)
     samples = {sample: data[sample] for sample in (0, 1, 2)}
     blocks = [Block(sample, "estimation", draw, draw + 1) for sample in samples for draw in range(DRAWS // 3)]
     cast = cast_votes(f, blocks, samples, noise, CastOptions(batch_size))

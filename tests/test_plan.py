@@ -11,7 +11,7 @@ from torch import nn
 
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.plan import parse_gpus, print_plans
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import SPECS, TRAININGS, load_named
 from diffsmooth.pipeline.cost.flops import GPUS, flops_per_draw, plan
 from diffsmooth.pipeline.cost.training import plan_training
 from diffsmooth.pipeline.errors import UserError
@@ -21,12 +21,12 @@ from diffsmooth.pipeline.models.denoisers import resolve_denoiser
 from diffsmooth.pipeline.spec import Normalize, load_spec
 from diffsmooth.pipeline.training.settings import load_training
 
-PUBLISHED = sorted(path for path in SPECS.glob("*.toml") if path.stem.startswith(("cifar10-", "imagenet-")))
+PUBLISHED = [name for name in SPECS.names() if name.startswith(("cifar10-", "imagenet-"))]
 
 
 def cost(name, **changes):
     overrides = [f"{key}={value}" for key, value in changes.items()]
-    spec = load_spec(SPECS / f"{name}.toml", overrides)
+    spec = load_named(name, overrides)
     return plan(spec, prices={"H100": 2.0, "T4": None}, utilization=0.5).to_json()
 
 
@@ -67,19 +67,17 @@ def test_steps_of_the_denoiser_multiply_its_cost():
 def test_there_is_a_spec_for_each_published_number():
     methods = ("cohen", "smoothadv", "dds", "diffsmooth", "local-0.26", "rrcm", "dmae")
     assert len(PUBLISHED) == 2 * 3 * len(methods) + 3  # and apndc on CIFAR-10
-    for path in PUBLISHED:
-        spec = load_spec(path)
+    for name in PUBLISHED:
+        spec = load_named(name)
         resolve_denoiser(spec)
         if spec.classifier.arch != "transformers":  # needs its folder
             resolve_classifier(spec)
-        assert f"{spec.smoothing.sigma:.2f}" in path.stem
-        assert spec.smoothing.local_sigma == (
-            0.26 if "local" in path.stem else 0.25 if "diffsmooth" in path.stem else 0
-        )
+        assert f"{spec.smoothing.sigma:.2f}" in name
+        assert spec.smoothing.local_sigma == (0.26 if "local" in name else 0.25 if "diffsmooth" in name else 0)
 
 
 def test_the_flops_of_a_small_network_are_not_rounded_to_nothing():
-    line = plan(load_spec(SPECS / "fashion.toml"), prices={}, utilization=0.4).describe()[1]
+    line = plan(load_named("fashion"), prices={}, utilization=0.4).describe()[1]
     denoiser, classifier = re.search(r"GFLOP per draw: denoiser (\S+), classifier (\S+) \(5 copies\)", line).groups()
     assert float(denoiser) > 0
     assert float(classifier) > 0
@@ -92,7 +90,7 @@ def test_draws_are_estimated_for_an_own_function_whose_flops_are_unknown(raw_spe
 
 
 def test_a_probe_measures_the_cpu_with_random_weights_if_there_are_none():
-    specs = {name: load_spec(SPECS / f"{name}.toml") for name in ("mnist-dds-0.50", "cifar10-cohen-0.50")}
+    specs = {name: load_named(name) for name in ("mnist-dds-0.50", "cifar10-cohen-0.50")}
     found = {name: plan(spec, prices={}, utilization=0.4, probe=True) for name, spec in specs.items()}
     assert [one.cpu.random_weights for one in found.values()] == [[], ["classifier"]]
     for one in found.values():
@@ -185,7 +183,7 @@ def test_the_flops_of_a_training_equal_a_calculation_by_hand(two_layers):
 
 
 def test_the_denoiser_is_part_of_the_cost_of_a_training_on_denoised_images(two_layers):
-    spec = load_spec(SPECS / "mnist-dds-0.50.toml")
+    spec = load_named("mnist-dds-0.50")
     denoiser = spec.denoiser.model_dump(exclude_unset=True)
     noisy, denoised = training({}), training({"images": "denoised"}, denoiser=denoiser)
     added = flop_per_image(denoised) - flop_per_image(noisy)
@@ -208,7 +206,7 @@ def test_the_command_plans_trainings_and_specs_together(tmp_path):
     assert "1,000 steps x 128 images = 128,000 images, 2.33 epochs of 55,000" in text
     assert "mnist-cohen-0.50: " in text
     file = tmp_path / "mine.toml"
-    file.write_text((SPECS / "training" / "fashion-classifier-0.50.toml").read_text())
+    file.write_text(TRAININGS.text("fashion-classifier-0.50"))
     probed = CliRunner().invoke(main, ["plan", str(file), "--probe", "--json", "--set", "training.steps=10"])
     (estimate,) = json.loads(probed.output)
     assert estimate["cpu_hours"] > 0

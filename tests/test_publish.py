@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,9 +22,10 @@ from diffsmooth.jobs.publish import publish
 from diffsmooth.pipeline.audit.files import Published
 from diffsmooth.pipeline.audit.redraw import Effort, audit
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.data.sets import DATASETS
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.results.stored import StoredRun, read_result
-from diffsmooth.pipeline.show.card import _ON_HUB, results_file
+from diffsmooth.pipeline.show.card import results_file
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import block_key
 from diffsmooth.pipeline.votes.seal import read_seals
@@ -229,7 +231,7 @@ def test_a_pull_request_is_opened_by_default(home, hub, monkeypatch):
 
 def test_results_are_added_to_the_page_of_the_model(home, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setitem(_ON_HUB, "parquet", "org/images")
+    monkeypatch.setitem(DATASETS, "parquet", replace(DATASETS["parquet"], benchmark="org/images"))
     hub.repositories |= {"datasets/org/run": {"main": {}}, "org/net": {"main": {"model.safetensors": b"x"}}}
     result = invoke("publish", home, PLACE, "--model", "hf://org/net")
     assert result.exit_code == 0

@@ -51,7 +51,7 @@ def test_without_that_interface_ray_is_left_alone(monkeypatch):
 LOCAL = """
 import os
 import grpc, ray, psutil
-from diffsmooth.cluster.driver import Cluster
+from diffsmooth.cluster.cast import Cluster
 
 with Cluster(address=None, device="cpu", actors=1) as cluster:
     ray.get(cluster.add_actor().handle.__ray_ready__.remote())

@@ -8,7 +8,8 @@ import pytest
 from scipy.stats import norm
 
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import certified_radius, certify
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.certificates import certify
 from diffsmooth.pipeline.certify.orders import (
     Order,
     OrderKeys,

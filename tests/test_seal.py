@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 
+import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -14,9 +16,12 @@ from diffsmooth.jobs.analyze import Request, analyze
 from diffsmooth.jobs.cli import main
 from diffsmooth.pipeline.audit.files import Published
 from diffsmooth.pipeline.audit.redraw import Effort, audit
+from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import FolderStore, MemoryStore
+from diffsmooth.pipeline.votes.blocks import encode_block, read_votes
 from diffsmooth.pipeline.votes.seal import SampleProof, Seal, _path, _tree, add_seal, prove, read_seals
 from tests.models import make_run
 
@@ -215,3 +220,19 @@ def test_seals_of_two_drivers_are_both_kept():
     assert add_seal(store, {BLOCK: "0" * 64}) == second
     with pytest.raises(UserError, match="no block of sample 4"):
         prove(second, 4)
+
+
+def test_a_block_that_was_cast_again_after_the_seal_is_read_again(home):
+    """Whoever deletes a sealed block and casts it again: the tables say what the blocks say, in any order of calls."""
+    stored = StoredRun.open(str(home))
+    (before,) = stored.read_blocks([Block(3, "estimation", 100, 200)])
+    (home / BLOCK).unlink()
+    only_first = before.classes.tolist() == [0]
+    counts_K = np.array([0, 100] if only_first else [100, 0])
+    stored.store.put_if_absent(BLOCK, encode_block(before.block, before.label, counts_K, before.metadata))
+    stored.finish("001")
+    pd.testing.assert_frame_equal(pd.read_parquet(home / "votes.parquet"), read_votes(str(home)), check_dtype=False)
+    changed = pd.read_parquet(home / "votes.parquet").query(
+        "sample == 3 and draw_start == 100 and stage == 'estimation'"
+    )
+    assert changed.set_index("class")["votes"].to_dict() == {int(counts_K.argmax()): 100}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import diffsmooth as ds
-from diffsmooth.jobs.specs import SPECS
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.attack.record import (
     Attack,
 )
@@ -15,7 +15,6 @@ from diffsmooth.pipeline.data.images import Sample
 from diffsmooth.pipeline.data.sets import open_dataset
 from diffsmooth.pipeline.noise import Noise
 from diffsmooth.pipeline.smoothing import BaseClassifier, build_base_classifier
-from diffsmooth.pipeline.spec import load_spec
 from tests.attacking import DISTANCE, GREY, LABELS, HalfSpace
 
 
@@ -111,7 +110,7 @@ def run_search(name, f, sample, **settings):
 @pytest.mark.parametrize("name", ["pgd", "apgd", "diffhammer", "votes"])
 def test_attacks_beat_a_random_direction_by_far(name):
     """By the smoothed loss at the same distance, over fresh draws; the network is that of the embedded model."""
-    spec = load_spec(SPECS / "mnist-dds-0.50.toml", ["compute.device=cpu"])
+    spec = load_named("mnist-dds-0.50", ["compute.device=cpu"])
     data, f = open_dataset(spec.data), build_base_classifier(spec, "cpu")
     noise_NCHW = torch.from_numpy(np.random.Generator(np.random.Philox(9)).normal(size=(64, 1, 28, 28)) * 0.5).float()
     gains = {}

@@ -1,5 +1,9 @@
 """The base classifier and its votes, which do not depend on how the work is split."""
 
+import pickle
+import sys
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,20 +11,24 @@ import pytest
 import torch
 from scipy.stats import binomtest, norm
 
+from diffsmooth.cluster.worker import Setup, Worker
+from diffsmooth.jobs.casting import Options, certify_all
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.casting import CastOptions, cast_votes, noisy_images
+from diffsmooth.pipeline.data.sets import DATASETS, open_dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.noise import Draws, Noise, local_noise
-from diffsmooth.pipeline.smoothing import CastOptions, build_base_classifier, cast_votes, noisy_images, weights_ids
+from diffsmooth.pipeline.smoothing import build_base_classifier, check_spec, weights_ids
 from diffsmooth.pipeline.spec import load_spec
+from diffsmooth.pipeline.storage.store import open_store
+from diffsmooth.pipeline.votes.run import read_run
 from tests.models import INNER_STD, THRESHOLD
-
-MNIST = "jobs/specs/mnist.toml"
 
 
 @pytest.fixture(scope="module")
 def mnist():
-    spec = load_spec(MNIST)
+    spec = load_named("mnist")
     return spec, build_base_classifier(spec, "cpu"), open_dataset(spec.data)
 
 
@@ -87,9 +95,9 @@ def test_embedded_models_classify_held_out_images(mnist):
 
 def test_cohen_and_dds_are_special_cases():
     x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    dds = build_base_classifier(load_spec(MNIST, ["smoothing.m=1", "smoothing.local_sigma=0.0"]), "cpu")
+    dds = build_base_classifier(load_named("mnist", ["smoothing.m=1", "smoothing.local_sigma=0.0"]), "cpu")
     assert torch.allclose(dds(x), dds.classify(dds.denoise(x)).softmax(1), atol=1e-6)
-    cohen = build_base_classifier(load_spec("jobs/specs/mnist-cohen-0.50.toml"), "cpu")
+    cohen = build_base_classifier(load_named("mnist-cohen-0.50"), "cpu")
     assert torch.equal(cohen.denoise(x), x)
     assert torch.allclose(cohen(x), cohen.classify(x).softmax(1), atol=1e-6)
 
@@ -109,7 +117,7 @@ def test_half_space_votes_follow_the_exact_distribution(raw_spec):
 def test_seed_and_local_seed_change_the_result(mnist):
     _, f, data = mnist
     assert counts(f, data, BLOCKS[:2], seed=1) != counts(f, data, BLOCKS[:2], seed=0)
-    other = build_base_classifier(load_spec(MNIST, ["smoothing.local_seed=1"]), "cpu")
+    other = build_base_classifier(load_named("mnist", ["smoothing.local_seed=1"]), "cpu")
     assert not torch.equal(other.local_noise_MCHW, f.local_noise_MCHW)
 
 
@@ -146,7 +154,7 @@ def test_nan_is_reported_with_its_block(raw_spec):
 
 
 def test_weights_ids_distinguish_networks_in_one_file():
-    ids = [weights_ids(load_spec(f"jobs/specs/mnist-{name}-0.25.toml"))["classifier"] for name in ("dds", "diffsmooth")]
+    ids = [weights_ids(load_named(f"mnist-{name}-0.25"))["classifier"] for name in ("dds", "diffsmooth")]
     assert ids[0] != ids[1]
 
 
@@ -225,7 +233,7 @@ def test_inner_noise_depends_on_every_part_of_a_draws_identity():
 
 def test_a_compiled_f_is_one_graph(monkeypatch):
     """CUDA graphs and fusion end at each break; the compiler here only traces, and refuses breaks."""
-    spec = load_spec("jobs/specs/fashion-diffsmooth-0.50.toml", ["compute.compile=true"])
+    spec = load_named("fashion-diffsmooth-0.50", ["compute.compile=true"])
     f, x_BCHW = build_base_classifier(spec, "cpu"), torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     before, traced = f(x_BCHW), torch.compile
     monkeypatch.setattr(torch, "compile", lambda one, **_: traced(one, backend="eager", fullgraph=True, dynamic=False))
@@ -249,3 +257,34 @@ def test_an_own_function_gets_the_fetched_file_of_a_remote_checkpoint(raw_spec, 
     spec = load_spec({**raw_spec, "classifier": section})
     own.OwnNetwork("classifier", spec.classifier, spec).call("cpu")
     assert seen == [f"{tmp_path / 'net.pt'}#ema"]
+
+
+def test_a_checked_spec_is_resolved_hashed_and_opened_once(raw_spec, home, monkeypatch):
+    """One call of certify on a complete run, and one worker: networks, files and data are looked at once each."""
+    counted: Counter[str] = Counter()
+
+    def counting(name, function):
+        def called(*arguments, **options):
+            counted[name] += 1
+            return function(*arguments, **options)
+
+        return called
+
+    smoothing = sys.modules["diffsmooth.pipeline.smoothing"]
+    for name in ("resolve_denoiser", "resolve_classifier"):
+        monkeypatch.setattr(smoothing, name, counting(name, getattr(smoothing, name)))
+    entry = DATASETS["parquet"]
+    monkeypatch.setitem(DATASETS, "parquet", replace(entry, open=counting("open", entry.open)))
+    once = {"resolve_denoiser": 1, "resolve_classifier": 1, "open": 1}
+    spec = load_spec(raw_spec)
+    (done,) = certify_all([(spec, home)], Options(quiet=True))
+    assert done.complete
+    assert counted == once
+    counted.clear()
+    Worker.load(Setup(spec, home, read_run(open_store(home)).votes_id, 16))
+    assert counted == once
+
+
+def test_a_checked_spec_stays_in_its_process(raw_spec):
+    with pytest.raises(TypeError, match="each process makes its own"):
+        pickle.dumps(check_spec(load_spec(raw_spec)))

@@ -21,6 +21,7 @@ from diffsmooth.jobs import job_server, ship
 from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.job_server import JobServer, _exit_status, wait
 from diffsmooth.jobs.ship import _ship_module
+from diffsmooth.jobs.specs import SPECS
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.spec import load_spec
 from diffsmooth.pipeline.storage.store import open_store
@@ -249,7 +250,7 @@ SECRET = "https://user:SECRET@host/a.pt?signature=SECRET"
 def test_locations_with_secrets_are_not_sent(remote, tmp_path):
     """Ray shows the command and the files of a job to everyone who may read its dashboard."""
     spec = tmp_path / "secret.toml"
-    spec.write_text((ROOT / "jobs/specs/mnist.toml").read_text().replace("embedded:mnist.safetensors#denoiser", SECRET))
+    spec.write_text(SPECS.text("mnist").replace("embedded:mnist.safetensors#denoiser", SECRET))
     assert SECRET in spec.read_text()
     for arguments in (
         ["mnist", "--out", "s3://b/a", "--set", f"classifier.checkpoint={SECRET}"],

@@ -61,7 +61,7 @@ def test_latex():
 
 
 def test_a_cost_certificate_is_named_and_never_compared_silently(caplog):
-    curves = [curve("a [cost]", 0.4), HIGH]
+    curves = [replace(curve("a [cost]", 0.4), certificate="cost"), HIGH]
     for form in FORMATS:
         text = render(curves, form) + caplog.text
         assert "[cost]" in text.replace("\\", "")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffsmooth.cluster.driver import Cluster
+from diffsmooth.cluster.cast import Cluster
 from diffsmooth.cluster.trainer import Workers, train_on_ray
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.storage.store import MemoryStore, open_store

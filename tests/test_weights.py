@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from diffsmooth.jobs.specs import load_named
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models.files import load_json, weights_id
 from diffsmooth.pipeline.models.weights import build, load_weights
 from diffsmooth.pipeline.smoothing import build_base_classifier, weights_ids
-from diffsmooth.pipeline.spec import load_spec
 
 CPU = torch.device("cpu")
-MNIST = "jobs/specs/mnist.toml"
 
 
 def make():
@@ -173,9 +172,9 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     }
     for location, message in cases.items():
         with pytest.raises(UserError, match=message):
-            build_base_classifier(load_spec(MNIST, [f"classifier.checkpoint='{location}'"]), "cpu")
+            build_base_classifier(load_named("mnist", [f"classifier.checkpoint='{location}'"]), "cpu")
     with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, but the spec expects 0{64}"):
-        weights_ids(load_spec(MNIST, [f"classifier.sha256='{'0' * 64}'"]))
+        weights_ids(load_named("mnist", [f"classifier.sha256='{'0' * 64}'"]))
 
 
 def zipped_pickle(path, content: bytes):

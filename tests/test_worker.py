@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from diffsmooth.cluster.worker import Progress, Setup, Worker
+from diffsmooth.cluster.worker import Progress, Setup, Worker, hub_locations
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.smoothing import weights_ids
@@ -155,3 +155,16 @@ def test_blocks_before_a_bad_block_are_committed(make):
     with pytest.raises(UserError, match="not finite"):
         worker.run(BLOCKS, "one")
     assert len(votes(store)) < len(BLOCKS)
+
+
+def test_the_commits_of_all_files_on_the_hub_are_recorded(raw_spec):
+    """Also that of an adapter, which is part of f."""
+    raw_spec["data"] = {"name": "cifar10", "path": "hf://datasets/a/images"}
+    raw_spec["denoiser"] = {"arch": "openai-cifar10", "checkpoint": "hf://a/denoiser/x.pt"}
+    raw_spec["classifier"] = {
+        "arch": "timm:vit_tiny_patch16_224",
+        "checkpoint": "hf://a/classifier/model.safetensors",
+        "adapter": {"kind": "lora", "rank": 4, "checkpoint": "hf://a/adapter/model.safetensors"},
+    }
+    places = [place.split("/")[-2] for place in hub_locations(load_spec(raw_spec))]
+    assert places == ["denoiser", "classifier", "adapter", "a"]

@@ -28,6 +28,7 @@ from scipy.special import bdtrc, gammaln
 
 from diffsmooth.pipeline.attack.record import Attack, AttackedSample, Proof, Rung, prove
 from diffsmooth.pipeline.certify.curve import clopper_pearson
+from diffsmooth.pipeline.certify.kinds import KINDS
 
 _DELTA = 0.05  # of an interval of robustness
 GAP_COLUMNS = (
@@ -120,7 +121,7 @@ def gap_of(certificates: pd.DataFrame, attacks: Attacks, alpha: float) -> Gap:
         found = best.get(sample)
         proof = None if found is None else prove(found[2], found[1].label)
         proof = proof or Proof(-1, 0, 0, 1.0)
-        against = bool(right) and upper <= lower and certificate != "cost"
+        against = bool(right) and upper <= lower and KINDS[certificate].claims_label
         table.append(
             (sample, label, lower, upper, "" if found is None else found[0], *proof, sample in uppers, against)
         )

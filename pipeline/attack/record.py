@@ -20,7 +20,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple, Self
@@ -33,16 +32,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.special import bdtrc, ndtri
 
-from diffsmooth.pipeline.errors import RunError, UserError, first_line
-from diffsmooth.pipeline.records import LARGEST, MOST_BYTES, Record, parse_record
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.errors import RunError, UserError
+from diffsmooth.pipeline.records import LARGEST, Record, intact, parse_record
+from diffsmooth.pipeline.storage.parquet import METADATA_KEY, ROW_BYTES, described, open_table
+from diffsmooth.pipeline.storage.remote import in_parallel
+from diffsmooth.pipeline.storage.store import Store, read_record
 from diffsmooth.pipeline.votes.run import Run
 
 ATTACK_VERSION = 1  # raised by hand whenever a change to the search can change an image that it finds
 FOLDER = "attacks"
 
-_METADATA_KEY = b"diffsmooth"
 _MOST_RUNGS = 10_000  # images that are tried for one sample
+_MOST_VALUES = 3 * 2048**2  # of an image
 _SCHEMA = pa.schema(
     {
         "sample": pa.int32(),
@@ -255,10 +256,11 @@ def encode_sample(sample: int, label: int, rungs: Sequence[Rung], metadata: Atta
         "selection": [rung.selection_K.tolist() for rung in rungs],
         "judging": [[] if rung.judging_K is None else rung.judging_K.tolist() for rung in rungs],
     }
-    described = json.dumps(metadata.model_dump(mode="json"), sort_keys=True)
-    table = pa.table(rows, schema=_SCHEMA.with_metadata({_METADATA_KEY: described}))
+    facts = json.dumps(metadata.model_dump(mode="json"), sort_keys=True)
+    table = pa.table(rows, schema=_SCHEMA.with_metadata({METADATA_KEY: facts}))
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=False, write_statistics=False)
+    options = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    pq.write_table(table, buffer, compression="zstd", **options)
     return buffer.getvalue()
 
 
@@ -273,13 +275,9 @@ def read_attack(store: Store, attack_id: str) -> Attack:
     """The settings of an attack. Raises: UserError if there is none, RunError if the file is damaged."""
     key = f"{FOLDER}/{attack_id}/attack.json"
     try:
-        found = parse_record(Attack, store.read(key, limit=MOST_BYTES))
+        found = read_record(store, key, Attack)
     except FileNotFoundError:
         raise UserError(f"{store.uri} has no attack {attack_id}; run diffsmooth attack first") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
     if found.id != attack_id:
         raise RunError(f"{store.uri}/{key} holds the settings of {found.id}; restore it from a copy")
     return found
@@ -306,28 +304,20 @@ def attacked(store: Store, attack: Attack) -> list[int]:
 def read_samples(store: Store, run: Run, attack: Attack, samples: Iterable[int] | None = None) -> list[AttackedSample]:
     """The samples that an attack has finished, by default all. Raises: RunError, naming the file, for a damaged one."""
     wanted = attacked(store, attack) if samples is None else sorted(samples)
-    fetch = store.read
 
     def read(sample: int) -> AttackedSample:
         key = attack.sample_key(sample)
-        try:
-            return _decode(fetch(key), sample, run, attack)
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(
-                f"{store.uri}/{key} is damaged ({first_line(error)}); delete it and run the same attack again"
-            ) from error
+        data = store.read(key)
+        with intact(f"{store.uri}/{key}", "delete it and run the same attack again"):
+            return _decode(data, sample, run, attack)
 
-    with ThreadPoolExecutor(max_workers=store.readers) as pool:
-        return list(pool.map(read, wanted))
+    return in_parallel(read, wanted, store.readers)
 
 
 def _decode(data: bytes, sample: int, run: Run, attack: Attack) -> AttackedSample:
-    file = pq.ParquetFile(pa.BufferReader(data))
-    if not 1 <= file.metadata.num_rows <= _MOST_RUNGS:
-        raise ValueError(f"{file.metadata.num_rows} rows")
-    if [(field.name, field.type) for field in file.schema_arrow] != [(field.name, field.type) for field in _SCHEMA]:
-        raise ValueError("other columns than those of an attacked sample")
-    metadata = parse_record(AttackMetadata, (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
+    row_bytes = 4 * _MOST_VALUES + 16 * run.num_classes + ROW_BYTES
+    file = open_table(data, _MOST_RUNGS, least_rows=1, row_bytes=row_bytes, schema=_SCHEMA)
+    metadata = parse_record(AttackMetadata, described(file))
     if (metadata.attack, metadata.votes_id) != (attack.id, run.votes_id):
         raise ValueError(f"it belongs to attack {metadata.attack} on {metadata.votes_id}")
     rows = file.read(use_threads=False).to_pylist()

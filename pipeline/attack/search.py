@@ -30,10 +30,11 @@ from torch import Tensor
 
 from diffsmooth.pipeline.attack.record import BEYOND, HOPEFUL, Attack, Rung, expected_margin, judging_order, prove
 from diffsmooth.pipeline.block import Block, Stage
+from diffsmooth.pipeline.casting import CastOptions, cast_votes
 from diffsmooth.pipeline.data.images import Sample
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import BaseClassifier, CastOptions, cast_votes
+from diffsmooth.pipeline.smoothing import BaseClassifier
 
 _SURE = 4.0  # standard errors; a clean image that is so clearly wrong is judged without a search
 

@@ -17,12 +17,14 @@ from diffsmooth.pipeline.attack.record import Attack, AttackedSample, attack_ids
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.orders import Order, OrderKeys, broken_links, stored_hash
 from diffsmooth.pipeline.certify.planning import Pilot, Plan, make_plan
-from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.errors import RunError, UserError
 from diffsmooth.pipeline.noise import Noise, check_known_answers
+from diffsmooth.pipeline.records import intact
 from diffsmooth.pipeline.results.stored import StoredRun
 from diffsmooth.pipeline.storage.store import open_store
 from diffsmooth.pipeline.votes.blocks import (
     BLOCK_COLUMNS,
+    REBUILD,
     TABLE_KEY,
     StoredBlock,
     block_key,
@@ -171,10 +173,8 @@ def _check_order(stored: StoredRun, name: str, votes: pd.DataFrame, good: set[Bl
 
 def _typed_as(written: pd.DataFrame, derived: pd.DataFrame, place: str) -> pd.DataFrame:
     """A table with the types of another. Raises: RunError if its values do not have them."""
-    try:
+    with intact(place, REBUILD):
         return written.astype(dict(derived.dtypes))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RunError(f"{place} is damaged ({first_line(error)}); run certify again to rebuild it") from error
 
 
 def _equal(written: pd.Series, derived: pd.Series) -> bool:

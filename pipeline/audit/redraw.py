@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from diffsmooth.pipeline.attack.search import proof_noise, votes_at
 from diffsmooth.pipeline.audit.files import AttackedImage, Published, check_files
 from diffsmooth.pipeline.block import Block, Stage
-from diffsmooth.pipeline.data.sets import Dataset, open_dataset
+from diffsmooth.pipeline.casting import CastOptions, cast_votes
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models.device import DeviceFacts, device_facts, device_of
 from diffsmooth.pipeline.noise import Noise
-from diffsmooth.pipeline.smoothing import BaseClassifier, CastOptions, build_base_classifier, cast_votes, weights_ids
-from diffsmooth.pipeline.spec import RunSpec, votes_id
+from diffsmooth.pipeline.smoothing import BaseClassifier, check_spec
+from diffsmooth.pipeline.spec import RunSpec
 from diffsmooth.pipeline.votes.blocks import StoredBlock, block_key
 from diffsmooth.pipeline.votes.run import Run
 
@@ -167,16 +168,17 @@ def _redraw(
     run: Run, spec: RunSpec, chosen: Sequence[StoredBlock], images: Sequence[AttackedImage], findings: list[str]
 ) -> Redrawn:
     """Cast the chosen blocks again, the way their metadata say that they were cast; and vote on images again."""
-    weights, redrawn = weights_ids(spec), Redrawn()
+    checked, redrawn = check_spec(spec), Redrawn()
+    weights = checked.weights_ids
     for name, sha256 in run.spec.weights.items():
         if weights.get(name) != sha256:
             findings.append(f"{name} is {weights.get(name)} here, but {sha256} in the run; get the run's own file")
     if weights != run.spec.weights:
         return redrawn
-    if votes_id(spec, weights) != run.votes_id:
+    if checked.votes_id != run.votes_id:
         raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
-    data, device = open_dataset(spec.data), device_of(spec)
-    f, here = build_base_classifier(spec, device, data), device_facts(device)
+    data, device = checked.data, device_of(spec)
+    f, here = checked.build(device), device_facts(device)
     agreements = []
     for one in chosen:
         key = block_key(one.block)

@@ -4,7 +4,6 @@ import logging
 
 from scipy.special import bdtrc
 
-from diffsmooth.pipeline.certify.certificates import least_certifying_n
 from diffsmooth.pipeline.certify.orders import Order
 from diffsmooth.pipeline.spec import RunSpec
 
@@ -18,11 +17,11 @@ def warn_of_settings(spec: RunSpec, order: Order) -> None:
     """Warn about settings that are allowed but probably a mistake."""
     smoothing = spec.smoothing
     n, share = max(order.looks.items())
-    least = least_certifying_n(share, order.certificate)
+    least = order.kind.least_n(share)
     if n < least:
         logger.warning(
             "n = %d is too small to %s even a unanimous vote at alpha = %g; use n >= %d",
-            n, "predict" if order.certificate == "predict" else "certify", share, least,
+            n, order.kind.verb, share, least,
         )  # fmt: skip
     if smoothing.m > 1 and smoothing.local_sigma >= 2 * smoothing.sigma:
         logger.warning(

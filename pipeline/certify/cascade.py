@@ -24,12 +24,12 @@ because the proof never uses the votes of two scales at once.
 
 k and A are the pair with the largest r if the selection frequencies were the probabilities. k is not always the scale
 that answers: if all other classes are rare at the scales above, a smaller sigma with a larger p_kA gives a larger R.
-With one scale, this is the certificate `top` of pipeline/certify.py.
+With one scale, this is the certificate `top` of certify/kinds.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,16 +37,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import ndtri
 
-from diffsmooth.pipeline.certify.certificates import (
-    ABSTAINED,
-    COLUMNS,
-    NO_PREDICTION,
-    certified_radius,
-    lower_confidence_bound,
-)
+from diffsmooth.pipeline.certify.bounds import certified_radius, lower_confidence_bound
+from diffsmooth.pipeline.certify.certificates import ABSTAINED, COLUMNS, NO_PREDICTION
+from diffsmooth.pipeline.certify.kinds import CASCADE
 from diffsmooth.pipeline.records import LARGEST, Record
-
-CASCADE: Final = "cascade"  # its name as a certificate and as a curve
 
 CASCADE_COLUMNS = (*COLUMNS, "limiting_sigma")
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.special import ndtr, ndtri
 
-from diffsmooth.pipeline.certify.certificates import prediction_p_value
+from diffsmooth.pipeline.certify.bounds import prediction_p_value
 from diffsmooth.pipeline.certify.curve import NO_INTERVAL, Bounds, Interval, clopper_pearson
 from diffsmooth.pipeline.errors import UserError
 

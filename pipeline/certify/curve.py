@@ -30,6 +30,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, betaincinv, ndtri
 
+from diffsmooth.pipeline.certify.kinds import KINDS, TOP, CertificateKind
+
 BAND = "Clopper-Pearson 95 % per radius, of the certified share"
 GROWN = "the sample set grew after looking: population intervals do not hold"
 CONFIDENCE = 0.95  # of the interval of the ACR
@@ -64,10 +66,15 @@ class Curve:
     skipped: int = 0  # samples that count as wrong because their selected class is not their label
     tested: NDArray[np.float64] | None = None  # the radii of grid mode
     scales: tuple[float, ...] = ()  # the sigmas of a cascade, which is drawn beside the curves of every sigma
+    certificate: str = TOP  # its kind in certify/kinds.py; published logs hold this one
     grown: bool = False  # an earlier order of the run has other samples, so m was not fixed before the first look
-    unit: str = "l2 radius"  # what the radii are; see pipeline/units.py
+    unit: str = "l2 radius"  # what the radii are; see certify/units.py
     # the proven upper bound of each complete sample's radius, infinite if there is none; None: no attack on the run
     uppers: NDArray[np.float64] | None = None
+
+    @property
+    def kind(self) -> CertificateKind:
+        return KINDS[self.certificate]
 
     @property
     def band(self) -> str:
@@ -221,6 +228,7 @@ def curve_of(
     max_radius: float,
     alpha: float | None = None,
     tested: Sequence[float] | None = None,
+    certificate: str = TOP,
 ) -> Curve:
     """The curve of a table of certificates, without the samples that are exempt."""
     certificates = certificates[certificates["status"] != "exempt"]
@@ -237,6 +245,7 @@ def curve_of(
         alpha=alpha,
         skipped=int((complete["status"] == "skipped").sum()),
         tested=None if tested is None else np.array(tested),
+        certificate=certificate,
     )
 
 

@@ -16,43 +16,42 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from diffsmooth.pipeline.block import STAGES, Block, Stage
+from diffsmooth.pipeline.certify.kinds import KINDS, OF_ORDERS, TOP, CertificateKind, kind_of
 from diffsmooth.pipeline.certify.sequential import Grid, looks_of
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
-from diffsmooth.pipeline.records import LARGEST, MOST_BYTES, Record, first_problem, parse_record
+from diffsmooth.pipeline.records import LARGEST, Record, first_problem
 from diffsmooth.pipeline.spec import (
     MOST_CLASSES,
     Alpha,
     BlockLengths,
     IntegerKeys,
     RunSpec,
+    SamplingMode,
     check_alpha,
     check_radii,
     looks_at,
 )
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Store, read_record
 from diffsmooth.pipeline.votes.run import RUN_KEY
 
-Certificate = Literal["top", "multiclass", "cost", "predict"]
-CERTIFICATES: tuple[Certificate, ...] = get_args(Certificate)
-Mode = Literal["fixed", "planned", "grid"]
-
-# certificate -> the sampling modes that can give it: what else draws depend on must not depend on the top class alone
-_MODES: dict[Certificate, tuple[Mode, ...]] = {
-    "top": ("fixed", "planned", "grid"),
-    "multiclass": ("fixed", "planned"),
-    "cost": ("fixed",),
-    "predict": ("fixed",),
-}
 _MOST_BLOCKS = 100_000_000  # of one order; more would not fit in the driver's memory
 _NAME = re.compile(r"orders/(\d{3,9})\.json")
 _HASH = "^[0-9a-f]{64}$"
 
+
+def _known(certificate: str) -> str:
+    if certificate not in OF_ORDERS:
+        raise ValueError(f"{certificate!r} must be one of {', '.join(OF_ORDERS)}")
+    return certificate
+
+
+Certificate = Annotated[str, AfterValidator(_known)]
 Class = Annotated[int, Field(ge=0, lt=MOST_CLASSES)]
 Draws = Annotated[int, Field(ge=0, le=LARGEST)]
 
@@ -64,8 +63,8 @@ class Order(Record):
     n0: Draws  # 0 for PREDICT, which selects nothing
     n: Annotated[int, Field(ge=1, le=LARGEST)]  # of each sample; in planned and grid mode, the maximum of a sample
     alpha: Alpha
-    mode: Mode = "fixed"
-    certificate: Certificate = "top"
+    mode: SamplingMode = "fixed"
+    certificate: Certificate = TOP
     skip_wrong: bool = False
     max_acr_loss: float | None = Field(default=None, gt=0, lt=1)
     radii: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -79,12 +78,13 @@ class Order(Record):
             raise ValueError("samples: a sample is listed twice; list each once")
         check_alpha("alpha", self.alpha, self.n)
         check_radii(self.radii)
-        if self.mode not in _MODES[self.certificate]:
+        kind = self.kind
+        if self.mode not in kind.modes:
             raise ValueError(
-                f"certificate {self.certificate!r} is not available in sampling.mode = {self.mode!r}; use "
-                f"mode = {' or '.join(map(repr, _MODES[self.certificate]))}, or another certificate"
+                f"certificate {kind.name!r} is not available in sampling.mode = {self.mode!r}; use "
+                f"mode = {' or '.join(map(repr, kind.modes))}, or another certificate"
             )
-        if self.skip_wrong and self.certificate in ("predict", "cost"):
+        if self.skip_wrong and not kind.skips_wrong:
             raise ValueError(
                 f"sampling.skip_wrong = true cannot be combined with the certificate {self.certificate!r}, which does "
                 "not depend on the selected class being right; set it to false"
@@ -92,13 +92,17 @@ class Order(Record):
         for key, needed in (
             ("max_acr_loss", self.mode == "planned"),
             ("radii", self.mode == "grid"),
-            ("costly", self.certificate == "cost"),
+            ("costly", kind.needs_costs),
         ):
             if (getattr(self, key) is not None) != needed:
                 raise ValueError(f"{key} is {'missing' if needed else 'given without need'} in mode = {self.mode!r}")
         if self.mode != "fixed" and not isinstance(self.alpha, float):
             raise ValueError(f"alpha is split over several n, which mode = {self.mode!r} does not allow; use one alpha")
         return self
+
+    @property
+    def kind(self) -> CertificateKind:
+        return KINDS[self.certificate]
 
     @property
     def claim(self) -> Mapping[str, Any]:
@@ -173,7 +177,7 @@ def make_order(**values: Any) -> Order:
 def order_of(
     spec: RunSpec,
     samples: Iterable[int],
-    certificate: Certificate = "top",
+    certificate: str = TOP,
     costly: Mapping[int, Sequence[int]] | None = None,
     data_id: str | None = None,
 ) -> Order:
@@ -184,7 +188,7 @@ def order_of(
     smoothing, sampling = spec.smoothing, spec.sampling
     order = make_order(
         samples=list(samples),
-        n0=0 if certificate == "predict" else smoothing.n0,
+        n0=smoothing.n0 if kind_of(certificate).selects else 0,
         n=smoothing.n,
         alpha=smoothing.alpha,
         mode=sampling.mode,
@@ -264,20 +268,14 @@ def read_orders(store: Store, on_damage: Callable[[RunError], None] | None = Non
     orders = {}
     for name in sorted(names, key=int):
         try:
-            orders[name] = _read_order(store, name)
+            orders[name] = read_record(store, OrderKeys(name).order, Order)
+        except FileNotFoundError:
+            continue  # deleted since the listing
         except RunError as error:
             if on_damage is None:
                 raise
             on_damage(error)
     return orders
-
-
-def _read_order(store: Store, name: str) -> Order:
-    key = OrderKeys(name).order
-    try:
-        return parse_record(Order, store.read(key, limit=MOST_BYTES))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
 
 
 def post_hoc_samples(orders: Mapping[str, Order], name: str, plans: Mapping[str, Mapping[int, int]]) -> set[int]:
@@ -302,7 +300,7 @@ def post_hoc_samples(orders: Mapping[str, Order], name: str, plans: Mapping[str,
     raise KeyError(name)
 
 
-def read_costly(certificate: Certificate, path: str | None, num_classes: int) -> dict[int, list[int]] | None:
+def read_costly(certificate: str, path: str | None, num_classes: int) -> dict[int, list[int]] | None:
     """Label -> the classes that are costly for it, from the file of --costly; None for the other certificates.
 
     CSV: a cost matrix without headings, a row per label and a column per class; entries above 0 are costly.
@@ -310,7 +308,7 @@ def read_costly(certificate: Certificate, path: str | None, num_classes: int) ->
 
     Raises: UserError, naming what is wrong.
     """
-    if (certificate == "cost") != (path is not None):
+    if kind_of(certificate).needs_costs != (path is not None):
         raise UserError("--certificate cost and --costly FILE belong together; give both or none")
     if path is None:
         return None

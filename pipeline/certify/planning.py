@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, RootModel
 from scipy.special import betaincinv
 
-from diffsmooth.pipeline.certify.certificates import certified_radius, top_class
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.certificates import top_class
 from diffsmooth.pipeline.certify.orders import Draws, Order, OrderKeys, read_orders
-from diffsmooth.pipeline.errors import RunError
-from diffsmooth.pipeline.records import LARGEST, MOST_BYTES, parse_record
+from diffsmooth.pipeline.records import LARGEST
 from diffsmooth.pipeline.spec import BlockLengths
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Store, read_record
 
 _QUANTILES = 15  # of a pilot's posterior
 _CANDIDATES = 24  # numbers of draws that a plan chooses from, besides none
@@ -53,13 +53,10 @@ def read_plans(store: Store) -> dict[str, Plan]:
 
 def read_plan(store: Store, name: str) -> Plan | None:
     """The plan of an order, None if it has none yet. Raises: RunError if it is damaged."""
-    key = OrderKeys(name).plan
     try:
-        return parse_record(_PlanFile, store.read(key, limit=MOST_BYTES)).root
+        return read_record(store, OrderKeys(name).plan, _PlanFile).root
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{store.uri}/{key} is damaged: {error}; restore it from a copy") from error
 
 
 def store_plan(store: Store, name: str, plan: Plan) -> Plan:

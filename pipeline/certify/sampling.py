@@ -3,8 +3,8 @@
 So a resumed run decides the same. This module opens no storage: committed votes come in, wanted blocks go out.
 - fixed: n0 selection and n estimation draws of each sample; with skip_wrong, no estimation if the selected class is not
   the label, since such a sample counts as not certified at every radius, whatever its votes;
-- planned: the selection of all samples first, then the draws of the plan (pipeline/planning.py);
-- grid: as many draws as the looks of pipeline/sequential.py need.
+- planned: the selection of all samples first, then the draws of the plan (certify/planning.py);
+- grid: as many draws as the looks of certify/sequential.py need.
 """
 
 from collections import Counter

@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffsmooth.pipeline.attack.record import Attack
 from diffsmooth.pipeline.block import STAGES
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
 from diffsmooth.pipeline.cost.probe import CpuRate, probe_cpu
-from diffsmooth.pipeline.data.sets import Facts, known_facts, open_dataset, sample_indices
+from diffsmooth.pipeline.data.entry import Facts
+from diffsmooth.pipeline.data.sets import known_facts, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import RunError, first_line
 from diffsmooth.pipeline.models.own import OwnFunctionError
-from diffsmooth.pipeline.smoothing import base_classifier, check_base_classifier
+from diffsmooth.pipeline.smoothing import base_classifier, resolve_networks
 from diffsmooth.pipeline.spec import Data, RunSpec, looks_at
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def plan(
 
     Raises: UserError for a spec that cannot be certified.
     """
-    check_base_classifier(spec)
+    resolve_networks(spec)
     smoothing, facts = spec.smoothing, facts_of(spec.data)
     samples = len(sample_indices(spec.data.samples, facts.size))
     flops = flops_per_draw(spec, facts.shape_CHW, facts.num_classes)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffsmooth.pipeline.data.sets import Facts
+from diffsmooth.pipeline.data.entry import Facts
 from diffsmooth.pipeline.locations import EMBEDDED
 from diffsmooth.pipeline.models.arch import is_own
 from diffsmooth.pipeline.models.device import cores

@@ -1,1 +1,1 @@
-"""The embedded defaults: test images and small trained weights, packed by jobs/pack_embedded.py."""
+"""The embedded defaults: test images and small trained weights, packed by benchmarks/pack_embedded.py."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,6 +14,36 @@ from diffsmooth.pipeline.spec import RunSpec
 
 _PACKAGES = ("numpy", "torch", "pillow", "pyarrow", "torchvision")
 _OPTIONAL_PACKAGES = ("timm", "diffusers")  # only some models need them
+
+
+@contextlib.contextmanager
+def torch_settings(precision: str, threads: int | None = None, *, deterministic: bool = False) -> Iterator[None]:
+    """Set torch's global flags, and the threads of a CPU, as a computation needs them, and restore them afterwards.
+
+    TF32 is used if and only if the precision is tf32. With `deterministic`, torch prefers deterministic algorithms.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    _set_tf32(precision == "tf32", precision == "tf32")
+    _set_threads(threads or before[2])
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        _set_tf32(*before[:2])
+        _set_threads(before[2])
+        if deterministic:
+            torch.use_deterministic_algorithms(was_deterministic)
+
+
+def _set_tf32(of_products: bool, of_convolutions: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = of_products, of_convolutions
+
+
+def _set_threads(threads: int) -> None:
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 class DeviceFacts(BaseModel):

@@ -9,8 +9,9 @@ import pandas as pd
 
 from diffsmooth.pipeline.attack.gap import Attacks, Gap, Robustness, gap_of, robustness
 from diffsmooth.pipeline.attack.record import Attack, AttackedSample, read_samples, table_of, write_table
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import Dataset, sample_indices
+from diffsmooth.pipeline.data.sets import sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.results.stored import StoredRun
 
@@ -50,7 +51,7 @@ class Attacked:
 
 def default_alpha(stored: StoredRun) -> float:
     """The alpha of the first order that has radii; 0.001 if there is none."""
-    orders = [order for order in stored.orders.values() if order.certificate != "predict"]
+    orders = [order for order in stored.orders.values() if order.kind.has_radius]
     return orders[0].total_alpha if orders else 0.001
 
 
@@ -87,7 +88,7 @@ def finish(stored: StoredRun, attack: Attack, wanted: Sequence[int], seconds: fl
 
 def _gap(stored: StoredRun, attack: Attack, samples: Sequence[AttackedSample]) -> Gap | None:
     """The certificates of the first order beside this attack."""
-    orders = [name for name, order in stored.orders.items() if order.certificate != "predict"]
+    orders = [name for name, order in stored.orders.items() if order.kind.has_radius]
     if not orders:
         return None
     wanted = {one.sample for one in samples}

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from diffsmooth.pipeline.block import STAGES
-from diffsmooth.pipeline.certify.cascade import CASCADE, CascadeRecord, CascadeScale, ScaleVotes, certify_cascade
-from diffsmooth.pipeline.certify.certificates import certified_radius
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.cascade import CascadeRecord, CascadeScale, ScaleVotes, certify_cascade
 from diffsmooth.pipeline.certify.curve import Curve, curve_of, grid, plot, table_radii
-from diffsmooth.pipeline.errors import RunError, UserError
-from diffsmooth.pipeline.records import parse_record
+from diffsmooth.pipeline.certify.kinds import CASCADE
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.records import MOST_BYTES, intact, parse_record
 from diffsmooth.pipeline.results.stored import StoredRun, sample_set_grew
 from diffsmooth.pipeline.spec import check_alpha, check_multiple
 from diffsmooth.pipeline.storage.store import Store, open_store
@@ -90,7 +91,7 @@ def cascade(runs: Sequence[str], *, alpha: float | None = None, n0: int | None =
     rows = certify_cascade(scales, samples, alpha=level, num_classes=members[0].run.num_classes)
     reach = max(float(certified_radius(one.n, one.n, level, one.run.sigma)) for one in members)
     curve = replace(
-        curve_of(CASCADE, rows, None, reach, level),
+        curve_of(CASCADE, rows, None, reach, level, certificate=CASCADE),
         scales=tuple(one.run.sigma for one in members),
         grown=any(one.grown for one in members),
     )
@@ -221,11 +222,11 @@ def write_cascade(found: Cascade, uri: str) -> str:
 def read_record(store: Store) -> CascadeRecord | None:
     """cascade.json, None if there is none. Raises: RunError if it is damaged."""
     try:
-        return parse_record(CascadeRecord, store.read(CASCADE_KEY))
+        data = store.read(CASCADE_KEY, limit=MOST_BYTES)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise RunError(f"{store.uri}/{CASCADE_KEY} is damaged: {error}; delete it") from error
+    with intact(f"{store.uri}/{CASCADE_KEY}", "delete it"):
+        return parse_record(CascadeRecord, data)
 
 
 def _ids(record: CascadeRecord) -> set[str]:

@@ -35,17 +35,20 @@ def compare_sides(sides: Mapping[str, Side], chosen: np.ndarray | None) -> Compa
 
 
 def _check_claims(sides: Mapping[str, Side]) -> None:
-    """Refuse to compare the certificate "cost" with another claim."""
-    claims = {
-        name: ("top", None) if side.result is None else (side.result.order.certificate, side.result.order.costly)
-        for name, side in sides.items()
-    }
-    costs = [name for name, (certificate, _) in claims.items() if certificate == "cost"]
-    if costs and any(claim != claims[costs[0]] for claim in claims.values()):
-        raise UserError(
-            f"{', '.join(costs)}: the certificate 'cost' claims only that no costly class is predicted; compare it "
-            "with orders that have the same certificate and the same costly classes"
-        )
+    """Refuse to compare shares that claim different properties of g."""
+    (first, one), *others = sides.items()
+    for name, other in others:
+        kinds, costs = (one.curve.kind, other.curve.kind), [_costly(side) for side in (one, other)]
+        if not kinds[0].comparable_with(kinds[1]) or costs[0] != costs[1]:
+            weaker = next((kind for kind in kinds if not kind.claims_label), kinds[0])
+            raise UserError(
+                f"{first}, {name}: the certificate {weaker.name!r} {weaker.caveat.partition(';')[0]}; compare it with "
+                "orders that have the same certificate and the same costly classes"
+            )
+
+
+def _costly(side: Side) -> Mapping[int, Sequence[int]] | None:
+    return None if side.result is None else side.result.order.costly
 
 
 def _radii(curves: Sequence[Curve], chosen: np.ndarray | None) -> np.ndarray:

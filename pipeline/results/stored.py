@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffsmooth.pipeline.attack.gap import Attacks, Gap, gap_of
 from diffsmooth.pipeline.attack.record import read_attacks, read_samples
 from diffsmooth.pipeline.block import Block
-from diffsmooth.pipeline.certify.certificates import certified_radius, certify
+from diffsmooth.pipeline.certify.bounds import certified_radius
+from diffsmooth.pipeline.certify.certificates import certify
 from diffsmooth.pipeline.certify.curve import Curve, curve_of, grid, plot, table_radii
 from diffsmooth.pipeline.certify.orders import Order, OrderKeys, place_order, post_hoc_samples, read_orders
 from diffsmooth.pipeline.certify.planning import Plan, read_plan, settle_plan
@@ -37,7 +38,7 @@ from diffsmooth.pipeline.votes.blocks import (
     write_tables,
 )
 from diffsmooth.pipeline.votes.run import Run, read_run
-from diffsmooth.pipeline.votes.seal import Seal, add_seal, newest_seal
+from diffsmooth.pipeline.votes.seal import Seal, add_seal, unchanged_since_seal
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class OrderResult:
 
     @property
     def predicts(self) -> bool:
-        return self.order.certificate == "predict"
+        return not self.order.kind.has_radius
 
     @property
     def incomplete(self) -> list[int]:
@@ -191,7 +192,7 @@ class RunStatus:
 
 
 class StoredRun:
-    """A run in storage. run.json, orders and plans are read once, when it is opened."""
+    """A run in storage. run.json, orders and plans are read when it is opened, orders and plans again by `finish`."""
 
     def __init__(self, store: Store, *, on_damage: OnDamage | None = None) -> None:
         """Raises: UserError if there is no run, RunError for files that are damaged.
@@ -199,11 +200,14 @@ class StoredRun:
         With `on_damage`, which gets the error, a damaged order or plan is left out instead.
         """
         self.store, self.run = store, read_run(store)
-        self.orders: dict[str, Order] = read_orders(store, on_damage)
+        self._read_orders(on_damage)
+
+    def _read_orders(self, on_damage: OnDamage | None = None) -> None:
+        self.orders: dict[str, Order] = read_orders(self.store, on_damage)
         self.plans: dict[str, Plan] = {}
         for name, order in self.orders.items():
             try:
-                plan = read_plan(store, name) if order.mode == "planned" else None
+                plan = read_plan(self.store, name) if order.mode == "planned" else None
             except RunError as error:
                 if on_damage is None:
                     raise
@@ -296,16 +300,18 @@ class StoredRun:
     def finish(self, name: str, *, rebuild: bool = False) -> OrderResult:
         """Bring the derived tables up to date, and write the certificates and the curve of an order.
 
-        Blocks of the last seal that the tables hold already are not read again, unless `rebuild` says so. The
-        certificates of the other orders are written again if their post hoc marks have changed. The run is sealed if
-        no sample of the order is incomplete.
+        Blocks of the last seal that the tables hold already are not read again, unless `rebuild` says so or they were
+        cast again since. The certificates of the other orders are written again if their post hoc marks have changed.
+        The run is sealed if no sample of the order is incomplete.
         """
+        self._read_orders()  # another driver may have placed some
         if name not in self.orders:
             raise RunError(
                 f"{self.store.uri}/{OrderKeys(name).order} was deleted after it was placed; run the same command again"
             )
-        seal = None if rebuild else newest_seal(self.store)
-        tables = write_tables(self.store, self.run, {} if seal is None else seal.entries)
+        entries = list(self.store.list("votes"))
+        unchanged = {} if rebuild else unchanged_since_seal(self.store, entries)
+        tables = write_tables(self.store, self.run, unchanged, entries)
         votes = tables.votes
         result = self.result(votes, name)
         self._write(result)
@@ -314,15 +320,6 @@ class StoredRun:
             if written is not None and written.tolist() != self._marks(other).tolist():
                 self._write(self.result(votes, other))
         return result if result.incomplete else replace(result, root=add_seal(self.store, tables.sha256()).root)
-
-    def forget_deleted(self, committed: set[Block]) -> None:
-        """Remove the votes of sealed blocks that are not committed any more from the derived tables.
-
-        When such a block is cast again, `finish` would take its old votes from there.
-        """
-        seal, present = newest_seal(self.store), set(map(block_key, committed))
-        if seal is not None and any(key.startswith("votes/") and key not in present for key in seal.entries):
-            write_tables(self.store, self.run)
 
     def seal(self) -> Seal:
         """Seal the run with all its blocks, which are read and checked."""
@@ -343,7 +340,7 @@ class StoredRun:
         self.store.replace(keys.certificates, buffer.getvalue())
         if curve.num_samples and not result.predicts:
             fine = curve.table(grid(0.01, curve.max_radius) if curve.tested is None else curve.tested)
-            marks = {
+            marks: dict[str, Any] = {
                 "certificate": result.order.certificate,
                 "post_hoc": curve.post_hoc,
                 "incomplete": curve.incomplete,
@@ -355,7 +352,7 @@ class StoredRun:
 
     def choose(self, name: str | None) -> str:
         """The name of an order that has radii: the named one, or the first. Raises: UserError if there is none."""
-        with_radii = [one for one, order in self.orders.items() if order.certificate != "predict"]
+        with_radii = [one for one, order in self.orders.items() if order.kind.has_radius]
         chosen = name or next(iter(with_radii or self.orders), "")
         if chosen not in self.orders:
             names = ", ".join(self.orders) or "none"
@@ -409,9 +406,8 @@ def curve_of_order(name: str, order: Order, certificates: pd.DataFrame, sigma: f
     largest = max(float(certified_radius(n, n, share, sigma)) for n, share in looks.items())
     if order.radii is not None:
         largest = order.radii[-1]
-    if order.certificate != "top":
-        name = f"{name} [{order.certificate}]"
-    return curve_of(name, certificates, sigma, largest, sum(looks.values()), order.radii)
+    level, kind = sum(looks.values()), order.kind
+    return curve_of(name + kind.mark, certificates, sigma, largest, level, order.radii, kind.name)
 
 
 def sample_set_grew(orders: Mapping[str, Order], name: str) -> bool:
@@ -479,7 +475,7 @@ def read_result(run_uri: str, order_name: str | None = None) -> StoredResult:
     if not result.curve.num_samples:
         raise UserError(f"{run_uri}: no sample of order {name} is complete yet; run certify again")
     attacks = stored.attacks()
-    if attacks is None or result.order.certificate == "cost":  # which claims less than the label
+    if attacks is None or not result.order.kind.claims_label:
         return StoredResult(stored=stored, blocks=blocks, votes=votes, result=result)
     gap = gap_of(result.certificates, attacks, result.order.total_alpha)
     if warning := gap.warning():

@@ -4,11 +4,11 @@ from typing import Any
 
 import yaml
 
+from diffsmooth.pipeline.data.sets import DATASETS
 from diffsmooth.pipeline.results.stored import StoredResult
 from diffsmooth.pipeline.show.tables import render
 
 RESULTS_FOLDER = ".eval_results"
-_ON_HUB = {"cifar10": "uoft-cs/cifar10", "imagenet": "ILSVRC/imagenet-1k"}  # data set -> its id on the Hub
 
 _CARD = """\
 ---
@@ -89,8 +89,8 @@ def results_file(one: StoredResult, page: str) -> str | None:
     dataset.id, dataset.task_id, value, source and notes.
     """
     result, order = one.result, one.result.order
-    dataset = _ON_HUB.get(result.run.spec.data.name)
-    if dataset is None or order.certificate not in ("top", "multiclass"):
+    entry = DATASETS.get(result.run.spec.data.name)
+    if entry is None or entry.benchmark is None or not (order.kind.claims_label and order.kind.has_radius):
         return None
     notes = (
         f"certified l2 accuracy in %, {len(result.certificates):,} images, sigma = {result.run.sigma:g}, n0 = "
@@ -99,7 +99,7 @@ def results_file(one: StoredResult, page: str) -> str | None:
     return _yaml(
         [
             {
-                "dataset": {"id": dataset, "task_id": f"certified_l2_{radius}"},
+                "dataset": {"id": entry.benchmark, "task_id": f"certified_l2_{radius}"},
                 "value": round(100 * accuracy, 2),
                 "source": {"url": page, "name": "votes and certificates, to audit with diffsmooth"},
                 "notes": notes,

@@ -12,10 +12,11 @@ from PIL import Image
 from diffsmooth.pipeline.attack.gap import Attacks, Gap
 from diffsmooth.pipeline.attack.record import AttackedSample, Rung
 from diffsmooth.pipeline.block import Stage
-from diffsmooth.pipeline.data.sets import open_dataset
+from diffsmooth.pipeline.casting import noisy_images
+from diffsmooth.pipeline.models.device import torch_settings
 from diffsmooth.pipeline.noise import Noise
 from diffsmooth.pipeline.show.report import Exhibit, Picture
-from diffsmooth.pipeline.smoothing import BaseClassifier, build_base_classifier, noisy_images
+from diffsmooth.pipeline.smoothing import BaseClassifier, CheckedSpec
 from diffsmooth.pipeline.spec import RunSpec
 
 _CLASSES = 5  # shown as vote bars
@@ -23,22 +24,23 @@ _SMALL = 64  # pixels; images whose sides are at most this long are stored as PN
 
 
 def gallery(
-    spec: RunSpec, device: torch.device, certificates: pd.DataFrame, votes: pd.DataFrame, each: int
+    checked: CheckedSpec, device: torch.device, certificates: pd.DataFrame, votes: pd.DataFrame, each: int
 ) -> list[Exhibit]:
     """Return exhibits of up to `each` samples of every kind, each with the first draw of the votes that it shows.
 
-    The seed of `spec` must be the run's. Raises: UserError for weights or data that cannot be loaded.
+    The seed of `checked` must be the run's. Raises: UserError for weights or data that cannot be loaded.
     """
     chosen = list(choose(certificates, each))
     if not chosen:
         return []
-    data = open_dataset(spec.data)
-    f = build_base_classifier(spec, device, data)
+    f, data = checked.build(device), checked.data
     exhibits = []
     for kind, row in chosen:
         stage: Stage = "selection" if row["status"] == "skipped" else "estimation"
         classes, draws = _votes(votes, int(row["sample"]), stage)
         image_CHW = data[int(row["sample"])].image_CHW
+        with torch_settings(checked.spec.smoothing.precision):
+            pictures = list(_pictures(f, checked.spec, image_CHW, int(row["sample"]), stage))
         exhibits.append(
             Exhibit(
                 kind=kind,
@@ -47,7 +49,7 @@ def gallery(
                 verdict=_verdict(row),
                 votes=classes,
                 draws=draws,
-                pictures=list(_pictures(f, spec, image_CHW, int(row["sample"]), stage)),
+                pictures=pictures,
             )
         )
     return exhibits

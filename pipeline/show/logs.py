@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from diffsmooth.pipeline.certify.certificates import ABSTAINED, NO_PREDICTION
+from diffsmooth.pipeline.certify.kinds import KINDS
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.records import LARGEST
 
@@ -95,7 +96,7 @@ def write_log(certificates: pd.DataFrame) -> str:
             len(left_out), len(certificates), ", ".join(map(str, left_out[:10])) + (", ..." if left_out[10:] else ""),
         )  # fmt: skip
     columns = (complete[name].tolist() for name in ("sample", "label", "prediction", "radius", "correct", POST_HOC))
-    predictions = "predict" in set(certificates.get("certificate", ()))
+    predictions = not all(KINDS[name].has_radius for name in set(certificates.get("certificate", ())))
     marked = bool(certificates[POST_HOC].any())
     lines = ["\t".join((*(PREDICT if predictions else CERTIFY), *([POST_HOC] if marked else [])))]
     for sample, label, prediction, radius, correct, mark in zip(*columns, strict=True):

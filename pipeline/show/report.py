@@ -200,18 +200,13 @@ def _versions(blocks: Sequence[StoredBlock]) -> str:
 
 def guarantee(run: RunReport) -> list[str]:
     """What is claimed about a run, one paragraph per statement."""
-    order, curve = run.order, run.curve
+    order, curve, kind = run.order, run.curve, run.order.kind
     alpha = f"{order.total_alpha:g}"
-    claim = {
-        "top": "no perturbation whose l2 norm is below the sample's radius changes g's prediction",
-        "multiclass": "no perturbation whose l2 norm is below the sample's radius changes g's prediction",
-        "cost": "no perturbation whose l2 norm is below the sample's radius makes g predict a class that is costly for "
-        "the sample's label",
-    }[order.certificate]
     said = [
-        f"For each certified sample on its own: with probability at least 1 - {alpha} over the draws, {claim} (pixels "
-        f"in [0, 1]). g is the smoothed classifier: the most frequent class of f under Gaussian noise of sigma = "
-        f"{curve.sigma:g}. The guarantee is about g, not about f, and not about a prediction of g from a few draws."
+        f"For each certified sample on its own: with probability at least 1 - {alpha} over the draws, "
+        f"{kind.sample_claim} (pixels in [0, 1]). g is the smoothed classifier: the most frequent class of f under "
+        f"Gaussian noise of sigma = {curve.sigma:g}. The guarantee is about g, not about f, and not about a prediction "
+        "of g from a few draws."
     ]
     if isinstance(order.alpha, dict):
         looks = ", ".join(f"{share:g} at n = {look:,}" for look, share in order.alpha.items())
@@ -235,7 +230,7 @@ def guarantee(run: RunReport) -> list[str]:
     if curve.alpha is not None and curve.num_samples:
         said.append(
             f"For these {curve.num_samples:,} samples together: with probability at least {1 - RHO:g}, at most "
-            f"{curve.most_errors()} of the certificates are wrong. The true certified accuracy of g on them is "
+            f"{curve.most_errors()} of the certificates are wrong. The true {kind.set_share} is "
             "therefore at least the value shown minus that many samples, at all radii at once."
         )
     said += _about_population(curve)
@@ -282,7 +277,7 @@ def _about_population(curve: Curve) -> list[str]:
     if curve.alpha is not None and curve.num_samples:
         lower = math.floor(1000 * curve.table([0.0])["population_lower"][0]) / 10
         said.append(
-            f"The true accuracy of g in that population is at least {lower:.1f} % at r = 0, with probability 97.5 %. "
+            f"The true {curve.kind.population_share} is at least {lower:.1f} % at r = 0, with probability 97.5 %. "
             "The dashed line is this bound at each radius separately; it accounts for certificates that are wrong."
         )
     if curve.grown:

@@ -42,11 +42,8 @@ def _notes(curves: Sequence[Curve], radii: _Radii, envelope: Envelope | None) ->
     said = []
     if any(curve.post_hoc for curve in curves):
         said.append("* post hoc: an earlier order covers these samples")
-    if any(curve.name.endswith("[cost]") for curve in curves):
-        said.append(
-            "[cost] certifies only that no costly class is predicted; its values are not comparable with those of the "
-            "other certificates"
-        )
+    kinds = {curve.kind.name: curve.kind for curve in curves}.values()
+    said += [f"{kind.mark.strip()} {kind.caveat}" for kind in kinds if kind.caveat]
     if any(curve.grown for curve in curves):
         said.append(f"grown: {GROWN}")
     if any(curve.uppers is not None for curve in curves):

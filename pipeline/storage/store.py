@@ -15,6 +15,7 @@ import obstore
 
 from diffsmooth.pipeline.errors import RunError, UserError, one_line
 from diffsmooth.pipeline.locations import in_store, is_remote, shown, split_object
+from diffsmooth.pipeline.records import MOST_BYTES, Model, intact, parse_record
 from diffsmooth.pipeline.storage.folder import Absent, Entry, check_size, is_regular, read_regular, translated
 from diffsmooth.pipeline.storage.hub import on_hub
 from diffsmooth.pipeline.storage.published import INDEX, PublishedStore
@@ -305,6 +306,13 @@ class MemoryStore:
 
 
 Store = FolderStore | BucketStore | MemoryStore | PublishedStore
+
+
+def read_record(store: Store, key: str, model: type[Model]) -> Model:
+    """A stored record. Raises: FileNotFoundError (a UserError as well) if there is none, RunError for a damaged one."""
+    data = store.read(key, limit=MOST_BYTES)
+    with intact(f"{shown(store.uri)}/{key}"):
+        return parse_record(model, data)
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffsmooth.pipeline.data.entry import Dataset
 from diffsmooth.pipeline.data.images import UNLABELLED
-from diffsmooth.pipeline.data.sets import Dataset, dataset_id, open_dataset, sample_indices
+from diffsmooth.pipeline.data.sets import dataset_id, open_dataset, sample_indices
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.spec import Data
 from diffsmooth.pipeline.training import randomness

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffsmooth.pipeline.errors import RunError, Stopped
+from diffsmooth.pipeline.models.device import torch_settings
 from diffsmooth.pipeline.storage.store import Store
 from diffsmooth.pipeline.training import checkpoint
 from diffsmooth.pipeline.training.batches import Batch, Split, TrainingBatches, open_images, validation_batches
@@ -251,7 +252,7 @@ def run_training(
     claimed = world.from_first(claimed)
     if newest := world.from_first(newest_step(store) if world.rank == 0 else 0):
         trainer.restore(checkpoint.read(store, newest, claimed))
-    with torch_settings(spec.training.precision):
+    with torch_settings(spec.training.precision, deterministic=True):
         batches = TrainingBatches(spec, split.train, world.rank, world.size)
         for mine in batches.steps(trainer.step):
             loss, row = trainer.take_step(mine), None
@@ -282,16 +283,3 @@ def _save(store: Store, trainer: Trainer, world: World, training: str) -> None:
     if world.rank == 0:
         checkpoint.write(store, trainer.state(training))
         write_metrics(store, trainer.rows)
-
-
-@contextlib.contextmanager
-def torch_settings(precision: str) -> Iterator[None]:
-    """Let torch use deterministic algorithms, and TF32 if the precision is tf32."""
-    tf32, deterministic = torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic)

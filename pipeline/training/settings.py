@@ -232,7 +232,8 @@ class TrainingSpec(Record):
 
 
 def load_training(
-    path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+    path_or_dict: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "spec"
 ) -> TrainingSpec:
     """Read and validate a training, as `load_spec` does a spec. Raises: UserError."""
-    return read_model(TrainingSpec, path_or_dict, overrides, locations=(*LOCATIONS, "validation.path"))
+    locations = (*LOCATIONS, "validation.path")
+    return read_model(TrainingSpec, path_or_dict, overrides, locations=locations, where=where)

@@ -22,12 +22,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffsmooth.pipeline.block import STAGES, Block, Stage
-from diffsmooth.pipeline.errors import RunError, first_line
-from diffsmooth.pipeline.records import LARGEST, Record, first_problem, parse_record
+from diffsmooth.pipeline.errors import RunError
+from diffsmooth.pipeline.records import LARGEST, Record, intact, parse_record
 from diffsmooth.pipeline.spec import BlockLengths
+from diffsmooth.pipeline.storage.parquet import METADATA_KEY, open_table
 from diffsmooth.pipeline.storage.remote import in_parallel
 from diffsmooth.pipeline.storage.store import Entry, Store, open_store
 from diffsmooth.pipeline.votes.run import Run, read_run
@@ -58,10 +59,10 @@ _BLOCKS_SCHEMA = pa.schema(
     }
 )
 BLOCK_COLUMNS = ["sample", "stage", "draw_start", "draw_stop"]  # the fields of a Block
-_METADATA_KEY = b"diffsmooth"
+REBUILD = "run certify again to rebuild it"  # the remedy for a derived file
+_CAST_AGAIN = "run the same command to cast its draws again"
 _BATCH = 64  # blocks that a thread reads at a time
 _NAME = re.compile(rf"votes/({'|'.join(STAGES)})/(0|[1-9]\d{{0,9}})-(0|[1-9]\d{{0,9}})\.parquet")  # one name per block
-_ROW_BYTES = 200  # at most, of a block's decoded row; a file that declares more is refused unread
 
 
 class Votes(NamedTuple):
@@ -149,7 +150,7 @@ def encode_block(block: Block, label: int, counts_K: NDArray[np.int64], metadata
             "class": classes,
             "votes": counts_K[classes],
         },
-        schema=SCHEMA.with_metadata({_METADATA_KEY: described}),
+        schema=SCHEMA.with_metadata({METADATA_KEY: described}),
     )
     buffer = io.BytesIO()
     # for a few rows, dictionaries and statistics cost more bytes and time than the values
@@ -262,11 +263,12 @@ class _Decoder:
         key = block_key(block)
         try:
             data = self._fetch(key)
+        except FileNotFoundError:
+            raise RunError(f"{self._uri}/{key} is missing; {_CAST_AGAIN}") from None
+        with intact(f"{self._uri}/{key}", f"delete it and {_CAST_AGAIN}"):
             table = self._read_table(data)
             columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
-            metadata = self._parse((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise self._refusal(key, f"is damaged or missing ({_reason(error)})") from error
+            metadata = self._parse((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if metadata.votes_id != self._run.votes_id:
             raise self._refusal(
                 key, f"belongs to another run (votes_id {metadata.votes_id[:32]}, not {self._run.votes_id})"
@@ -287,18 +289,7 @@ class _Decoder:
         return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata, sha256)
 
     def _read_table(self, data: bytes) -> pa.Table:
-        # not pq.read_table, which takes four times as long: it sets up a data set for each file
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        size = sum(file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups))
-        if (
-            not 1 <= file.metadata.num_rows <= self._run.num_classes
-            or size > _ROW_BYTES * self._run.num_classes + 10_000
-        ):
-            raise ValueError(f"{file.metadata.num_rows} rows of {size} bytes")
-        schema = file.schema_arrow
-        if [(field.name, field.type) for field in schema] != [(field.name, field.type) for field in SCHEMA]:
-            raise ValueError(f"columns {', '.join(f'{field.name}: {field.type}' for field in schema)}"[:200])
-        table = file.read(use_threads=False)
+        table = open_table(data, self._run.num_classes, least_rows=1, schema=SCHEMA).read(use_threads=False)
         if any(column.null_count for column in table.columns):
             raise ValueError("empty cells")
         return table
@@ -313,13 +304,7 @@ class _Decoder:
         return self._shared.setdefault(value, value) if isinstance(value, str) else value
 
     def _refusal(self, key: str, reason: str) -> RunError:
-        return RunError(f"{self._uri}/{key} {reason}; delete it and run the same command to cast its draws again")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ValidationError):
-        return first_problem(error)
-    return first_line(error)
+        return RunError(f"{self._uri}/{key} {reason}; delete it and {_CAST_AGAIN}")
 
 
 def to_table(stored: Sequence[StoredBlock]) -> pd.DataFrame:
@@ -348,26 +333,8 @@ def read_derived(store: Store, key: str, columns: Sequence[str], most_rows: int)
     Raises: FileNotFoundError (a UserError as well), RunError for a file that is damaged or declares more.
     """
     data = store.read(key)
-    try:
-        return _open_derived(data, most_rows).read(columns=list(columns)).to_pandas()[list(columns)]
-    except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
-        raise RunError(
-            f"{store.uri}/{key} is damaged ({first_line(error)}); run certify again to rebuild it"
-        ) from error
-
-
-def _open_derived(data: bytes, most_rows: int) -> pq.ParquetFile:
-    """A derived table, unread. Raises: ValueError if it declares more than `most_rows` rows; what pyarrow raises."""
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    check_declared(file.metadata, most_rows)
-    return file
-
-
-def check_declared(metadata: pq.FileMetaData, most_rows: int) -> None:
-    """Raise ValueError if a Parquet file declares more rows, or more bytes, than a table of ours has."""
-    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    if not 0 <= metadata.num_rows <= most_rows or size > _ROW_BYTES * most_rows + 100_000:
-        raise ValueError(f"{metadata.num_rows} rows of {size} bytes")
+    with intact(f"{store.uri}/{key}", REBUILD):
+        return open_table(data, most_rows).read(columns=list(columns)).to_pandas()[list(columns)]
 
 
 def read_votes(run_uri: str) -> pd.DataFrame:
@@ -387,14 +354,20 @@ class Tables(NamedTuple):
         return dict(zip(map(block_key, _blocks_of(self.blocks)), self.blocks["sha256"], strict=True))
 
 
-def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.MappingProxyType({})) -> Tables:
+def write_tables(
+    store: Store,
+    run: Run,
+    unchanged: Mapping[str, str] = types.MappingProxyType({}),
+    entries: Iterable[Entry] | None = None,
+) -> Tables:
     """Write RUN/votes.parquet and RUN/blocks.parquet for all committed blocks, and return their contents.
 
-    `sealed` are the sha256 of blocks that a seal of the run lists, by key. Those blocks are not read if the tables as
-    they are hold them with the same sha256. All others are read and checked. Raises: RunError, as `read_blocks`.
+    `unchanged` are the sha256 of blocks that a seal of the run lists and that are as they were then, by key. Those
+    blocks are not read if the tables as they are hold them with the same sha256. All others are read and checked.
+    `entries` is a listing of votes/, a new one by default. Raises: RunError, as `read_blocks`.
     """
-    committed = list_blocks(store, run.block)
-    kept = _sealed_rows(store, run, committed, sealed)
+    committed = list_blocks(store, run.block, entries)
+    kept = _unchanged_rows(store, run, committed, unchanged)
     known = _blocks_of(kept.blocks)
     images = map(BlockImage, known, kept.blocks["label"], kept.blocks["sample_sha256"])
     stored = read_blocks(store, run, committed.difference(known), images=images)
@@ -413,21 +386,21 @@ def write_tables(store: Store, run: Run, sealed: Mapping[str, str] = types.Mappi
     return tables
 
 
-def _sealed_rows(store: Store, run: Run, committed: set[Block], sealed: Mapping[str, str]) -> Tables:
-    """What the derived tables say about the blocks of a seal; empty if the two disagree, or are damaged."""
+def _unchanged_rows(store: Store, run: Run, committed: set[Block], unchanged: Mapping[str, str]) -> Tables:
+    """What the derived tables say about the blocks that did not change; empty if the two disagree, or are damaged."""
     nothing = Tables(to_table([]), pd.DataFrame(columns=_BLOCKS_SCHEMA.names))
-    votes, _ = _read_table(store, run, committed) if sealed else (nothing.votes, {})
+    votes, _ = _read_table(store, run, committed) if unchanged else (nothing.votes, {})
     if votes.empty:
         return nothing
     try:
-        table = _open_derived(store.read(BLOCKS_KEY), len(committed)).read()
+        table = open_table(store.read(BLOCKS_KEY), len(committed)).read()
         blocks = table.select(_BLOCKS_SCHEMA.names).cast(_BLOCKS_SCHEMA).to_pandas()
     except Exception:  # it is derived: the blocks are read instead
         return nothing
     known = _blocks_of(blocks)
     if len(set(known)) != len(known) or set(known) != set(_blocks_of(votes[BLOCK_COLUMNS].drop_duplicates())):
         return nothing
-    same = np.array([sealed.get(block_key(one)) == row for one, row in zip(known, blocks["sha256"], strict=True)])
+    same = np.array([unchanged.get(block_key(one)) == row for one, row in zip(known, blocks["sha256"], strict=True)])
     blocks = blocks[same]
     return Tables(votes.merge(blocks[BLOCK_COLUMNS], on=BLOCK_COLUMNS), blocks)
 
@@ -438,7 +411,7 @@ def _blocks_of(table: pd.DataFrame) -> list[Block]:
 
 def _encoded(rows: pd.DataFrame, schema: pa.Schema, facts: TableFacts) -> bytes:
     table, buffer = pa.Table.from_pandas(rows, schema=schema, preserve_index=False), io.BytesIO()
-    table = table.replace_schema_metadata({**table.schema.metadata, _METADATA_KEY: facts.model_dump_json()})
+    table = table.replace_schema_metadata({**table.schema.metadata, METADATA_KEY: facts.model_dump_json()})
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
@@ -458,8 +431,8 @@ def _read_table(store: Store, run: Run, committed: set[Block]) -> tuple[pd.DataF
     """votes.parquet and its devices if they agree with the run and its blocks, else an empty table."""
     nothing: tuple[pd.DataFrame, dict[str, int]] = to_table([]), {}
     try:
-        stored = _open_derived(store.read(TABLE_KEY), len(committed) * run.num_classes).read()
-        facts = parse_record(TableFacts, stored.schema.metadata[_METADATA_KEY])
+        stored = open_table(store.read(TABLE_KEY), len(committed) * run.num_classes).read()
+        facts = parse_record(TableFacts, stored.schema.metadata[METADATA_KEY])
         votes = stored.select(SCHEMA.names).cast(SCHEMA).to_pandas()
         drawn = votes.groupby(BLOCK_COLUMNS)["votes"].sum()
         blocks = [Block(*block) for block in drawn.index]

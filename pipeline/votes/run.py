@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from diffsmooth.pipeline.errors import RunError, UserError
-from diffsmooth.pipeline.records import MOST_BYTES, Record, parse_record, shortened
+from diffsmooth.pipeline.errors import UserError
+from diffsmooth.pipeline.records import Record, shortened
 from diffsmooth.pipeline.spec import F_VERSION, MOST_CLASSES, BlockLengths, Identity, RunSpec, identity
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Store, read_record
 
 RUN_KEY = "run.json"
 SECRET_SEED = 2**64  # a smaller seed can be guessed, or was chosen by hand
@@ -59,8 +59,10 @@ def describe_run(spec: RunSpec, weights_ids: Mapping[str, str], num_classes: int
 def claim_run(store: Store, run: Run) -> None:
     """Make the storage the home of this run, or check that it already is.
 
-    Raises: UserError that names the differing keys if the storage holds another run.
+    Nothing is written to a storage before: it is tested first. Raises: UserError that names the differing keys if the
+    storage holds another run; as `Store.prepare`.
     """
+    store.prepare()
     text = json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True)
     if store.put_if_absent(RUN_KEY, text.encode()):
         return
@@ -100,13 +102,9 @@ def claim_seeded_run(
 def read_run(store: Store) -> Run:
     """Read run.json. Raises: UserError if there is no run, RunError if run.json is damaged."""
     try:
-        return parse_record(Run, store.read(RUN_KEY, limit=MOST_BYTES))
+        return read_record(store, RUN_KEY, Run)
     except FileNotFoundError:
         raise UserError(f"{store.uri}: no run here (no {RUN_KEY}); give the folder that certify wrote") from None
-    except UserError:
-        raise  # a place that cannot be read is no damaged file
-    except ValueError as error:
-        raise RunError(f"{store.uri}/{RUN_KEY} is damaged: {error}; restore it from a copy") from error
 
 
 def run_sha256(store: Store) -> str:

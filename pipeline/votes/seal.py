@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -28,9 +28,9 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from diffsmooth.pipeline.errors import RunError, UserError, one_line
-from diffsmooth.pipeline.records import LARGEST, Record
+from diffsmooth.pipeline.records import LARGEST, Record, intact
 from diffsmooth.pipeline.storage.remote import in_parallel
-from diffsmooth.pipeline.storage.store import Store
+from diffsmooth.pipeline.storage.store import Entry, Store
 from diffsmooth.pipeline.votes.blocks import sample_of_key
 from diffsmooth.pipeline.votes.run import RUN_KEY
 
@@ -106,6 +106,19 @@ def newest_seal(store: Store) -> Seal | None:
     return _read_seal(store, names[-1]) if names else None
 
 
+def unchanged_since_seal(store: Store, entries: Iterable[Entry]) -> dict[str, str]:
+    """The sha256 of those of the listed objects that the newest seal has, by key, if they are older than that seal.
+
+    A sealed block that was deleted and cast again is newer: the seal says nothing about its votes.
+    """
+    names = seal_names(store)
+    if not names:
+        return {}
+    written = {entry.key: entry.modified for entry in store.list("seals")}.get(seal_key(names[-1]), 0.0)
+    sealed = _read_seal(store, names[-1]).entries
+    return {one.key: sealed[one.key] for one in entries if one.key in sealed and one.modified < written}
+
+
 def seal_names(store: Store) -> list[str]:
     """The names of the seals of a run, the earliest first."""
     return sorted((match[1] for key in store.keys("seals") if (match := _NAME.fullmatch(key))), key=int)
@@ -114,15 +127,14 @@ def seal_names(store: Store) -> list[str]:
 def _read_seal(store: Store, name: str) -> Seal:
     key, entries = seal_key(name), dict[str, str]()
     text = store.read(key, limit=_MOST_BYTES).decode(errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        match = _LINE.fullmatch(line)
-        if match is None or _part(match[2]) is None or match[2] in entries:
-            raise RunError(
-                f"{store.uri}/{key} is damaged: line {number} is {one_line(line, 100)!r}; restore it from a copy"
-            )
-        entries[match[2]] = match[1]
-    if not entries:
-        raise RunError(f"{store.uri}/{key} is damaged: it is empty; restore it from a copy")
+    with intact(f"{store.uri}/{key}"):
+        for number, line in enumerate(text.splitlines(), start=1):
+            match = _LINE.fullmatch(line)
+            if match is None or _part(match[2]) is None or match[2] in entries:
+                raise ValueError(f"line {number} is {one_line(line, 100)!r}")
+            entries[match[2]] = match[1]
+        if not entries:
+            raise ValueError("it is empty")
     return Seal(name=name, entries=entries)
 
 
