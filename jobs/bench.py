@@ -1,8 +1,7 @@
 """`diffsmooth bench`: its options, and the figures of `speed` as text."""
 
-import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 from rich import box
@@ -10,7 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from diffsmooth.jobs.console import conclude
 from diffsmooth.jobs.later import Later
+from diffsmooth.jobs.options import CPU, JSON, SET, on_device, together
 from diffsmooth.jobs.specs import load_named
 
 if TYPE_CHECKING:
@@ -19,15 +20,11 @@ if TYPE_CHECKING:
 else:
     speed = Later("diffsmooth.pipeline.cost.speed")
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
 _POSITIVE = click.IntRange(min=1)
-_OPTIONS = (
+speed_options = together(
     click.argument("spec"),
-    click.option("--cpu", is_flag=True, help="Run on the CPU; same as --set compute.device=cpu."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the spec. Can be repeated."
-    ),
+    CPU,
+    SET,
     click.option(
         "--batch-size", "sizes", multiple=True, type=_POSITIVE, help="Batch size to try. Can be repeated. "
         "[default: powers of two]",
@@ -41,15 +38,8 @@ _OPTIONS = (
         "--rounds", type=_POSITIVE, default=5, show_default=True, help="Rounds; each side is measured once per round."
     ),
     click.option("--draws", type=_POSITIVE, default=200, show_default=True, help="Draws on which votes are compared."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON only on stdout."),
+    JSON,
 )  # fmt: skip
-
-
-def speed_options(command: _Command) -> _Command:
-    """SPEC and the options of a command that measures its speed."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 @click.command("bench")
@@ -72,17 +62,14 @@ def bench_command(
     \b
     diffsmooth bench cifar10-diffsmooth-0.50 --precision bf16 --precision tf32
     """
-    loaded = load_named(spec, (*overrides, "compute.device=cpu") if cpu else overrides)
+    loaded = load_named(spec, on_device(overrides, cpu))
     figures = speed.measure(
         speed.Pipeline(loaded, threads=threads),
         batch_sizes=sizes,
         precisions=precisions,
         effort=speed.Effort(rounds=rounds, agreement_draws=draws),
     )
-    if as_json:
-        click.echo(json.dumps(figures.to_json(), indent=2))
-    else:
-        print_speed(figures, Console())
+    conclude(figures, as_json=as_json, show=lambda one: print_speed(one, Console()))
 
 
 def print_speed(figures: "SpeedFigures", console: Console) -> None:

@@ -23,28 +23,30 @@ from diffsmooth.pipeline.errors import RunError, Stopped, UserError, printable, 
 class Entry(NamedTuple):
     """A command: the module of `diffsmooth.jobs` that declares NAME_command, and what it does in a sentence."""
 
+    name: str
     module: str
     sentence: str
 
 
-COMMANDS = {
-    "certify": Entry("certify", "Cast votes, compute certified radii, and draw the curve."),
-    "predict": Entry("certify", "Cast votes and predict with abstention."),
-    "status": Entry("status", "Show what a run has committed and what is missing."),
-    "analyze": Entry("analyze", "Certify stored votes with other settings, without draws."),
-    "curve": Entry("curve", "Compare runs and logs in one table and one picture."),
-    "compare": Entry("compare", "Test which of several runs certifies more samples."),
-    "report": Entry("report", "Write one HTML file about one or more runs."),
-    "attack": Entry("attack", "Bound radii from above by searching adversarial images."),
-    "audit": Entry("audit", "Check a run's files, and cast some of its votes again."),
-    "seal": Entry("seal", "Commit to everything in a run by one hash."),
-    "publish": Entry("publish", "Publish a run so that anyone can audit it."),
-    "plan": Entry("plan", "Estimate draws, FLOPs, GPU-hours and dollars of a spec."),
-    "bench": Entry("bench", "Measure the speed of a spec against its bare networks."),
-    "submit": Entry("submit", "Certify as a Ray job with its driver on the cluster."),
-    "train": Entry("train", "Train a denoiser or a classifier, and write its spec."),
-    "completion": Entry("completion", "Print a script that completes commands in a shell."),
-}
+_TABLE = (
+    Entry("certify", "certify", "Cast votes, compute certified radii, and draw the curve."),
+    Entry("predict", "certify", "Cast votes and predict with abstention."),
+    Entry("status", "status", "Show what a run has committed and what is missing."),
+    Entry("analyze", "analyze", "Certify stored votes with other settings, without draws."),
+    Entry("curve", "curve", "Compare runs and logs in one table and one picture."),
+    Entry("compare", "compare", "Test which of several runs certifies more samples."),
+    Entry("report", "report", "Write one HTML file about one or more runs."),
+    Entry("attack", "attack", "Bound radii from above by searching adversarial images."),
+    Entry("audit", "audit", "Check a run's files, and cast some of its votes again."),
+    Entry("seal", "seal", "Commit to everything in a run by one hash."),
+    Entry("publish", "publish", "Publish a run so that anyone can audit it."),
+    Entry("plan", "plan", "Estimate draws, FLOPs, GPU-hours and dollars of a spec."),
+    Entry("bench", "bench", "Measure the speed of a spec against its bare networks."),
+    Entry("submit", "submit", "Certify as a Ray job with its driver on the cluster."),
+    Entry("train", "train", "Train a denoiser or a classifier, and write its spec."),
+    Entry("completion", "completion", "Print a script that completes commands in a shell."),
+)
+COMMANDS = {entry.name: entry for entry in _TABLE}
 
 
 class _Main(click.Group):
@@ -124,7 +126,7 @@ def main() -> None:
         handler.setFormatter(_Formatter("diffsmooth: %(message)s"))
     for module in (
         "diffsmooth.pipeline.storage.fetch",
-        "diffsmooth.pipeline.data.sets",
+        "diffsmooth.pipeline.data",
     ):  # downloads in progress, and the order of the classes
         logging.getLogger(module).setLevel(logging.INFO)
 

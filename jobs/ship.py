@@ -33,7 +33,7 @@ _SECRET_NAMES = ("SECRET", "TOKEN", "PASSW", "CREDENTIAL", "PRIVATE", "API_KEY",
 _INSTALLED = "diffsmooth"  # on the cluster; a copy from here must not shadow it
 
 
-class SpecFile(NamedTuple):
+class NamedSpec(NamedTuple):
     """A spec as it was named, and its file; one that ships with the package has none, and is not sent."""
 
     name: str
@@ -45,7 +45,7 @@ class SpecFile(NamedTuple):
 class Submission:
     """A request to certify on a cluster; `options` are flags of `diffsmooth certify` that are passed on unchanged."""
 
-    specs: Sequence[SpecFile]
+    specs: Sequence[NamedSpec]
     out: str | None
     shared: bool = False  # whether `out` is a folder that all nodes share
     overrides: Sequence[str] = ()

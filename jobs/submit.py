@@ -60,9 +60,9 @@ def submit_command(
     diffsmooth submit imagenet-diffsmooth-0.50 --address http://HEAD:8265 --out s3://BUCKET/runs/a --follow
     """
     logging.getLogger("diffsmooth.jobs.ship").setLevel(logging.INFO)
-    loaded = [load_named(name, overrides) for name in specs]
+    loaded = [(name, load_named(name, overrides)) for name in specs]
     request = ship.Submission(
-        specs=[ship.SpecFile(name, find_spec(name), spec) for name, spec in zip(specs, loaded, strict=True)],
+        specs=[ship.NamedSpec(name, find_spec(name), spec) for name, spec in loaded],
         out=given["out"],
         shared=given["shared"],
         overrides=overrides,
