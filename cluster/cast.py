@@ -30,7 +30,7 @@ from diffsmooth.cluster.scheduler import Scheduler, SetAside
 from diffsmooth.cluster.worker import CleanAccuracy, Progress, Receipt, Setup
 from diffsmooth.pipeline.block import Block
 from diffsmooth.pipeline.certify.sampling import Sampler
-from diffsmooth.pipeline.errors import RunError, Stopped, UserError
+from diffsmooth.pipeline.errors import RunError, Stopped, UserError, missing_import
 from diffsmooth.pipeline.votes.blocks import Votes
 
 logger = logging.getLogger(__name__)
@@ -429,6 +429,11 @@ class _Cast:
 
     def _count_failed_start(self, error: RayActorError | RayTaskError) -> None:
         """Give the run up if actors do nothing but die; waiting for a device is not dying."""
+        if lacking := missing_import(error):
+            raise RunError(
+                f"an actor could not start: {lacking}; install the same diffsmooth, and the packages that the spec "
+                "needs, on every node"
+            )
         self._failed_starts += 1
         if self._failed_starts >= _START_ATTEMPTS * self._cluster.wanted:
             raise RunError(

@@ -12,7 +12,7 @@ from ray.exceptions import AuthenticationError, RayTaskError
 
 from diffsmooth.cluster.allocation import address_of_symmetric_run
 from diffsmooth.cluster.ray_private import redirect_worker_output
-from diffsmooth.pipeline.errors import RunError, UserError, first_line
+from diffsmooth.pipeline.errors import RunError, UserError, first_line, one_line, without_colours
 from diffsmooth.pipeline.models.device import available_device, cores
 
 logger = logging.getLogger(__name__)
@@ -105,4 +105,5 @@ def cause_of(error: RayTaskError) -> Exception:
 
 def line_of(error: Exception) -> str:
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-    return f"{type(cause).__name__}: {first_line(cause)}"
+    line = next(iter(without_colours(cause).strip().splitlines()), "")
+    return f"{type(cause).__name__}: {one_line(line)}"

@@ -15,6 +15,9 @@ _URI = re.compile(
 )
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def redacted(text: str) -> str:
     """A text in which no URI has a user, a password or a query."""
     return _URI.sub(lambda uri: uri["scheme"] + uri["place"] + ("?..." if uri["query"] else ""), text)
@@ -58,3 +61,14 @@ def one_line(text: object, limit: int | None = 300) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, escaped and cut like `one_line`; its type if the message is empty."""
     return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def without_colours(text: object) -> str:
+    """A text of Ray, which puts the colours of a terminal into its messages."""
+    return _COLOUR.sub("", str(text))
+
+
+def missing_import(error: BaseException) -> str | None:
+    """What another process could not import, according to the traceback in the message of its error."""
+    found = re.search(r"(?:ModuleNotFoundError|ImportError): (.+)", without_colours(error))
+    return None if found is None else one_line(found[1])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 
 import diffsmooth.cluster.cast
 from diffsmooth.cluster import compiled
@@ -11,6 +12,7 @@ from diffsmooth.cluster.cast import Work
 from diffsmooth.cluster.scheduler import Scheduler
 from diffsmooth.cluster.worker import Setup, Worker
 from diffsmooth.pipeline.block import Block
+from diffsmooth.pipeline.errors import RunError
 from diffsmooth.pipeline.smoothing import weights_ids
 from diffsmooth.pipeline.spec import load_spec, votes_id
 from tests.models import make_run
@@ -114,3 +116,21 @@ def test_the_driver_asks_one_actor_and_gives_its_artefacts_to_the_next(
     assert actors[2].handle.calls == [("load", cast._setup, {key: b"code"})]
     start()._started(actors[2], "ready")  # the next command on this machine
     assert actors[2].handle.calls[-1] == ("load", cast._setup, {key: b"code"})
+
+
+def test_an_actor_that_cannot_import_something_says_what(raw_spec, tmp_path, monkeypatch):
+    setup = compiling(raw_spec, tmp_path)
+    monkeypatch.setattr(diffsmooth.cluster.cast, "ray", SimpleNamespace(put=dict))
+    work = Work(setup=setup, blocks=[])
+    cast = diffsmooth.cluster.cast._Cast(SimpleNamespace(threads=1, actors={}), work, Scheduler(), [])
+    message = (
+        "The actor died because of an error raised in its creation task, \x1b[36mray::RemoteWorker.__init__()\x1b[39m\n"
+        "  File \"x.py\", line 1\nModuleNotFoundError: No module named \x1b[31m'diffsmooth'\x1b[39m\n"
+    )
+    error = ActorDiedError()
+    monkeypatch.setattr(ActorDiedError, "__str__", lambda error: message)
+    with pytest.raises(
+        RunError, match=r"^an actor could not start: No module named 'diffsmooth'; install the same"
+    ) as e:
+        cast._count_failed_start(error)
+    assert "\x1b" not in str(e.value)

@@ -59,3 +59,37 @@ def test_the_wheel_works_without_the_clone(built, tmp_path):
         timeout=120, check=True,
     )  # fmt: skip
     assert "55,000 draws" in done.stdout
+
+
+def test_modules_of_the_user_may_have_the_names_of_our_folders(built, tmp_path):
+    """In the working folder and beside a script: the command runs, and the user's modules stay importable."""
+    zipfile.ZipFile(built[1]).extractall(tmp_path / "site")
+    work = tmp_path / "work"
+    for folder in ("jobs", "cluster"):
+        (work / folder).mkdir(parents=True)
+        (work / folder / "__init__.py").write_text(f"mine = {folder!r}\n")
+    (work / "pipeline.py").write_text("mine = 'pipeline'\n")
+    (work / "script.py").write_text(
+        "import diffsmooth as ds, torch, pipeline, jobs, cluster\n"
+        "assert [module.mine for module in (pipeline, jobs, cluster)] == ['pipeline', 'jobs', 'cluster']\n"
+        "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()\n"
+        "print(ds.certify(model, torch.full((1, 1, 2, 2), 0.5), [0], sigma=0.5, n=100, n0=10))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    small = (
+        "mnist-cohen-0.50 --cpu --actors 1 --set data.samples=0:1 --set smoothing.n=100 --set smoothing.n0=10 --set "
+    )
+    small += "smoothing.block={selection=10,estimation=100} --out run --json"
+    for words in (["script.py"], ["-m", "diffsmooth", "certify", *small.split()]):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert (work / "run" / "votes" / "estimation" / "0-0.parquet").exists()
