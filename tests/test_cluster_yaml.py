@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boto3
 import botocore.session
+import click
 import pytest
 import yaml
 from botocore.validate import ParamValidator
@@ -333,4 +334,4 @@ def test_the_command_of_the_job_parses_and_gets_the_signals():
     *_, line = SKY["run"].strip().splitlines()
     words = shlex.split(line.replace("$SPEC", "mnist").replace("$OUT", "s3://BUCKET/run"))
     assert words[:3] == ["exec", "diffsmooth", "certify"]
-    main.commands["certify"].make_context("certify", words[3:])
+    main.get_command(click.Context(main), "certify").make_context("certify", words[3:])
