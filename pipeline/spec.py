@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from diffsmooth.pipeline.block import Stage
 from diffsmooth.pipeline.errors import UserError, first_line
 from diffsmooth.pipeline.locations import resolve
-from diffsmooth.pipeline.records import Record, shortened
+from diffsmooth.pipeline.records import LARGEST, Record, shortened
 
 # Raised by hand whenever a change to f's code can change a vote.
 F_VERSION = 3
@@ -30,7 +30,7 @@ LOCATIONS = ("data.path", "denoiser.checkpoint", "classifier.checkpoint", "class
 # Selection draws in planned mode, unless n0 is given.
 PILOT = 1000
 
-MOST_CLASSES = 1_000_000
+MOST_CLASSES = 1_000_000  # a larger label is a mistake, and would allocate memory for its votes
 
 
 def check_alpha(name: str, alpha: float | Mapping[int, float], n: int) -> None:
@@ -261,8 +261,8 @@ Alpha = Annotated[float | dict[int, float], IntegerKeys]
 class BlockLengths(Record):
     """Draws per block of each stage; fixed for the life of a run."""
 
-    selection: int = Field(default=100, ge=1, lt=2**31)
-    estimation: int = Field(default=1000, ge=1, lt=2**31)
+    selection: int = Field(default=100, ge=1, le=LARGEST)
+    estimation: int = Field(default=1000, ge=1, le=LARGEST)
 
     def of(self, stage: Stage) -> int:
         return int(getattr(self, stage))
@@ -301,8 +301,8 @@ class SmoothingIdentity(Record):
 class Smoothing(SmoothingIdentity):
     """The table [smoothing]."""
 
-    n0: int = Field(default=100, ge=1, lt=2**31)
-    n: int = Field(default=100_000, ge=1, lt=2**31)
+    n0: int = Field(default=100, ge=1, le=LARGEST)
+    n: int = Field(default=100_000, ge=1, le=LARGEST)
     alpha: Alpha = 0.001
 
     @model_validator(mode="after")

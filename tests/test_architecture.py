@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "spec": "records",
     "noise": "spec",
     "storage": "records",
-    "data": "spec storage",
+    "data": "records spec storage",
     "models": "noise records spec storage",
     "smoothing": "data models noise spec",
     "casting": "data noise smoothing",

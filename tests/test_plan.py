@@ -13,11 +13,12 @@ from diffsmooth.jobs.cli import main
 from diffsmooth.jobs.plan import parse_gpus, print_plans
 from diffsmooth.jobs.specs import SPECS, TRAININGS, load_named
 from diffsmooth.pipeline.cost.flops import GPUS, flops_per_draw, plan
+from diffsmooth.pipeline.cost.probe import with_weights_at_hand
 from diffsmooth.pipeline.cost.training import plan_training
 from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.models import classifiers
 from diffsmooth.pipeline.models.classifiers import resolve_classifier
-from diffsmooth.pipeline.models.denoisers import resolve_denoiser
+from diffsmooth.pipeline.models.denoisers import DENOISERS, resolve_denoiser
 from diffsmooth.pipeline.spec import Normalize, load_spec
 from diffsmooth.pipeline.training.settings import load_training
 
@@ -212,3 +213,18 @@ def test_the_command_plans_trainings_and_specs_together(tmp_path):
     assert estimate["cpu_hours"] > 0
     refused = CliRunner().invoke(main, ["plan", str(file), "--attack"])
     assert (refused.exit_code, "--attack does not apply" in refused.output) == (2, True)
+
+
+def test_a_denoiser_without_weights_is_not_said_to_have_random_ones(monkeypatch):
+    class Formula:
+        def __init__(self, spec):
+            pass
+
+        def ids(self):
+            return {}
+
+    monkeypatch.setitem(DENOISERS, "formula", Formula)
+    spec = load_named("mnist-cohen-0.50", ["denoiser.arch=formula"])
+    assert with_weights_at_hand(spec) == (spec, [])
+    missing = load_named("cifar10-dds-0.50", ["denoiser.checkpoint='/no/such/file.pt'"])
+    assert "denoiser" in with_weights_at_hand(missing)[1]

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from diffsmooth.pipeline.data.entry import Facts
+from diffsmooth.pipeline.errors import UserError
 from diffsmooth.pipeline.locations import EMBEDDED
 from diffsmooth.pipeline.models.arch import is_own
+from diffsmooth.pipeline.models.denoisers import resolve_denoiser
 from diffsmooth.pipeline.models.device import cores
 from diffsmooth.pipeline.models.weights import RANDOM
 from diffsmooth.pipeline.smoothing import base_classifier
@@ -38,7 +40,9 @@ def with_weights_at_hand(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     """Return the spec with random weights for networks whose weights are not on this machine, and their names."""
     changed: dict[str, Any] = {}
     for name, section in (("denoiser", spec.denoiser), ("classifier", spec.classifier)):
-        if is_own(section.arch) or section.arch in ("none", "diffusers", "transformers"):
+        if is_own(section.arch) or section.arch in ("diffusers", "transformers"):
+            continue
+        if name == "denoiser" and _denoises_without_weights(spec):
             continue
         location = (section.checkpoint or "").partition("#")[0]
         if not location.startswith(EMBEDDED) and ("${" in location or not at_hand(location)):
@@ -49,6 +53,14 @@ def with_weights_at_hand(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             update={"adapter": adapter.model_copy(update={"checkpoint": f"{RANDOM}0"})}
         )
     return spec.model_copy(update=changed), list(changed)
+
+
+def _denoises_without_weights(spec: RunSpec) -> bool:
+    """Whether the denoiser has no file: there is none, or it is a formula."""
+    try:
+        return spec.denoiser.checkpoint is None and not resolve_denoiser(spec).ids()
+    except UserError:  # its checkpoint is missing
+        return False
 
 
 def probe_cpu(spec: RunSpec, facts: Facts) -> CpuRate:

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from diffsmooth.pipeline.errors import RunError, UserError, first_line
 from diffsmooth.pipeline.locations import is_remote
+from diffsmooth.pipeline.records import LARGEST
+from diffsmooth.pipeline.spec import MOST_CLASSES
 from diffsmooth.pipeline.storage.remote import ObjectFile, in_parallel
 
 UNLABELLED = -1
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
-_MOST_CLASSES = 1_000_000  # a larger label is a mistake, and would allocate memory for its votes
-_MOST_SAMPLES = 2**31 - 1  # votes store the index as int32
 _MOST_DECODED = 2_000_000_000  # bytes of a row group; a small file can decode to far more than its size
 _DECODED_ROWS = 16  # rows that are decoded at a time
 _CLASS_IN_NAME = re.compile(r"_n\d{8}(?=\.\w+$)")
@@ -135,7 +135,7 @@ class ParquetRows:
             (number, group) for number, file in enumerate(self._files) for group in range(file.num_row_groups)
         ]
         self._rows = [self._files[number].metadata.row_group(group).num_rows for number, group in self._groups]
-        if min(self._rows, default=0) < 0 or sum(self._rows) > _MOST_SAMPLES:
+        if min(self._rows, default=0) < 0 or sum(self._rows) > LARGEST:
             raise UserError(f"{files[0]}: its metadata contain {sum(self._rows)} rows; get the file again")
         self._starts = np.concatenate([[0], np.cumsum(self._rows)]).astype(np.int64)
         self._cached: tuple[int, pa.Table] = (-1, None)
@@ -221,9 +221,9 @@ class ParquetRows:
             raise UserError(
                 f"data.path = {self._names[0]!r}: {reason}, so the classes cannot be counted; set data.num_classes"
             )
-        if found > _MOST_CLASSES:
+        if found > MOST_CLASSES:
             raise UserError(
-                f"data.path = {self._names[0]!r}: label {found - 1} exceeds the limit of {_MOST_CLASSES:,} classes; "
+                f"data.path = {self._names[0]!r}: label {found - 1} exceeds the limit of {MOST_CLASSES:,} classes; "
                 "correct the labels, or set data.num_classes"
             )
         return found
