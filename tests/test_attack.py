@@ -283,13 +283,13 @@ def test_killed_and_started_twice_equals_undisturbed(raw_spec, tmp_path, ray_ses
     command += ["--address", ray_session.address, "--actors", "1", "--batch-size", "16"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     limit = time.monotonic() + 300
-    while len(list((tmp_path / "run").glob("attacks/*/samples/*"))) < 2:
+    while len(list((tmp_path / "run").glob("attacks/*/samples/[!.]*"))) < 2:
         assert first.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    left = {path: path.read_bytes() for path in (tmp_path / "run").glob("attacks/*/samples/*")}
+    left = {path: path.read_bytes() for path in (tmp_path / "run").glob("attacks/*/samples/[!.]*")}
     assert 2 <= len(left) < 8
     drivers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [json.loads(driver.communicate(timeout=600)[0]) for driver in drivers]
