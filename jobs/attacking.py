@@ -175,7 +175,7 @@ def _gap_table(gap: Gap, eps: Sequence[float]) -> Table:
 
 
 def _robustness_table(rows: Sequence[Robustness]) -> Table:
-    title = f"at the images found, %, [95 % intervals over the draws]; worst of {rows[0].queries} noisy queries"
+    title = f"accuracy at the images found, in % [95 % interval]; the worst of {rows[0].queries} noisy queries"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for heading in ("eps", "robust accuracy (empirical)", "average", "worst"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -60,7 +60,7 @@ def writing(option: str, path: str) -> Iterator[str]:
 
 
 def parse_source(text: str) -> Source:
-    """Parse [NAME=]PLACE[@SIGMA]; a file or folder that has the whole text as its name is taken as such."""
+    """Parse [NAME=]PLACE[@SIGMA]. If the whole text is the path of a file or folder, it is PLACE."""
     label, equals, place = text.partition("=")
     if os.path.exists(text) or not equals or "/" in label:
         label, place = "", text

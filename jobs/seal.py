@@ -14,10 +14,10 @@ from diffsmooth.pipeline.votes.seal import SampleProof, Seal, prove, read_seals,
 @click.command("seal")
 @RUN_ARGUMENT
 @click.option("--sign", "key_file", metavar="KEY", help="Sign the seal with this SSH key (ssh-keygen -Y sign).")
-@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; seal nothing.")
+@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; do not seal.")
 @JSON
 def seal_command(run: str, key_file: str | None, sample: int | None, as_json: bool) -> None:
-    """Commit to run.json, orders, plans and blocks of RUN by one hash, the root. certify does so when it ends.
+    """Compute one hash, the root, over everything that RUN's certificates depend on. certify does so when it ends.
 
     \b
     diffsmooth seal runs/mnist

@@ -132,7 +132,7 @@ def test_local_files_are_used_in_place(tmp_path):
     path.write_bytes(b"abc")
     assert fetch(str(path)) == path
     assert fetch(str(path), hashlib.sha256(b"abc").hexdigest()) == path
-    with pytest.raises(UserError, match=r"a\.pt: sha256 is ba7816bf.*, expected 0000"):
+    with pytest.raises(UserError, match=r"a\.pt: the file has sha256 ba7816bf.*, not 0000"):
         fetch(str(path), "0" * 64)
     with pytest.raises(UserError, match=r"b\.pt: no such file; give the path of an existing file"):
         fetch(str(tmp_path / "b.pt"))

@@ -94,7 +94,7 @@ S3_ANSWERS = {
         "there is no bucket bucket; create it",
     ),
     "no key": (404, {}, error_xml("NoSuchKey"), READERS, UserError, r"there is no such file \(404 NoSuchKey"),
-    "conflict": (409, {}, error_xml("ConditionalRequestConflict"), (write,), RunError, "conflicts with other writes"),
+    "conflict": (409, {}, error_xml("ConditionalRequestConflict"), (write,), RunError, "another process kept writing"),
     "changed": (412, {}, error_xml("PreconditionFailed"), (ObjectFile, fetch), RunError, "the file has changed"),
     "not implemented": (501, {}, error_xml("NotImplemented"), (write,), UserError, "conditional writes"),
     "too many requests": (429, {}, error_xml("TooManyRequests"), EVERY, RunError, r"\(429.*run the same command again"),
@@ -210,7 +210,7 @@ CLOUD_ANSWERS = {
     "unknown token": (401, {}, b"", EVERY, UserError, r"access denied \(401"),
     "bad request": (400, {}, error_xml("InvalidUri"), EVERY, UserError, r"rejected \(400.*(AZURE_STORAGE|GOOGLE_)"),
     "redirect": (301, {}, b"", EVERY, UserError, "not one of (Azure|Google).*check (AZURE_STORAGE|GOOGLE_)"),
-    "conflict": (409, {}, error_xml("OperationAborted"), (write,), RunError, "conflicts with other writes"),
+    "conflict": (409, {}, error_xml("OperationAborted"), (write,), RunError, "another process kept writing"),
     "busy": (503, {}, error_xml("ServerBusy"), EVERY, RunError, r"failed 1 times \(503.*run the same command again"),
     "garbage instead of a listing": (200, {}, b"<<<not xml", LISTERS, UserError, "not one of (Azure|Google)"),
     "a web page instead of a listing": (200, {}, b"<html></html>", LISTERS, UserError, "not one of (Azure|Google)"),
@@ -309,7 +309,8 @@ def test_slow_server_is_given_up(server, monkeypatch, scheme):
     monkeypatch.setattr(fetching, "READ_SECONDS", 0.2)
     server.body, server.seconds = bytes(1000), 0.05
     with pytest.raises(
-        RunError, match=r"failed 2 times in a row, the last time with: the server sent too little in 0 s"
+        RunError,
+        match=r"failed 2 times in a row, the last time with: the connection is too slow: nothing arrived in 0 s",
     ):
         fetch("s3://bucket/run" if scheme == "s3" else f"{server.url}/run")
 
@@ -317,7 +318,7 @@ def test_slow_server_is_given_up(server, monkeypatch, scheme):
 def test_slow_server_does_not_hold_a_call_of_the_client(server, monkeypatch):
     monkeypatch.setattr(remote, "CALL_SECONDS", 0.3)
     server.body, server.seconds = bytes(1000), 0.05
-    with pytest.raises(RunError, match="the server sent too little in 0 s; run the same command again"):
+    with pytest.raises(RunError, match="connection is too slow: nothing arrived in 0 s; run the same command again"):
         read("s3://bucket/run")
 
 

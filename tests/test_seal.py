@@ -100,8 +100,8 @@ def test_a_tampered_missing_extra_or_swapped_block_is_named(home):
     (home / BLOCK).write_bytes(second)
     (home / OTHER).write_bytes(first)
     lines = "\n".join(found(home, root))
-    assert f"{BLOCK} was swapped: it is {OTHER} of the seal" in lines
-    assert f"{OTHER} was swapped: it is {BLOCK} of the seal" in lines
+    assert f"{BLOCK} has the contents that the seal lists for {OTHER}" in lines
+    assert f"{OTHER} has the contents that the seal lists for {BLOCK}" in lines
 
 
 def test_a_changed_order_run_json_or_seal_is_named(home):

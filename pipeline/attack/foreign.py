@@ -51,7 +51,7 @@ def search_of(attack: Attack) -> Search:
     name = attack.attack
     if (code := attack_code(name)) != attack.code:
         raise UserError(
-            f"--attack {name} has other code here ({code}) than in the attack ({attack.code}); use the same version"
+            f"the code of --attack {name} is {code} here and {attack.code} where the attack began; use that version"
         )
     if name in ATTACKS:
         return ATTACKS[name]

@@ -89,13 +89,13 @@ class Order(Record):
                 f"sampling.skip_wrong = true cannot be combined with the certificate {self.certificate!r}, which does "
                 "not depend on the selected class being right; set it to false"
             )
-        for key, needed in (
-            ("max_acr_loss", self.mode == "planned"),
-            ("radii", self.mode == "grid"),
-            ("costly", kind.needs_costs),
+        for key, needed, owner in (
+            ("max_acr_loss", self.mode == "planned", f"mode = {self.mode!r}"),
+            ("radii", self.mode == "grid", f"mode = {self.mode!r}"),
+            ("costly", kind.needs_costs, f"certificate = {self.certificate!r}"),
         ):
             if (getattr(self, key) is not None) != needed:
-                raise ValueError(f"{key} is {'missing' if needed else 'given without need'} in mode = {self.mode!r}")
+                raise ValueError(f"{owner} {'needs' if needed else 'takes no'} {key}")
         if self.mode != "fixed" and not isinstance(self.alpha, float):
             raise ValueError(f"alpha is split over several n, which mode = {self.mode!r} does not allow; use one alpha")
         return self
@@ -106,10 +106,10 @@ class Order(Record):
 
     @property
     def claim(self) -> Mapping[str, Any]:
-        """The settings that make another claim of it.
+        """The settings that decide what the order asserts.
 
-        Skipping spares draws and claims nothing, but a plan depends on it. The looks that alpha was split over in
-        advance are one claim.
+        `skip_wrong` only saves draws, so it counts in planned mode alone, where the plan depends on it. If alpha is
+        split over several n, all of them belong to one claim, so n does not count.
         """
         unclaimed = {"samples", "data_id", "previous"}
         unclaimed |= {"n"} if isinstance(self.alpha, dict) else set()

@@ -128,7 +128,7 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
             raise Absent(
                 f"{shown(uri)}: no such file; give the path of an existing file, s3://BUCKET/KEY or https://..."
             ) from None
-        return _checked(path, uri, sha256, "get the right file")
+        return _checked(path, uri, sha256, "use the file with this hash")
     if on_hub(uri):
         return _checked(hub_file(uri), uri, sha256, remedy(uri))
     if not in_store(uri) and not uri.startswith(("https://", "http://")):
@@ -310,7 +310,7 @@ def _store_hash(path: Path, sha256: str) -> None:
 
 def _checked(path: Path, uri: str, expected: str | None, remedy: str) -> Path:
     if expected is not None and (found := _hash(path)) != expected:  # a stored hash could be a lie
-        raise WrongHash(f"{shown(uri)}: sha256 is {found}, expected {expected}; correct sha256, or {remedy}")
+        raise WrongHash(f"{shown(uri)}: the file has sha256 {found}, not {expected}; correct sha256, or {remedy}")
     return path
 
 

@@ -33,7 +33,7 @@ INDEX, ARCHIVE = "index.json", "objects.zip"
 
 _KEY = r"\w[\w.-]*(/\w[\w.-]*)*"  # no part of it can be `..`
 _MOST_INDEX_BYTES = 10_000_000
-_MOST_BYTES = 1_000_000_000  # of an object in the archive, where a few bytes can stand for many
+_MOST_BYTES = 1_000_000_000  # of one unpacked object: a small archive can unpack to any size
 _FIRST_TIME = 315_532_800.0  # 1980, the first year of a zip file's dates
 _CHUNK = 512  # objects that are read before they are written
 # what zipfile raises for a damaged or encrypted file
@@ -199,8 +199,8 @@ class PublishedStore:
             key = one.filename
             if not re.fullmatch(_KEY, key) or key in found or key in self._files:
                 raise RunError(
-                    f"{shown(self.uri)}/{ARCHIVE} is damaged: {one_line(key, 80)!r} is no key or is there twice; ask "
-                    "its author for another copy"
+                    f"{shown(self.uri)}/{ARCHIVE} is damaged: {one_line(key, 80)!r} is not a valid key, or occurs "
+                    "twice; ask its author for another copy"
                 )
             try:
                 modified = datetime(*one.date_time, tzinfo=UTC).timestamp()

@@ -231,7 +231,7 @@ def paced(items: Generator[T], first: float, then: float | None = None) -> Gener
             try:
                 entry = ready.get(timeout=seconds)
             except queue.Empty:
-                raise Broken(f"the server sent too little in {seconds:.0f} s") from None
+                raise Broken(f"the connection is too slow: nothing arrived in {seconds:.0f} s") from None
             if entry is None:
                 return
             if isinstance(entry, BaseException):
@@ -339,7 +339,7 @@ def _meaning(uri: str, error: Exception) -> Exception:
         detail = ": ".join(one_line(found[1], 100) for found in (code, message) if found)
         return _answer_meaning(uri, int(status[1]), code[1].strip() if code else "", detail)
     if "kind: Timeout" in text or "TimedOut" in text:
-        return Broken(f"the server sent too little in {CALL_SECONDS:.0f} s")
+        return Broken(f"the connection is too slow: no complete answer in {CALL_SECONDS:.0f} s")
     if "kind: Connect" in text:
         host = re.search(r"performing \w+ \w+://([^\s/]*)", text)
         reason = re.search(r'(?:message|error): "([^"]*)"', text)
