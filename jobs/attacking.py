@@ -77,7 +77,7 @@ def _prepare(run_uri: str, spec: RunSpec, request: AttackRequest) -> _Ready:
     seeded = run.seeded(spec)
     checked = check_spec(seeded)
     if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
+        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id})")
     data = checked.data
     if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
         raise UserError(

@@ -63,7 +63,7 @@ def seal(run_uri: str, key_file: str | None) -> Sealed:
     stored = StoredRun.open(run_uri)
     added = stored.seal()
     if key_file is not None and not stored.store.put_if_absent(signature_key(added.name), sign(added, key_file)):
-        raise UserError(f"{stored.store.uri}/{signature_key(added.name)} exists; remove it to sign the seal again")
+        raise UserError(f"{stored.store.uri}/{signature_key(added.name)} exists: this seal is signed already")
     return Sealed(run=stored.store.uri, seal=added, signed=stored.store.exists(signature_key(added.name)))
 
 

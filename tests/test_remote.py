@@ -169,7 +169,7 @@ def test_unreachable_endpoint_is_named(server, monkeypatch, operation):
 @pytest.mark.parametrize("uri", ["s3://Not_A_Bucket!/run", "s3://bucket/run\udcff"])
 def test_names_that_no_bucket_or_key_can_have(server, uri):
     for operation in (write, fetch):
-        with pytest.raises(UserError, match="correct the location"):
+        with pytest.raises(UserError, match=r"no bucket can have the name|correct the location"):
             operation(uri)
 
 
@@ -272,8 +272,8 @@ HTTP_ANSWERS = {
         "redirected to an invalid one|not a valid URI",
     ),
     "redirect to a file": (302, {"Location": "file:///etc/passwd"}, b"", UserError, "not a valid URI"),
-    "redirect to itself": (302, {"Location": "/run"}, b"", UserError, "redirected in a circle; correct the location"),
-    "redirect without a target": (301, {}, b"", UserError, "answered 301 .*correct the location"),
+    "redirect to itself": (302, {"Location": "/run"}, b"", UserError, "redirected in a circle"),
+    "redirect without a target": (301, {}, b"", UserError, "answered 301 .* instead of the file"),
     "bad request": (400, {}, b"", UserError, "answered 400 "),
     "denied": (403, {}, b"", UserError, r"access denied \(403"),
     "absent": (404, {}, b"", UserError, r"there is no such file \(404"),
@@ -318,7 +318,7 @@ def test_slow_server_is_given_up(server, monkeypatch, scheme):
 def test_slow_server_does_not_hold_a_call_of_the_client(server, monkeypatch):
     monkeypatch.setattr(remote, "CALL_SECONDS", 0.3)
     server.body, server.seconds = bytes(1000), 0.05
-    with pytest.raises(RunError, match="connection is too slow: nothing arrived in 0 s; run the same command again"):
+    with pytest.raises(RunError, match="connection is too slow: no complete answer in 0 s; run the same command again"):
         read("s3://bucket/run")
 
 
@@ -373,6 +373,6 @@ def test_paced_passes_errors_on_and_gives_late_items_up():
 
     items = paced(late(), 5.0, 0.05)
     assert next(items) == 1
-    with pytest.raises(Broken, match="too little"):
+    with pytest.raises(Broken, match="too slow"):
         next(items)
     release.set()

@@ -177,7 +177,7 @@ def _redraw(
     if weights != run.spec.weights:
         return redrawn
     if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
+        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id})")
     data, device = checked.data, device_of(spec)
     f, here = checked.build(device), device_facts(device)
     agreements = []

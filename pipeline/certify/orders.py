@@ -75,7 +75,7 @@ class Order(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.samples)) < len(self.samples):
-            raise ValueError("samples: a sample is listed twice; list each once")
+            raise ValueError("samples: a sample is listed twice")
         check_alpha("alpha", self.alpha, self.n)
         check_radii(self.radii)
         kind = self.kind
@@ -87,7 +87,7 @@ class Order(Record):
         if self.skip_wrong and not kind.skips_wrong:
             raise ValueError(
                 f"sampling.skip_wrong = true cannot be combined with the certificate {self.certificate!r}, which does "
-                "not depend on the selected class being right; set it to false"
+                "not depend on the selected class being right"
             )
         for key, needed, owner in (
             ("max_acr_loss", self.mode == "planned", f"mode = {self.mode!r}"),
@@ -327,9 +327,7 @@ def read_costly(certificate: str, path: str | None, num_classes: int) -> dict[in
             if not 0 <= k < num_classes:
                 raise UserError(f"--costly {path}: class {k} must be between 0 and {num_classes - 1}")
         if y in classes or len(set(classes)) < len(classes):
-            raise UserError(
-                f"--costly {path}: the costly classes {classes} of label {y} repeat a class or contain {y}; remove it"
-            )
+            raise UserError(f"--costly {path}: the costly classes {classes} of label {y} repeat a class or contain {y}")
     costly = {y: classes for y, classes in costly.items() if classes}
     if not costly:
         raise UserError(f"--costly {path}: names no costly class; add one, or use another certificate")

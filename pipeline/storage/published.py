@@ -77,7 +77,7 @@ class PublishedStore:
             try:
                 parts = urlsplit(uri)
             except ValueError as error:
-                raise UserError(f"{shown(uri)}: not a valid URL ({first_line(error)}); correct it") from None
+                raise UserError(f"{shown(uri)}: not a valid URL ({first_line(error)})") from None
             if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
                 raise UserError(
                     f"{shown(uri)}: the URL of a published run must have no user, password, query or fragment"
@@ -105,7 +105,7 @@ class PublishedStore:
                 raise self._changed(key)
             return data
         if key not in self._packed:
-            raise Absent(f"{shown(self.uri)}/{key}: no such object in the published run; correct the location")
+            raise Absent(f"{shown(self.uri)}/{key}: no such object in the published run")
         assert self._archive is not None
         check_size(f"{self.uri}/{key}", self._packed[key].size, limit or _MOST_BYTES)
         try:

@@ -270,8 +270,9 @@ class _Decoder:
             columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
             metadata = self._parse((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if metadata.votes_id != self._run.votes_id:
-            raise self._refusal(
-                key, f"belongs to another run (votes_id {metadata.votes_id[:32]}, not {self._run.votes_id})"
+            raise RunError(
+                f"{self._uri}/{key} belongs to another run (votes_id {metadata.votes_id[:32]}, not "
+                f"{self._run.votes_id}); move it elsewhere and {_CAST_AGAIN}"
             )
         classes, counts, labels = columns["class"], columns["votes"], columns["label"]
         for name, value in zip(BLOCK_COLUMNS, block, strict=True):
