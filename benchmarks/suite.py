@@ -2,8 +2,8 @@
 
 Each row is a spec in one precision and one mode: eager, compiled, or compiled with CUDA graphs. An eager row finds the
 best batch size, which the compiled rows of its network use, because each size would be compiled separately. The rows
-that matter most come first; those that do not start before the time is over have no figures. Neither has a row that
-fails, for example because its network does not fit the memory: it says why.
+that matter most come first. A row that does not start in time has no figures. A row that fails, for example because its
+network does not fit in memory, shows the reason instead.
 """
 
 import dataclasses

@@ -74,9 +74,9 @@ class MemoryImages:
         self._shape: tuple[int, ...] | None = None  # of the first image that was read
         size = len(images)
         if size == 0:
-            raise UserError("images is empty; give at least one image")
+            raise UserError("images is empty")
         if labels is not None and len(labels) != size:
-            raise UserError(f"there are {size} images but {len(labels)} labels; give one label per image")
+            raise UserError(f"there are {size} images but {len(labels)} labels")
 
     def __len__(self) -> int:
         return len(self._images)

@@ -70,7 +70,7 @@ def _analyze_cascade(
     runs: tuple[str, ...], out: str, export_tsv: str | None, as_json: bool, *, costly: str | None, **request: Any
 ) -> NoReturn:
     if costly:
-        raise UserError("--costly belongs to --certificate cost; remove it")
+        raise UserError("--costly belongs to --certificate cost")
     found = cascade(runs, alpha=request["alpha"], n0=request["n0"], n=request["n"])
     home = write_cascade(found, out)
     if export_tsv:

@@ -58,7 +58,11 @@ _CLUSTER_OPTIONS = ("address", "actors", "accelerators", "memory_gb", "batch_siz
     "and its halves down to sigma / 2]",
 )  # fmt: skip
 @click.option("--samples", metavar="START:STOP:STEP", help="Samples to attack. [default: those of the first order]")
-@click.option("--refine", type=int, help="Bisections between the last eps that succeeds and the next. [default: 5]")
+@click.option(
+    "--refine",
+    type=int,
+    help="Bisections between the smallest eps that succeeds and the next smaller one. [default: 5]",
+)
 @click.option("--steps", type=int, help="Gradient steps per eps. [default: 10]")
 @click.option("--draws", type=int, help="Noise draws per gradient. [default: 32]")
 @click.option("--restarts", type=int, help="Further random starts per eps. [default: 0]")
@@ -86,9 +90,11 @@ def attack_command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Bound the radius of RUN's samples from above: search images that g gets wrong, and prove them by fresh votes.
+    """Bound the radius of RUN's samples from above, by a search for nearby images that g classifies wrongly.
 
-    Exit status 1 if samples are missing, or if an upper bound contradicts a certificate. Run it again to resume.
+    Fresh votes prove that g is wrong at each image found. Run it again to resume.
+
+    Exit status 1 if samples are missing, or if an upper bound contradicts a certificate.
 
     \b
     diffsmooth attack runs/mnist --samples 0:10

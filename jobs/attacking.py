@@ -77,7 +77,7 @@ def _prepare(run_uri: str, spec: RunSpec, request: AttackRequest) -> _Ready:
     seeded = run.seeded(spec)
     checked = check_spec(seeded)
     if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
+        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id})")
     data = checked.data
     if any(order.data_id not in (None, dataset_id(data)) for order in stored.orders.values()):
         raise UserError(
@@ -175,7 +175,7 @@ def _gap_table(gap: Gap, eps: Sequence[float]) -> Table:
 
 
 def _robustness_table(rows: Sequence[Robustness]) -> Table:
-    title = f"at the images found, %, [95 % intervals over the draws]; worst of {rows[0].queries} noisy queries"
+    title = f"accuracy at the images found, in % [95 % interval]; the worst of {rows[0].queries} noisy queries"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for heading in ("eps", "robust accuracy (empirical)", "average", "worst"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -59,7 +59,7 @@ def compare_sources(sources: Sequence[str], *, order_name: str | None = None, gr
     Raises: UserError, also for runs that cannot be compared.
     """
     if not 2 <= len(sources) <= MOST_RUNS:
-        raise UserError(f"{len(sources)} runs were given; give between 2 and {MOST_RUNS} runs or logs")
+        raise UserError(f"{len(sources)} runs were given; compare needs between 2 and {MOST_RUNS} runs or logs")
     chosen = None if grid is None else parse_grid(grid)
     parsed = [parse_source(text) for text in sources]
     read = [_read(source, order_name) for source in parsed]

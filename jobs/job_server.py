@@ -215,7 +215,7 @@ def _normalise(address: str | None) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise UserError(f"--address {shown(address)}: not the address of a dashboard; use the form http://HEAD:8265")
+        raise UserError(f"--address {shown(address)}: not the address of a dashboard, such as http://HEAD:8265")
     return address.rstrip("/")
 
 

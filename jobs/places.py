@@ -52,7 +52,7 @@ def writing(option: str, path: str) -> Iterator[str]:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path}: cannot write it: {reason}; choose another path") from error
+        raise UserError(f"{option} {path}: cannot write it: {reason}") from error
     finally:
         if not special:
             with suppress(OSError, ValueError):
@@ -60,7 +60,7 @@ def writing(option: str, path: str) -> Iterator[str]:
 
 
 def parse_source(text: str) -> Source:
-    """Parse [NAME=]PLACE[@SIGMA]; a file or folder that has the whole text as its name is taken as such."""
+    """Parse [NAME=]PLACE[@SIGMA]. If the whole text is the path of a file or folder, it is PLACE."""
     label, equals, place = text.partition("=")
     if os.path.exists(text) or not equals or "/" in label:
         label, place = "", text
@@ -73,7 +73,7 @@ def parse_source(text: str) -> Source:
     if not _exists(place):
         raise UserError(f"{place}: no such file or folder; give a run's folder, s3://BUCKET/PREFIX or a log")
     if sigma is not None and not is_log(place):
-        raise UserError(f"{text}: a run has its own sigma; remove @{value}")
+        raise UserError(f"{text}: a run has its own sigma, so @{value} is not allowed")
     return Source(label, place, sigma)
 
 
@@ -104,7 +104,7 @@ def read_source(source: Source, order_name: str | None) -> OrderResult | Curve:
     name = re.sub(r"\.[A-Za-z]\w*$", "", Path(source.place).name)
     curve = curve_of(name, certificates, source.sigma, certificates["radius"].max())
     if not curve.num_samples:
-        raise UserError(f"{source.place}: the log has no samples; remove it from the command")
+        raise UserError(f"{source.place}: the log has no samples")
     return curve
 
 
@@ -143,7 +143,7 @@ def _distinct(paths: Sequence[tuple[str, ...]]) -> list[str]:
             return names
         if all(kept[index] >= len(paths[index]) for index in alike):
             name = paths[alike[0]][-1]
-            raise UserError(f"two curves have the name {name!r}; rename one with NAME=PATH, or remove it")
+            raise UserError(f"two curves have the name {name!r}; rename one with NAME=PATH")
         kept = [count + (index in alike) for index, count in enumerate(kept)]
 
 

@@ -108,7 +108,7 @@ def publish(
     if model is not None and results_file(one, page_of(place)) is None:
         raise UserError(
             f"--model {model}: there is no benchmark on the Hub for data.name = {one.result.run.spec.data.name!r} and "
-            f"the certificate {one.result.order.certificate!r}; remove the option"
+            f"the certificate {one.result.order.certificate!r}"
         )
     _check_complete(one)
     root = add_seal(one.stored.store, {block_key(block.block): block.sha256 for block in one.blocks}).root
@@ -161,7 +161,7 @@ def _folder(dry_run: str | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         occupied = any(folder.iterdir())
     except OSError as error:
-        raise UserError(f"--dry-run {dry_run}: {error.strerror}; give a new folder") from error
+        raise UserError(f"--dry-run {dry_run}: {error.strerror}") from error
     if occupied:
         raise UserError(f"--dry-run {dry_run}: the folder is not empty; give a new folder")
     try:

@@ -14,10 +14,10 @@ from diffsmooth.pipeline.votes.seal import SampleProof, Seal, prove, read_seals,
 @click.command("seal")
 @RUN_ARGUMENT
 @click.option("--sign", "key_file", metavar="KEY", help="Sign the seal with this SSH key (ssh-keygen -Y sign).")
-@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; seal nothing.")
+@click.option("--sample", type=click.IntRange(min=0), help="Print the proof of this sample as JSON; do not seal.")
 @JSON
 def seal_command(run: str, key_file: str | None, sample: int | None, as_json: bool) -> None:
-    """Commit to run.json, orders, plans and blocks of RUN by one hash, the root. certify does so when it ends.
+    """Compute one hash, the root, over everything that RUN's certificates depend on. certify does so when it ends.
 
     \b
     diffsmooth seal runs/mnist
@@ -63,7 +63,7 @@ def seal(run_uri: str, key_file: str | None) -> Sealed:
     stored = StoredRun.open(run_uri)
     added = stored.seal()
     if key_file is not None and not stored.store.put_if_absent(signature_key(added.name), sign(added, key_file)):
-        raise UserError(f"{stored.store.uri}/{signature_key(added.name)} exists; remove it to sign the seal again")
+        raise UserError(f"{stored.store.uri}/{signature_key(added.name)} exists: this seal is signed already")
     return Sealed(run=stored.store.uri, seal=added, signed=stored.store.exists(signature_key(added.name)))
 
 

@@ -114,7 +114,7 @@ def _environment_of(requested: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--env {one_line(name)!r} is not the name of a variable; write NAME or NAME=VALUE")
         if not equals:
             if name not in os.environ:
-                raise UserError(f"--env {name}: the variable is not set here; set it, or write {name}=VALUE")
+                raise UserError(f"--env {name}: the variable is not set here; write {name}=VALUE")
             value = os.environ[name]
         if any(word in name.upper() for word in _SECRET_NAMES) or redacted(value) != value:
             logger.warning(

@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 class UserError(ValueError):
-    """The user made a mistake. The message names the value, the limit and the remedy. Exit status 2."""
+    """The user made a mistake. The message names the value and the limit, and a remedy if it helps. Exit status 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(redacted(message), limit=None))

@@ -35,8 +35,8 @@ def require_set(key: str, location: str) -> str:
     unset = _VARIABLE.search(location)
     if unset:
         raise UserError(
-            f"{key} = {shown(location)!r}: the environment variable {unset[1]} is not set; set it, or use "
-            f"--set {key}=PATH"
+            f"{key} = {shown(location)!r}: the environment variable {unset[1]} is not set; "
+            f"set it, or use --set {key}=PATH"
         )
     return location
 
@@ -62,7 +62,7 @@ def split_object(uri: str, wanted: str = "") -> tuple[str, str, str]:
     if not bucket or (wanted and not key.strip("/")):
         raise UserError(f"{shown(uri)}: a bucket or a key is missing; write {written}")
     if not _BUCKET.fullmatch(bucket):
-        raise UserError(f"{shown(uri)}: no bucket can have the name {bucket!r}; correct the location to {written}")
+        raise UserError(f"{shown(uri)}: no bucket can have the name {bucket!r}; write {written}")
     return scheme, bucket, key
 
 

@@ -47,7 +47,7 @@ def parse_record(model: type[Model], data: bytes) -> Model:
 
 
 @contextmanager
-def intact(place: str, remedy: str = "restore it from a copy") -> Iterator[None]:
+def intact(place: str, remedy: str = "") -> Iterator[None]:
     """Report in one line that a stored file is damaged if reading its content raises anything.
 
     What already says what is wrong with the file, or that there is none, is raised as it is.
@@ -58,7 +58,7 @@ def intact(place: str, remedy: str = "restore it from a copy") -> Iterator[None]
         raise
     except Exception as error:  # pyarrow and pandas do not document what they raise for damaged files
         reason = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
-        raise RunError(f"{place} is damaged: {reason}; {remedy}") from error
+        raise RunError(f"{place} is damaged: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 def first_problem(error: ValidationError) -> str:

@@ -84,7 +84,7 @@ class BaseClassifier:
         if self.takes_draws:
             raise UserError(
                 "compute.compile = true does not suit a function that takes draws, because its noise is made outside "
-                "of torch; set it to false"
+                "of torch"
             )
         mode = "reduce-overhead" if cuda_graphs and self.device.type == "cuda" else "default"
         self._compiled = torch.compile(self._mean_softmax, dynamic=False, mode=mode)

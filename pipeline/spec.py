@@ -89,7 +89,7 @@ class DataIdentity(Record):
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
         if self.resize is not None and self.crop is not None and self.crop > self.resize:
-            raise ValueError(f"crop = {self.crop} exceeds resize = {self.resize}, the shorter side; use a smaller crop")
+            raise ValueError(f"crop = {self.crop} exceeds resize = {self.resize}, the shorter side")
         return self
 
 
@@ -167,7 +167,7 @@ class DenoiserIdentity(Record):
         if self.arch not in ("unet", "consistency") and self.unet is not None:
             raise ValueError(f"unet is given, but arch = {self.arch!r}; remove [denoiser.unet] or use arch = 'unet'")
         if self.arch == "none" and self.steps > 1:
-            raise ValueError("steps is given, but arch = 'none' does not denoise; remove it or name an architecture")
+            raise ValueError("steps is given, but arch = 'none' does not denoise")
         return self
 
 
@@ -180,9 +180,7 @@ class Denoiser(DenoiserIdentity):
     @model_validator(mode="after")
     def _check_checkpoint(self) -> Self:
         if self.arch == "none" and self.checkpoint is not None:
-            raise ValueError(
-                "checkpoint is given, but arch = 'none' does not denoise; remove it or name an architecture"
-            )
+            raise ValueError("checkpoint is given, but arch = 'none' does not denoise")
         return self
 
 
@@ -211,7 +209,7 @@ class AdapterIdentity(Record):
     @model_validator(mode="after")
     def _check_alpha(self) -> Self:
         if self.alpha is not None and self.kind != "lora":
-            raise ValueError(f"alpha = {self.alpha} belongs to kind = 'lora'; remove it")
+            raise ValueError(f"alpha = {self.alpha} belongs to kind = 'lora'")
         return self
 
 
@@ -472,18 +470,18 @@ def read_model(
     except ValidationError as error:
         raise UserError(f"{where}: {_one_line(error, model)}") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply; remove inner tables and lists") from None
+        raise UserError(f"{where}: nested too deeply") from None
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply; remove inner tables and lists") from None
+        raise UserError(f"{path}: nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the spec: {error.strerror}; give the path of a TOML file") from error
     except ValueError as error:  # not TOML, not UTF-8, a number with thousands of digits, or a path with a NUL byte
-        raise UserError(f"{path}: not valid TOML: {first_line(error)}; correct the file") from error
+        raise UserError(f"{path}: not valid TOML: {first_line(error)}") from error
 
 
 def _copy(table: Mapping[str, Any]) -> dict[str, Any]:

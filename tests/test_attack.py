@@ -452,7 +452,7 @@ def test_audit_votes_again_at_stored_images(shown, tmp_path):
         rung if rung.judging_K is None else rung._replace(judging_K=rung.judging_K[::-1].copy()) for rung in one.rungs
     ]
     other = [rung._replace(image_CHW=one.rungs[0].image_CHW, distance=rung.distance) for rung in one.rungs]
-    for rungs, message in ((forged, "2.parquet holds other estimation votes"), (other, "but its image is 0 away")):
+    for rungs, message in ((forged, "2.parquet: f casts other estimation votes"), (other, "but its image is 0 away")):
         encoded = encode_sample(2, one.label, rungs, one.metadata)
         (Path(store.uri) / attack.sample_key(2)).write_bytes(encoded)
         result = CliRunner().invoke(main, command)

@@ -289,8 +289,8 @@ def test_curve_shows_the_cascade_beside_the_runs_and_the_envelope(runs, tmp_path
 def test_more_runs_than_one_are_for_the_cascade_only(runs, tmp_path):
     assert "only with --certificate cascade" in refusal("analyze", *runs)
     assert "only with --certificate cascade" in refusal("analyze", runs[0], "--out", tmp_path / "out")
-    assert "remove it" in refusal("analyze", *runs, "--certificate", "cascade", "--costly", "a.toml")
-    assert "at least two runs" in refusal("analyze", runs[0], "--certificate", "cascade")
+    assert "--costly belongs to" in refusal("analyze", *runs, "--certificate", "cascade", "--costly", "a.toml")
+    assert "a cascade needs at least two" in refusal("analyze", runs[0], "--certificate", "cascade")
 
 
 def test_runs_that_differ_in_draws_and_samples_are_reported(runs, tmp_path, caplog):

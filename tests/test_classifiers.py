@@ -132,7 +132,7 @@ def test_unknown_architectures(raw_spec, arch, message):
 
 @pytest.mark.parametrize("arch", ["rrcm", "rrcm-b4", "diffusion", "transformers"])
 def test_ignored_keys_are_refused_where_they_would_not_be_applied(raw_spec, arch):
-    with pytest.raises(UserError, match=rf"'decoder\*'.* is not applied to arch = '{arch}'; remove it"):
+    with pytest.raises(UserError, match=rf"'decoder\*'.* is not applied to arch = '{arch}'"):
         resolve_classifier(classifier_spec(raw_spec, arch=arch, ignore=["decoder*"]))
 
 
@@ -216,12 +216,12 @@ def test_transformers_folder(raw_spec, vit_folder):
 
 
 PROCESSORS = [
-    ([], "holds a JSON list, not an object; get the file again"),
-    ({}, r"image_mean = \[\] and image_std = \[\] are no normalisation; correct the file"),
+    ([], "holds a JSON list, not an object"),
+    ({}, r"image_mean = \[\] and image_std = \[\] are no normalisation"),
     ({"image_mean": [0.5], "image_std": [0.0]}, r"image_std = \[0\.0\] are no normalisation"),
     ({"image_mean": "0.5", "image_std": [0.5]}, "image_mean: Input should be a valid list"),
-    ({"image_mean": [0.5], "image_std": [0.5], "size": "224"}, r"size\..*; correct the file or get it again"),
-    ({"image_mean": [0.5], "image_std": [0.5], "size": {"height": -1}}, r"size\..*; correct the file or get it again"),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": "224"}, r"size\."),
+    ({"image_mean": [0.5], "image_std": [0.5], "size": {"height": -1}}, r"size\."),
     ({"image_mean": [0.5], "image_std": [0.5], "resample": "cubic"}, "resample: Input should be a valid integer"),
     ({"image_mean": [0.5], "image_std": [0.5], "resample": 0}, "'resample = 0', but only bicubic and bilinear"),
     ({"image_mean": [0.5], "image_std": [0.5], "do_normalize": "no"}, "do_normalize: Input should be a valid boolean"),

@@ -199,7 +199,7 @@ def test_status_and_curve(stored, tmp_path):
     assert "again" in result.stdout
     assert picture.exists()
     assert ".png, .pdf or .svg" in refused(2, "curve", stored, "--plot", tmp_path / "a.gif")
-    assert "choose another path" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
+    assert "cannot write it: No such file" in refused(2, "curve", stored, "--plot", tmp_path / "nowhere" / "a.png")
     assert "no order '007'" in refused(2, "curve", stored, "--order", "007")
 
 
@@ -289,7 +289,7 @@ def test_grids(tmp_path):
         ("--grid 0:1e-9:1e-999", ["must be above 0"]),
         ("--grid=-1:1:0.1", ["0 <= START <= STOP"]),
         ("--grid 2:1:0.1", ["0 <= START <= STOP"]),
-        ("--grid 0:10:0.001", ["more than 10,000 radii", "larger step"]),
+        ("--grid 0:10:0.001", ["more than 10,000 radii"]),
         ("--grid 0:1e300:1e-300", ["more than 10,000 radii"]),
         ("--float-grid", ["--grid START:STOP:STEP"]),
         ("--plot a.gif", [".png, .pdf or .svg"]),
@@ -337,7 +337,9 @@ def test_exported_log_has_the_runs_curve(stored, tmp_path):
     ours, exported = (table_of(source, *grid)["certified_accuracy"].tolist() for source in (stored, path))
     assert ours == exported
     assert ours[0] > 0
-    assert "choose another path" in refused(2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a")
+    assert "cannot write it: No such file" in refused(
+        2, "analyze", stored, "--json", "--export-tsv", tmp_path / "no" / "a"
+    )
 
 
 def test_version_lists_all_versions():

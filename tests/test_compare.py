@@ -311,7 +311,7 @@ def test_radii_of_grid_mode_are_those_that_every_order_tested(home, tmp_path, ra
 
 def test_the_number_of_runs_is_limited(home):
     for runs in (["a"], ["a"] * 11):
-        with pytest.raises(UserError, match=rf"{len(runs)} runs were given; give between 2 and 10"):
+        with pytest.raises(UserError, match=rf"{len(runs)} runs were given; compare needs between 2 and 10"):
             compare_sources(runs)
     failed = command(home)
     assert failed.exit_code == 2

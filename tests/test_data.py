@@ -98,7 +98,7 @@ def test_unusable_files_are_named(tmp_path, images):
         (Data(name="parquet", path=str(tmp_path / "cut.parquet")), "damaged"),
         (Data(name="cifar100"), r"'cifar100' is unknown; choose one of"),
         (Data(name="mnist", split="test"), "mnist has heldout .* train, labelled and unlabelled; choose"),
-        (Data(name="mnist", split="train", resize=14), "not applied to data.split = 'train' of mnist; remove"),
+        (Data(name="mnist", split="train", resize=14), "not applied to data.split = 'train' of mnist"),
         (write(tmp_path / "a.parquet", {"pixels": [1]}), "no column 'image' or 'img' among pixels"),
         (write(tmp_path / "b.parquet", {"image": [good], "label": ["x"]}), "must hold integers"),
         (write(tmp_path / "c.parquet", {"image": [good]}), r"set data\.num_classes"),
@@ -169,7 +169,7 @@ def hostile_parquet(folder: Path) -> dict[str, str]:
         "folder.parquet": r"contains no \*\.parquet",
         "loop.parquet": "symbolic links",
         "empty.parquet": "damaged, or not a Parquet file",
-        "n" * 300: "File name too long; correct the path",
+        "n" * 300: "File name too long",
     }
 
 
@@ -183,7 +183,7 @@ def test_hostile_parquet_files_give_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "imagenet", "imagefolder", "mnist", "parquet"])
 def test_a_path_that_is_too_long_gives_one_line(name):
     split = "heldout" if name == "mnist" else "test"
-    with pytest.raises(UserError, match=r"^data\.path = '/n+.*: .*too long.*; ") as error:
+    with pytest.raises(UserError, match=r"^data\.path = '/n+.*: .*too long") as error:
         open_dataset(Data(name=name, path="/" + "n" * 300, split=split))
     assert "\n" not in str(error.value)
 
@@ -537,9 +537,7 @@ def test_cifar10_from_its_archive_and_by_download(cifar10, monkeypatch):
     assert open_dataset(Data(name="cifar10"))[3].label == labels[3]
     shutil.rmtree(root / "cache")
     (root / CIFAR10.filename).write_bytes(b"something else")
-    with pytest.raises(
-        UserError, match=r"differs from the published cifar-10-python\.tar\.gz \(md5 \w{32}\); delete it"
-    ):
+    with pytest.raises(UserError, match=r"differs from the published cifar-10-python\.tar\.gz \(md5 \w{32}\); use the"):
         open_dataset(Data(name="cifar10"))
 
 

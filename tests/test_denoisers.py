@@ -468,8 +468,8 @@ def test_hyper_parameters_that_pass_the_checks_can_be_built(settings):
 
 
 CONFIGS = [
-    ("unet/config.json", [], r"config\.json: holds a JSON list, not an object; get the file again"),
-    ("unet/config.json", {}, r"config\.json: in_channels: Field required; correct the file"),
+    ("unet/config.json", [], r"config\.json: holds a JSON list, not an object"),
+    ("unet/config.json", {}, r"config\.json: in_channels: Field required"),
     ("unet/config.json", {"in_channels": "3"}, r"config\.json: in_channels: Input should be a valid integer"),
     ("unet/config.json", {"in_channels": 3, "_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, which cannot"),
     ("unet/config.json", {"in_channels": 3, "block_out_channels": "wide"}, r"config\.json: cannot be used \("),

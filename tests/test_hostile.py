@@ -323,7 +323,7 @@ def test_audit_goes_on_after_each_damaged_file(run):
     ):
         assert f"{words}" in output, words
     shutil.copy(run / "votes" / "estimation" / "3-0.parquet", run / BLOCK)  # another damage: the file of other draws
-    assert "says draw_start = 0 inside" in refused(run, ["audit"])
+    assert "its name and its contents differ in draw_start" in refused(run, ["audit"])
 
 
 def test_audit_reports_certificates_that_cannot_be_read(run):

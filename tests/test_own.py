@@ -140,9 +140,9 @@ NOT_IMPORTABLE = [
     ("own_module:instance", "is a Network, not a Python function"),
     ("own_module:partial", "is a partial, not a Python function"),
     ("own_module:cached", "is a _lru_cache_wrapper, not a Python function"),
-    ("own_syntax:f", r"importing own_syntax raised SyntaxError: .*; correct the module"),
-    ("own_division:f", r"importing own_division raised ZeroDivisionError: division by zero; correct the module"),
-    ("own_exit:f", r"importing own_exit raised SystemExit: 1; correct the module"),
+    ("own_syntax:f", r"importing own_syntax raised SyntaxError: "),
+    ("own_division:f", r"importing own_division raised ZeroDivisionError: division by zero"),
+    ("own_exit:f", r"importing own_exit raised SystemExit: 1"),
     ("own_import:f", "No module named 'own_dependency'"),
 ]
 
@@ -181,7 +181,7 @@ def test_functions_without_a_source_file_have_no_identity(module, monkeypatch, a
 
 FAILING = [
     ("nothing", "returned NoneType, which cannot be called; return a function or a module"),
-    ("raises", r"raised ZeroDivisionError when called with \(spec, device\): first line; correct the function"),
+    ("raises", r"raised ZeroDivisionError when called with \(spec, device\): first line"),
     ("exits", r"raised SystemExit when called with \(spec, device\): 3"),
     (
         "NoArguments",

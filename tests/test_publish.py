@@ -198,7 +198,7 @@ def test_hostile_names_are_refused(folder, name):
         objects[name] = b""
 
     repacked(folder, add)
-    with pytest.raises(RunError, match=r"objects\.zip is damaged: .* is no key or is there twice; ask") as error:
+    with pytest.raises(RunError, match=r"objects\.zip is damaged: .* not a valid key, or occurs twice; ask") as error:
         StoredRun.open(str(folder)).status()
     assert "\x1b" not in str(error.value)
     index = json.loads((folder / "index.json").read_text())

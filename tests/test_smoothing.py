@@ -137,7 +137,7 @@ def test_noisy_images_are_the_inputs_of_cast_votes(mnist, grid):
     [
         ({"arch": "tests.models:three_classes"}, r"the classifier has 3 classes, but the data set has 2"),
         ({"arch": "tests.models:missing"}, r"tests\.models:missing.*name a function"),
-        ({"arch": "mnist_cnn"}, r"classifier\.checkpoint is missing.*; set it"),
+        ({"arch": "mnist_cnn"}, r"classifier\.checkpoint is missing.* needs weights"),
     ],
 )
 def test_classifiers_that_do_not_fit(raw_spec, change, message):

@@ -139,7 +139,7 @@ def test_conflicts_and_throttling_are_retried(behind_faults, monkeypatch, answer
 def test_endless_conflict_is_an_error(behind_faults, monkeypatch):
     store = behind_faults(lambda *_: (409, "ConditionalRequestConflict"))
     monkeypatch.setattr(BucketStore, "_FIRST_PAUSE", 0.0)
-    with pytest.raises(RunError, match="/a: not written, because of conflicts with other writes of it"):
+    with pytest.raises(RunError, match="/a: another process kept writing it; run"):
         store.put_if_absent("a", b"x")
 
 

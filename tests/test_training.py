@@ -326,7 +326,7 @@ def test_a_checkpoint_that_another_training_left_here_is_not_resumed(images):
     key = "checkpoints/000000001.safetensors"
     assert train(raw_training(images), old)[-1]["step"] == 6  # its own
     new.replace(key, old.read(key))
-    with pytest.raises(RunError, match=f"{key}: belongs to another training; delete it"):
+    with pytest.raises(RunError, match=f"{key}: belongs to another training; use another --out"):
         train(raw_training(images, training={"seed": 1}), new)
 
 

@@ -125,8 +125,8 @@ def test_foreign_and_false_blocks_are_refused(store):
 @pytest.mark.parametrize(
     ("counts", "key", "reason"),
     [
-        ([20, 0, 0], "votes/estimation/6-0.parquet", "says sample = 5 inside"),
-        ([19, 0, 0, 1], None, "beyond the 3 classes"),
+        ([20, 0, 0], "votes/estimation/6-0.parquet", "its name and its contents differ in sample"),
+        ([19, 0, 0, 1], None, "a class outside 0 to 2"),
     ],
 )
 def test_swapped_and_impossible_blocks_are_refused(store, counts, key, reason):

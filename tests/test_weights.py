@@ -196,7 +196,7 @@ def test_a_compressed_archive_is_refused(tmp_path, trained):
         for name, content in entries.items():
             kind = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
             archive.writestr(name, content, kind)
-    with pytest.raises(UserError, match=r"data/0 is compressed.*; get the file again"):
+    with pytest.raises(UserError, match=r"data/0 is compressed"):
         load_weights(str(tmp_path / "b.pt"))
 
 
@@ -207,7 +207,7 @@ def test_a_flipped_byte_of_the_weights_is_found(tmp_path, trained):
     weight = trained.state_dict()["3.weight"].numpy().tobytes()
     content[content.index(weight)] ^= 1
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"the checksum of .*data/\d+ differs.*; get the file again"):
+    with pytest.raises(UserError, match=r"the checksum of .*data/\d+ differs"):
         load_weights(str(tmp_path / "a.pt"))
 
 
@@ -252,7 +252,7 @@ def test_hostile_checkpoints_give_one_line(tmp_path, kind):
     else:
         path = tmp_path / "a.safetensors"
         path.write_bytes(HEADERS[kind])
-    with pytest.raises(UserError, match=r"^checkpoint /.*; (get|use) (a|the|the right) file") as error:
+    with pytest.raises(UserError, match=r"^checkpoint /.*(damaged|not a file of weights|holds|cannot)") as error:
         load_weights(str(path))
     assert "\n" not in str(error.value)
 
@@ -315,5 +315,5 @@ def test_a_network_that_cannot_be_allocated_is_refused():
 )  # fmt: skip
 def test_configuration_files_that_are_not_objects_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(UserError, match=rf"config\.json: {message}.*; get the file again"):
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
         load_json(str(tmp_path / "config.json"))

@@ -51,7 +51,7 @@ def search_of(attack: Attack) -> Search:
     name = attack.attack
     if (code := attack_code(name)) != attack.code:
         raise UserError(
-            f"--attack {name} has other code here ({code}) than in the attack ({attack.code}); use the same version"
+            f"the code of --attack {name} is {code} here and {attack.code} where the attack began; use that version"
         )
     if name in ATTACKS:
         return ATTACKS[name]
@@ -88,7 +88,7 @@ def _projected(problem: Problem, image: Any, eps: float, name: str) -> Tensor:
         raise UserError(f"--attack {name} returned {found}; it must return an image of {tuple(problem.x_CHW.shape)}")
     image = image.detach().to(problem.x_CHW)
     if not bool(image.isfinite().all()):
-        raise UserError(f"--attack {name} returned an image that is not finite at sample {problem.index}; correct it")
+        raise UserError(f"--attack {name} returned an image that is not finite at sample {problem.index}")
     delta_CHW = image.clamp(0, 1) - problem.x_CHW
     return problem.x_CHW + delta_CHW * min(1.0, eps / max(float(delta_CHW.norm()), 1e-30))
 
@@ -124,9 +124,7 @@ def _failures(name: str) -> Iterator[None]:
     except (UserError, RunError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # code of others can raise anything
-        raise OwnFunctionError(
-            f"--attack {name} raised {type(error).__name__}: {first_line(error)}; correct it, or use another attack"
-        ) from error
+        raise OwnFunctionError(f"--attack {name} raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def _foolbox_attack(name: str) -> type[Any]:

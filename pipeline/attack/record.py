@@ -279,7 +279,7 @@ def read_attack(store: Store, attack_id: str) -> Attack:
     except FileNotFoundError:
         raise UserError(f"{store.uri} has no attack {attack_id}; run diffsmooth attack first") from None
     if found.id != attack_id:
-        raise RunError(f"{store.uri}/{key} holds the settings of {found.id}; restore it from a copy")
+        raise RunError(f"{store.uri}/{key} is damaged: it holds the settings of attack {found.id}")
     return found
 
 

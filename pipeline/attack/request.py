@@ -54,4 +54,4 @@ def attack_of(request: AttackRequest, run: Run, *, alpha: float, pixels: int) ->
     try:
         return Attack(attack=request.attack, eps=ladder, alpha=level, votes_id=run.votes_id, code=code, **given)
     except ValidationError as error:
-        raise UserError(f"--{first_problem(error)}; choose another value") from None
+        raise UserError(f"--{first_problem(error)}") from None

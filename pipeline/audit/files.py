@@ -98,7 +98,7 @@ def check_files(run_uri: str, published: Published) -> CheckedFiles:
     votes = to_table(blocks)
     good = {one.block for one in blocks}
     links = broken_links(store, stored.orders)
-    collect(lambda: (f"{store.uri}: {broken}; restore the run from a copy" for broken in links))
+    collect(lambda: (f"{store.uri}: {broken}" for broken in links))
     collect(lambda: _check_commitment(stored, published.commitment))
     collect(lambda: _check_seal(stored, blocks, published))
     collect(lambda: _check_table(stored, votes))
@@ -142,10 +142,12 @@ def _check_table(stored: StoredRun, votes: pd.DataFrame) -> list[str]:
     for block in changed[BLOCK_COLUMNS].drop_duplicates().itertuples(index=False, name=None):
         key = block_key(Block(*block))
         if key in store.existing([key]):
-            state, remedy = "changed", "delete it and run certify again"
+            findings.append(f"{store.uri}/{key} changed after {TABLE_KEY} was written from it")
         else:
-            state, remedy = "was deleted", "run certify again to cast its draws"
-        findings.append(f"{store.uri}/{key} {state} after {TABLE_KEY} was written from it; {remedy}")
+            findings.append(
+                f"{store.uri}/{key} was deleted after {TABLE_KEY} was written from it; run certify again to cast its "
+                "draws"
+            )
     return findings
 
 
@@ -215,8 +217,8 @@ def _check_seal(stored: StoredRun, blocks: Sequence[StoredBlock], published: Pub
     present = {*record_keys(store), *store.keys("votes")} | {key for key in others if key in found}
     lines, findings = compare(seal, found, present=present if root else present & seal.entries.keys()), []
     for line in lines:
-        remedy = "use a later root, or delete it" if line.endswith("was added") else "restore it from a copy"
-        findings.append(f"{store.uri}: {line} after seal {seal.name}; {remedy}")
+        remedy = "; check the run with a later root" if line.endswith("was added") else ""
+        findings.append(f"{store.uri}: {line} after seal {seal.name}{remedy}")
     if published.signers is not None:
         key = signature_key(seal.name)
         by = signer(seal, store.read(key), published.signers) if store.exists(key) else None
@@ -316,7 +318,7 @@ def _read_attacks(stored: StoredRun, findings: list[str]) -> list[AttackedImage]
             findings.append(str(error))
             continue
         if attack.votes_id != stored.run.votes_id:
-            findings.append(f"{stored.store.uri}/{attack.key} attacks another run ({attack.votes_id}); remove it")
+            findings.append(f"{stored.store.uri}/{attack.key} belongs to another run ({attack.votes_id})")
             continue
         for index in attacked(stored.store, attack):
             try:

@@ -161,7 +161,7 @@ def _vote_again(
         with torch_settings(precision, sample.metadata.threads):
             counts_K = votes_at(f, rung.image_CHW, clean, block, proof_noise(attack, noise), options)
         if claimed_K is not None and np.minimum(counts_K, claimed_K).sum() < least * length:
-            return f"{key} holds other {stage} votes than f casts at its image; find out where it came from, delete it"
+            return f"{key}: f casts other {stage} votes at this image; find out where the file came from"
     return None
 
 
@@ -177,7 +177,7 @@ def _redraw(
     if weights != run.spec.weights:
         return redrawn
     if checked.votes_id != run.votes_id:
-        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id}); use that one")
+        raise UserError(f"--spec {spec.name} is not the spec of this run (votes_id {run.votes_id})")
     data, device = checked.data, device_of(spec)
     f, here = checked.build(device), device_facts(device)
     agreements = []
@@ -196,8 +196,8 @@ def _redraw(
             agreements.append(agreement)
         if agreement < (1 if same else _LEAST_AGREEMENT):
             findings.append(
-                f"{key} holds other votes than f casts ({100 * agreement:.2f} % agree); find out where it came from, "
-                "delete it and run certify again"
+                f"{key}: f casts other votes ({100 * agreement:.2f} % agree); find out where this file came "
+                "from before you rely on the run"
             )
     for image in images:
         wrong = _vote_again(f, data, image, Noise.of(spec.smoothing), here, spec.smoothing.precision)

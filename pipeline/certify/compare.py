@@ -140,7 +140,7 @@ def compare(rows: Mapping[str, pd.DataFrame], radii: Sequence[float], *, without
     Raises: UserError for fewer than two or too many runs.
     """
     if not 2 <= len(rows) <= MOST_RUNS:
-        raise UserError(f"{len(rows)} runs were given; give between 2 and {MOST_RUNS} runs or logs")
+        raise UserError(f"{len(rows)} runs were given; compare needs between 2 and {MOST_RUNS} runs or logs")
     # a correct sample reaches its radius, a wrong one not even 0
     reach = {
         name: np.where(table["correct"].to_numpy(bool), table["radius"].to_numpy(float), -1.0)

@@ -75,7 +75,7 @@ class Order(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.samples)) < len(self.samples):
-            raise ValueError("samples: a sample is listed twice; list each once")
+            raise ValueError("samples: a sample is listed twice")
         check_alpha("alpha", self.alpha, self.n)
         check_radii(self.radii)
         kind = self.kind
@@ -87,15 +87,15 @@ class Order(Record):
         if self.skip_wrong and not kind.skips_wrong:
             raise ValueError(
                 f"sampling.skip_wrong = true cannot be combined with the certificate {self.certificate!r}, which does "
-                "not depend on the selected class being right; set it to false"
+                "not depend on the selected class being right"
             )
-        for key, needed in (
-            ("max_acr_loss", self.mode == "planned"),
-            ("radii", self.mode == "grid"),
-            ("costly", kind.needs_costs),
+        for key, needed, owner in (
+            ("max_acr_loss", self.mode == "planned", f"mode = {self.mode!r}"),
+            ("radii", self.mode == "grid", f"mode = {self.mode!r}"),
+            ("costly", kind.needs_costs, f"certificate = {self.certificate!r}"),
         ):
             if (getattr(self, key) is not None) != needed:
-                raise ValueError(f"{key} is {'missing' if needed else 'given without need'} in mode = {self.mode!r}")
+                raise ValueError(f"{owner} {'needs' if needed else 'takes no'} {key}")
         if self.mode != "fixed" and not isinstance(self.alpha, float):
             raise ValueError(f"alpha is split over several n, which mode = {self.mode!r} does not allow; use one alpha")
         return self
@@ -106,10 +106,10 @@ class Order(Record):
 
     @property
     def claim(self) -> Mapping[str, Any]:
-        """The settings that make another claim of it.
+        """The settings that decide what the order asserts.
 
-        Skipping spares draws and claims nothing, but a plan depends on it. The looks that alpha was split over in
-        advance are one claim.
+        `skip_wrong` only saves draws, so it counts in planned mode alone, where the plan depends on it. If alpha is
+        split over several n, all of them belong to one claim, so n does not count.
         """
         unclaimed = {"samples", "data_id", "previous"}
         unclaimed |= {"n"} if isinstance(self.alpha, dict) else set()
@@ -327,9 +327,7 @@ def read_costly(certificate: str, path: str | None, num_classes: int) -> dict[in
             if not 0 <= k < num_classes:
                 raise UserError(f"--costly {path}: class {k} must be between 0 and {num_classes - 1}")
         if y in classes or len(set(classes)) < len(classes):
-            raise UserError(
-                f"--costly {path}: the costly classes {classes} of label {y} repeat a class or contain {y}; remove it"
-            )
+            raise UserError(f"--costly {path}: the costly classes {classes} of label {y} repeat a class or contain {y}")
     costly = {y: classes for y, classes in costly.items() if classes}
     if not costly:
         raise UserError(f"--costly {path}: names no costly class; add one, or use another certificate")

@@ -2,9 +2,9 @@
 
     RUN/orders/<order>/plan.json  sample -> estimation draws, put if absent once all pilots are committed
 
-The selection doubles as a pilot. The plan draws as little as loses at most `max_acr_loss` of the average certified
-radius (ACR) that n draws of each sample are expected to give. Pilots never enter the bound, so the bound of n_i fresh
-draws holds at the full alpha.
+The selection draws also serve as a pilot: they predict the average certified radius (ACR) that n draws of each sample
+would give. The plan is the cheapest one whose predicted ACR is at most the fraction `max_acr_loss` below that. The
+bound uses only the n_i fresh estimation draws, never the pilot, so it holds at the full alpha.
 """
 
 import json

@@ -27,9 +27,7 @@ def _cifar10(data: Data) -> Dataset:
     if data.split not in _CIFAR10_SIZES:
         raise UserError(f"data.split = {data.split!r}: cifar10 has {' and '.join(_CIFAR10_SIZES)}; choose one of them")
     if data.resize is not None or data.crop is not None:
-        raise UserError(
-            "data.resize and data.crop are for images of different sizes, but cifar10's are all 32 x 32; remove them"
-        )
+        raise UserError("data.resize and data.crop are for images of different sizes, but cifar10's are all 32 x 32")
     if data.path is None and not (cache_folder() / "cifar10").is_dir():
         try:
             return _cifar10_on_hub(_CIFAR10_ON_HUB, data.split)
@@ -104,8 +102,8 @@ def _unpacked_cifar10(data: Data) -> Path:
                 ) from error
         if not check_integrity(archive, CIFAR10.tgz_md5):
             raise UserError(
-                f"{archive}: differs from the published {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}); delete it and get "
-                "it again"
+                f"{archive}: differs from the published {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}); use the "
+                "published file"
             )
         try:
             extract_archive(archive, root)

@@ -24,7 +24,7 @@ from diffsmooth.pipeline.storage.remote import list_objects
 
 def _parquet(data: Data) -> Dataset:
     if data.path is None:
-        raise UserError("data.path is missing, but data.name = 'parquet' needs the path of a Parquet file; set it")
+        raise UserError("data.path is missing, but data.name = 'parquet' needs the path of a Parquet file")
     rows = ParquetRows(parquet_files(data.path, data.split))
     return EncodedImages(rows, data.num_classes or rows.count_classes(), resize=data.resize, crop=data.crop)
 
@@ -119,7 +119,7 @@ def _csv(data: Data) -> Dataset:
     pixels, count = values[:, 1:], values.shape[1] - 1
     channels = next((one for one in (1, 3) if count and math.isqrt(count // one) ** 2 * one == count), None)
     if not len(values):
-        raise UserError(f"data.path = {data.path!r}: contains no row of a label and pixels; add the images")
+        raise UserError(f"data.path = {data.path!r}: contains no row of a label and pixels")
     if channels is None:
         raise UserError(
             f"data.path = {data.path!r}: a row has {count} pixels after its label; it must be a square (grey images) "
@@ -137,15 +137,14 @@ def _csv(data: Data) -> Dataset:
 
 def _single_file(data: Data) -> Path:
     if data.path is None:
-        raise UserError(f"data.path is missing, but data.name = {data.name!r} needs the path of a file; set it")
+        raise UserError(f"data.path is missing, but data.name = {data.name!r} needs the path of a file")
     if data.resize is not None or data.crop is not None:
         raise UserError(
-            f"data.resize and data.crop are not applied to data.name = {data.name!r}, whose images all have one size; "
-            "remove them"
+            f"data.resize and data.crop are not applied to data.name = {data.name!r}, whose images all have one size"
         )
     path = fetch(data.path) if is_remote(data.path) else Path(data.path)
     if not path.is_file():
-        raise UserError(f"data.path = {data.path!r}: there is no such file; correct the path")
+        raise UserError(f"data.path = {data.path!r}: there is no such file")
     return path
 
 

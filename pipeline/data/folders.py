@@ -37,9 +37,7 @@ def _imagefolder(data: Data) -> Dataset:
 
 def local_folder(data: Data) -> Path:
     if data.path is None:
-        raise UserError(
-            f"data.path is missing, but data.name = {data.name!r} needs the folder of class folders; set it"
-        )
+        raise UserError(f"data.path is missing, but data.name = {data.name!r} needs the folder of class folders")
     if is_remote(data.path):
         raise UserError(
             f"data.path = {data.path!r}: {data.name} reads only folders of this node; copy it here, or store the "

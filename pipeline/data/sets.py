@@ -39,9 +39,7 @@ def open_dataset(data: Data) -> Dataset:
         return DATASETS[data.name].open(data)
     except OSError as error:  # such as a path that is too long, or a folder without permission
         shown = (data.path or data.name)[:200]
-        raise UserError(
-            f"data.path = {shown!r}: {error.strerror or error}; correct the path or its permissions"
-        ) from error
+        raise UserError(f"data.path = {shown!r}: {error.strerror or error}") from error
 
 
 def hub_location(data: Data) -> str | None:

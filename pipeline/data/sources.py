@@ -136,7 +136,7 @@ class ParquetRows:
         ]
         self._rows = [self._files[number].metadata.row_group(group).num_rows for number, group in self._groups]
         if min(self._rows, default=0) < 0 or sum(self._rows) > LARGEST:
-            raise UserError(f"{files[0]}: its metadata contain {sum(self._rows)} rows; get the file again")
+            raise UserError(f"{files[0]}: damaged (its metadata give {sum(self._rows)} rows)")
         self._starts = np.concatenate([[0], np.cumsum(self._rows)]).astype(np.int64)
         self._cached: tuple[int, pa.Table] = (-1, None)
 
@@ -150,7 +150,7 @@ class ParquetRows:
             columns = [self._image, "label"] if self._has_labels else [self._image]
             table = self._read(number, lambda file: self._decode_group(number, file, group, columns))
             if len(table) != self._rows[place]:
-                raise UserError(f"{self._names[number]}: damaged (row group {group} lacks rows); get the file again")
+                raise UserError(f"{self._names[number]}: damaged (row group {group} lacks rows)")
             self._cached = (place, table)
         table, row = self._cached[1], index - int(self._starts[place])
         cell = table.column(self._image)[row].as_py()
@@ -269,12 +269,10 @@ def _parquet_errors(name: str) -> Iterator[None]:
     except (UserError, RunError):
         raise
     except FileNotFoundError:
-        raise UserError(f"data.path = {name!r}: no such file; give the path of a Parquet file") from None
+        raise UserError(f"data.path = {name!r}: no such file") from None
     except Exception as error:  # ArrowException, OSError, UnicodeDecodeError, ...
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"data.path = {name[:200]!r}: damaged, or not a Parquet file ({reason}); get the file again"
-        ) from error
+        raise UserError(f"data.path = {name[:200]!r}: damaged, or not a Parquet file ({reason})") from error
 
 
 def _columns(schema: pa.Schema) -> str:

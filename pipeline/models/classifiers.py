@@ -263,9 +263,7 @@ def _transformers(section: Section) -> Architecture:
     """
     folder = require_set("classifier.checkpoint", section.checkpoint or "").rstrip("/")
     if not folder:
-        raise UserError(
-            "classifier.checkpoint is missing, but arch = 'transformers' needs the folder of a model; set it"
-        )
+        raise UserError("classifier.checkpoint is missing, but arch = 'transformers' needs the folder of a model")
     auto = library("transformers", "AutoModelForImageClassification")
     files = {name: first_file([f"{folder}/{name}.json"]) for name in ("config", "preprocessor_config")}
     config, processor = files["config"], files["preprocessor_config"]
@@ -288,9 +286,7 @@ def _transformers(section: Section) -> Architecture:
             network, found = auto.from_pretrained(local, output_loading_info=True, local_files_only=True)
         wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if wrong:
-            raise UserError(
-                f"{folder}: {wrong[0]} and {len(wrong) - 1} more keys are missing or unexpected; get the files again"
-            )
+            raise UserError(f"{folder}: {wrong[0]} and {len(wrong) - 1} more keys are missing or unexpected")
         return _OnlyLogits(network).to(device).eval().requires_grad_(False)
 
     def weights() -> str:
@@ -399,7 +395,7 @@ class _KnownClassifier:
         given = None if self.architecture.load else self.section.checkpoint  # a loader's checkpoint is a folder
         location = given or self.architecture.published()
         if location is None:
-            raise UserError(f"classifier.checkpoint is missing, but arch = {self.section.arch!r} needs weights; set it")
+            raise UserError(f"classifier.checkpoint is missing, but arch = {self.section.arch!r} needs weights")
         return require_set("classifier.checkpoint", location)
 
     def load(self, device: torch.device, channels: int, num_classes: int) -> Prepared:
@@ -544,9 +540,7 @@ def resolve_classifier(spec: RunSpec, start: Start | None = None) -> ClassifierS
         return resolve_rrcm(spec)
     family, _, name = arch.partition(":")
     if section.options and family != TIMM:
-        raise UserError(
-            f"classifier.options = {section.options} is given, but arch = {arch!r} has no options; remove it"
-        )
+        raise UserError(f"classifier.options = {section.options} is given, but arch = {arch!r} has no options")
     if arch == "transformers":
         architecture = _transformers(section)
     elif name and family == TIMM:

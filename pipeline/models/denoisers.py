@@ -244,7 +244,7 @@ class OpenAIUNet(UNetFile):
 def _checkpoint(spec: RunSpec) -> str:
     arch, checkpoint = spec.denoiser.arch, spec.denoiser.checkpoint
     if checkpoint is None:
-        raise UserError(f"denoiser.checkpoint is missing, but arch = {arch!r} needs weights; set it")
+        raise UserError(f"denoiser.checkpoint is missing, but arch = {arch!r} needs weights")
     return require_set("denoiser.checkpoint", checkpoint)
 
 
@@ -358,7 +358,7 @@ class DiffusersUNet:
         with library_errors(scheduler_file):
             betas = library("diffusers", "DDPMScheduler").from_config(scheduler).betas.double().numpy()
         if not ((betas >= 0) & (betas <= 1)).all():
-            raise UserError(f"{scheduler_file}: its betas must lie between 0 and 1; correct them")
+            raise UserError(f"{scheduler_file}: its betas must lie between 0 and 1")
         self.abar = np.cumprod(1 - betas)
         self.timesteps = timesteps(self.abar, spec.smoothing.sigma, spec.denoiser.steps)
 

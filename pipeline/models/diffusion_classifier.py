@@ -214,7 +214,7 @@ class DiffusionSource:
 
     def ids(self) -> dict[str, str]:
         if self.checkpoint is None:
-            raise UserError("classifier.checkpoint is missing, but arch = 'diffusion' needs weights; set it")
+            raise UserError("classifier.checkpoint is missing, but arch = 'diffusion' needs weights")
         return {"classifier": weights_id(require_set("classifier.checkpoint", self.checkpoint), self.sha256)}
 
     def load(self, device: torch.device, channels: int, num_classes: int) -> DiffusionClassifier:
@@ -244,8 +244,7 @@ def resolve_diffusion(spec: RunSpec) -> DiffusionSource:
     section, options = spec.classifier, parse_options(DiffusionOptions, spec.classifier)
     if section.normalize is not None:
         raise UserError(
-            f"classifier.normalize = {section.normalize!r} is given, but a diffusion classifier scales its input "
-            "itself; remove it"
+            f"classifier.normalize = {section.normalize!r} is given, but a diffusion classifier scales its input itself"
         )
     if (options.variant == "apndc") != (spec.denoiser.arch != "none") and options.variant != "dc":
         remedy = "set denoiser.arch" if options.variant == "apndc" else "set denoiser.arch = 'none'"

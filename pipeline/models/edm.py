@@ -433,7 +433,7 @@ def load_edm(arch: str, checkpoint: str | None, device: torch.device, channels: 
 def _from_file(arch: str, expected: EDMSettings | None, location: str, device: torch.device) -> nn.Module:
     """Return the network in a file, whose hyper-parameters follow from it. Raises: UserError, as `load_edm` does."""
     if not location:
-        raise UserError(f"the checkpoint of arch = {arch!r} is missing, but it needs weights; set it")
+        raise UserError(f"the checkpoint of arch = {arch!r} is missing, but it needs weights")
     state = renamed(load_weights(location, ["map_layer0.weight"]))
     found = settings_in(state)
     if found is None:

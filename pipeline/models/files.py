@@ -47,14 +47,14 @@ def local_file(location: str) -> tuple[Path, str]:
 
 
 def again(location: str) -> str:
-    """What a user can do about a file that is damaged or not the right one: get it again."""
+    """The end of a message about a file that is damaged or not the right one: how to download it again."""
     name = location.partition("#")[0]
-    return "use another file" if name.startswith(EMBEDDED) else remedy(name)
+    return "" if name.startswith(EMBEDDED) else remedy(name)
 
 
 def unreadable(location: str, error: OSError) -> UserError:
     reason = error.strerror or type(error).__name__
-    return UserError(f"checkpoint {location[:_SHOWN]}: cannot be read ({reason}); give the path of a readable file")
+    return UserError(f"checkpoint {location[:_SHOWN]}: cannot be read ({reason})")
 
 
 def first_file(candidates: Sequence[str]) -> str:
@@ -80,8 +80,7 @@ def weights_id(location: str, expected_sha256: str | None = None) -> str:
         raise unreadable(location, error) from error
     if expected_sha256 is not None and found != expected_sha256:
         raise UserError(
-            f"checkpoint {location}: its sha256 is {found}, but the spec expects {expected_sha256}; correct sha256, or "
-            f"{again(location)}"
+            f"checkpoint {location}: its sha256 is {found}, but the spec expects {expected_sha256}{again(location)}"
         )
     return f"{found}#{network}" if network else found
 
@@ -97,11 +96,9 @@ def load_json(location: str) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(location, error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {location}: not valid JSON ({first_line(error)}); {again(location)}") from error
+        raise UserError(f"checkpoint {location}: not valid JSON ({first_line(error)}){again(location)}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"checkpoint {location}: holds a JSON {type(content).__name__}, not an object; {again(location)}"
-        )
+        raise UserError(f"checkpoint {location}: holds a JSON {type(content).__name__}, not an object{again(location)}")
     return content
 
 
@@ -112,7 +109,7 @@ def parse_config(model: type[ConfigT], content: Mapping[str, Any], location: str
     except ValidationError as error:
         finding = error.errors()[0]
         key = ".".join(map(str, finding["loc"])) or "content"
-        raise UserError(f"checkpoint {location}: {key}: {finding['msg']}; correct the file or get it again") from error
+        raise UserError(f"checkpoint {location}: {key}: {finding['msg']}") from error
 
 
 @contextlib.contextmanager
@@ -141,5 +138,5 @@ def library_errors(location: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries do not document what they raise for damaged files
         raise UserError(
-            f"checkpoint {location}: cannot be used ({type(error).__name__}: {first_line(error)}); {again(location)}"
+            f"checkpoint {location}: cannot be used ({type(error).__name__}: {first_line(error)}){again(location)}"
         ) from error

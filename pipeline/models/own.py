@@ -51,8 +51,7 @@ def own_function(arch: str, key: str = "arch", called_with: str = "(spec, device
         raise UserError(f"{key} = {arch!r}: {first_line(error)}; name a function that Python can import") from error
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise OwnFunctionError(
-            f"{key} = {arch!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; correct "
-            "the module"
+            f"{key} = {arch!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}"
         ) from error
     if not (inspect.isfunction(function) or inspect.ismethod(function) or inspect.isclass(function)):
         raise UserError(
@@ -111,7 +110,7 @@ def imported_names(source: Path, package: str) -> Iterator[str]:
     try:
         tree = ast.parse(source.read_bytes())
     except (SyntaxError, ValueError) as error:  # ValueError for a NUL byte
-        raise UserError(f"{source}: not valid Python ({first_line(error)}); correct it") from error
+        raise UserError(f"{source}: not valid Python ({first_line(error)})") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -146,8 +145,7 @@ def call_own_function(arch: str, spec: RunSpec, device: Any) -> Callable[..., An
         raise
     except (Exception, SystemExit) as error:
         raise OwnFunctionError(
-            f"arch = {arch!r} raised {type(error).__name__} when called with (spec, device): {first_line(error)}; "
-            "correct the function"
+            f"arch = {arch!r} raised {type(error).__name__} when called with (spec, device): {first_line(error)}"
         ) from error
     if inspect.isclass(made):
         raise OwnFunctionError(

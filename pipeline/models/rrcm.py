@@ -184,7 +184,7 @@ class RRCMClassifier:
 
     def _location(self) -> str:
         if self.checkpoint is None:
-            raise UserError(f"classifier.checkpoint is missing, but arch = {self.arch!r} needs weights; set it")
+            raise UserError(f"classifier.checkpoint is missing, but arch = {self.arch!r} needs weights")
         return require_set("classifier.checkpoint", self.checkpoint)
 
     def load(self, device: torch.device, channels: int, num_classes: int) -> RRCM:
@@ -230,9 +230,7 @@ def resolve_rrcm(spec: RunSpec) -> RRCMClassifier:
     """Check a spec's rRCM. Raises: UserError for unknown options and for a normalisation, which is part of it."""
     section = spec.classifier
     if section.normalize is not None:
-        raise UserError(
-            f"classifier.normalize = {section.normalize!r} is given, but rRCM scales its input itself; remove it"
-        )
+        raise UserError(f"classifier.normalize = {section.normalize!r} is given, but rRCM scales its input itself")
     options = parse_options(RRCMOptions, section)
     level = nearest_level(spec.smoothing.sigma)
     return RRCMClassifier(section.arch, section.checkpoint, section.sha256, options, level)

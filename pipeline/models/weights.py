@@ -110,14 +110,14 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
         contents = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise UserError(f"checkpoint {location}: not a file of weights; {again(location)}") from error
+            raise UserError(f"checkpoint {location}: not a file of weights{again(location)}") from error
         raise UserError(
             f"checkpoint {location}: holds Python objects besides tensors, which are never executed "
             f"({_reason(error)}); load it where you trust it and save its state_dict alone with torch.save"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}); {again(location)}"
+            f"checkpoint {location}: damaged, or not a file of weights ({_reason(error)}){again(location)}"
         ) from error
     if isinstance(contents, Mapping) and isinstance(contents.get(name), Mapping):
         contents, name = contents[name], ""
@@ -135,9 +135,7 @@ def load_weights(location: str, wanted: Collection[str] = ()) -> State:
     state = dict(next(iter(networks.values())))
     prefix = f"{name}." if name else _prefix(state, wanted)
     if name and not any(key.startswith(prefix) for key in state):
-        raise UserError(
-            f"checkpoint {location}: the file has no keys that begin with '{prefix}'; correct the name after '#'"
-        )
+        raise UserError(f"checkpoint {location}: the file has no keys that begin with '{prefix}', the name after '#'")
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 

@@ -82,7 +82,7 @@ def cascade(runs: Sequence[str], *, alpha: float | None = None, n0: int | None =
     Raises: UserError for runs that do not fit together, and if no shared sample is complete.
     """
     if len(runs) < 2:
-        raise UserError(f"{len(runs)} run was given; a cascade needs at least two runs; add one with another sigma")
+        raise UserError(f"{len(runs)} run was given; a cascade needs at least two, with different sigma")
     members = sorted((_read(uri, n0, n) for uri in runs), key=lambda one: one.run.sigma)
     samples = _shared(members)
     level = _alpha(members) if alpha is None else alpha

@@ -75,7 +75,7 @@ def _notes(sides: Mapping[str, Side], rows: Mapping[str, pd.DataFrame], radii: n
     sigmas = [side.curve.sigma for side in sides.values()]
     if len(set(sigmas)) > 1:
         shown = ", ".join("unknown" if sigma is None else f"{sigma:g}" for sigma in sigmas)
-        notes.append(f"the runs differ in sigma ({shown}), so a difference between them is not only one of f")
+        notes.append(f"these curves also differ in sigma ({shown}): a gap between them does not come from f alone")
     notes += comparison_notes([side.result for side in sides.values() if side.result is not None])
     notes += _about_attacks([side.curve for side in sides.values()], list(sides), radii)
     if logs := [name for name, side in sides.items() if side.result is None]:

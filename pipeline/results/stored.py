@@ -428,7 +428,7 @@ def comparison_notes(results: Sequence[OrderResult]) -> list[str]:
         values = {repr(getattr(result.order, key)) for result in results}
         if len(values) > 1:
             shown = "" if key == "samples" else f" ({', '.join(sorted(values))})"
-            notes.append(f"these curves differ in {key}{shown}, so a difference between them is not only one of f")
+            notes.append(f"these curves also differ in {key}{shown}: a gap between them does not come from f alone")
     for index, one in enumerate(results):
         for other in results[index + 1 :]:
             if _same_f(one.run, other.run) and set(one.order.samples) & set(other.order.samples):

@@ -27,7 +27,7 @@ def parse_grid(grid: str, float_grid: bool = False) -> NDArray[np.float64]:
     if not 0 <= start <= stop:
         raise UserError(f"--grid {grid}: the radii must satisfy 0 <= START <= STOP")
     if (stop - start) / _MOST_RADII >= step:
-        raise UserError(f"--grid {grid}: more than {_MOST_RADII:,} radii; use a larger step")
+        raise UserError(f"--grid {grid}: more than {_MOST_RADII:,} radii")
     if float_grid:
         return np.arange(float(start), float(stop) + float(step), float(step))
     return np.array([float(start + index * step) for index in range(int((stop - start) // step) + 1)])

@@ -109,13 +109,13 @@ def write_log(certificates: pd.DataFrame) -> str:
 def _lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
     """The lines that are not blank, with their line numbers."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; give the path of a log")
+        raise UserError(f"{path}: no such file")
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > _MOST_BYTES:
             raise UserError(f"{path}: not a regular file of at most {_MOST_BYTES / 1e9:g} GB; give the path of a log")
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the log: {error.strerror}; check the path and its permissions") from error
+        raise UserError(f"{path}: cannot read the log: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a log: it is not UTF-8 text; to read a run, give its folder") from error
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -128,7 +128,7 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
             raise Absent(
                 f"{shown(uri)}: no such file; give the path of an existing file, s3://BUCKET/KEY or https://..."
             ) from None
-        return _checked(path, uri, sha256, "get the right file")
+        return _checked(path, uri, sha256, "")
     if on_hub(uri):
         return _checked(hub_file(uri), uri, sha256, remedy(uri))
     if not in_store(uri) and not uri.startswith(("https://", "http://")):
@@ -143,7 +143,7 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
             if not path.is_file():
                 _download(uri, path, sha256)
                 return path
-    return _checked(path, uri, sha256, f"delete {path} to download it again")
+    return _checked(path, uri, sha256, f"; delete {path} to download it again")
 
 
 def read_web(uri: str, limit: int) -> bytes:
@@ -170,10 +170,10 @@ def read_web(uri: str, limit: int) -> bytes:
 
 
 def remedy(uri: str) -> str:
-    """What a user can do about a file that is not what it should be."""
+    """The end of a message about a file that is not what it should be: how to download it again."""
     if on_hub(uri):
-        return "delete it from the Hub's cache (HF_HOME) to download it again"
-    return f"delete {_entry(uri)} to download it again" if is_remote(uri) else "get the file again"
+        return "; delete it from the Hub's cache (HF_HOME) to download it again"
+    return f"; delete {_entry(uri)} to download it again" if is_remote(uri) else ""
 
 
 def at_hand(uri: str) -> bool:
@@ -198,7 +198,7 @@ def fetch_first(candidates: Sequence[str]) -> Path:
             refused = refused or error
     if refused is not None:
         raise refused
-    raise UserError(f"none of these files exists: {', '.join(map(shown, candidates))}; correct the location")
+    raise UserError(f"none of these files exists: {', '.join(map(shown, candidates))}")
 
 
 def file_sha256(path: str | os.PathLike[str], *, trust_stored: bool = True) -> str:
@@ -275,7 +275,7 @@ def _entry(uri: str) -> Path:
         try:
             name = urlsplit(uri).path
         except ValueError as error:
-            raise UserError(f"{shown(uri)}: not a valid URI ({one_line(error)}); correct it") from None
+            raise UserError(f"{shown(uri)}: not a valid URI ({one_line(error)})") from None
     base = re.sub(r"[^A-Za-z0-9._-]", "_", name.rstrip("/").rpartition("/")[2])[-100:]
     key = hashlib.blake2b(uri.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     return cache_folder() / f"{key}-{base}"
@@ -310,7 +310,7 @@ def _store_hash(path: Path, sha256: str) -> None:
 
 def _checked(path: Path, uri: str, expected: str | None, remedy: str) -> Path:
     if expected is not None and (found := _hash(path)) != expected:  # a stored hash could be a lie
-        raise WrongHash(f"{shown(uri)}: sha256 is {found}, expected {expected}; correct sha256, or {remedy}")
+        raise WrongHash(f"{shown(uri)}: the file has sha256 {found}, not the expected {expected}{remedy}")
     return path
 
 
@@ -369,8 +369,7 @@ def _download(uri: str, path: Path, sha256: str | None) -> None:
     if sha256 is not None and found != sha256:
         part.unlink()
         raise WrongHash(
-            f"{shown(uri)}: the downloaded file has sha256 {found}, expected {sha256}, and was removed; correct sha256 "
-            "or the location"
+            f"{shown(uri)}: the downloaded file has sha256 {found}, not the expected {sha256}, and was removed"
         )
     os.replace(part, path)
     state.unlink(missing_ok=True)
@@ -453,9 +452,7 @@ class _Session(requests.Session):
     def get_redirect_target(self, response: requests.Response) -> str | None:
         target: str | None = super().get_redirect_target(response)
         if target is not None and response.url.startswith("https:") and target.lower().startswith("http:"):
-            raise UserError(
-                f"{shown(response.url)}: redirected to {shown(target)}, which is not encrypted; correct the location"
-            )
+            raise UserError(f"{shown(response.url)}: redirected to {shown(target)}, which is not encrypted")
         return target
 
 

@@ -48,7 +48,7 @@ def translated(error: OSError | ValueError, action: str, path: str | os.PathLike
     if isinstance(error, UserError):
         return error
     if not isinstance(error, OSError):  # a NUL byte, or characters that no file name can hold
-        return UserError(f"{place}: {one_line(error)}; correct the path")
+        return UserError(f"{place}: {one_line(error)}")
     code, reason = error.errno or 0, error.strerror or one_line(error)
     if code == errno.ENOENT and action != "write":
         return Absent(f"{shown(os.fspath(path))}: no such file; give the path of an existing file")
@@ -91,9 +91,7 @@ def read_regular(path: str | os.PathLike[str], limit: int | None = None) -> byte
 def check_size(place: str | os.PathLike[str], size: int, limit: int | None) -> None:
     """Raise RunError if an object of `size` bytes is larger than `limit`."""
     if limit is not None and size > limit:
-        raise RunError(
-            f"{shown(os.fspath(place))}: {size:,} bytes, but at most {limit:,} are expected; restore it from a copy"
-        )
+        raise RunError(f"{shown(os.fspath(place))}: {size:,} bytes, but at most {limit:,} are expected")
 
 
 def is_regular(path: Path) -> bool:

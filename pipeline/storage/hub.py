@@ -201,9 +201,9 @@ def _hub_errors(uri: str, done: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise Refused(f"{place}: {name} is gated; accept its conditions on its page, and {token}") from error
     except errors.RepositoryNotFoundError as error:
-        raise Refused(f"{place}: there is no {name}, or it is private; correct the location, or {token}") from error
+        raise Refused(f"{place}: there is no {name}, or it is private; if it is private, {token}") from error
     except errors.RevisionNotFoundError as error:
-        raise Refused(f"{place}: there is no revision {name}; correct the part after @") from error
+        raise Refused(f"{place}: there is no revision {name}") from error
     except errors.LocalEntryNotFoundError as error:
         if _library(uri).constants.HF_HUB_OFFLINE:
             raise Absent(f"{place}: not in the Hub's cache; unset HF_HUB_OFFLINE to download it") from error
@@ -211,9 +211,9 @@ def _hub_errors(uri: str, done: str) -> Iterator[None]:
             f"{place}: cannot reach the Hub; check the network and HF_ENDPOINT, and run the same command again"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise Absent(f"{place}: there is no such file in {name}; correct the location") from error
+        raise Absent(f"{place}: there is no such file in {name}") from error
     except errors.HFValidationError as error:
-        raise UserError(f"{place}: {first_line(error)}; correct the location") from error
+        raise UserError(f"{place}: {first_line(error)}") from error
     except Exception as error:  # of the HTTP library, of Xet, of the disk: huggingface_hub does not document them
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):

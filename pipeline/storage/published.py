@@ -33,7 +33,7 @@ INDEX, ARCHIVE = "index.json", "objects.zip"
 
 _KEY = r"\w[\w.-]*(/\w[\w.-]*)*"  # no part of it can be `..`
 _MOST_INDEX_BYTES = 10_000_000
-_MOST_BYTES = 1_000_000_000  # of an object in the archive, where a few bytes can stand for many
+_MOST_BYTES = 1_000_000_000  # of one unpacked object: a small archive can unpack to any size
 _FIRST_TIME = 315_532_800.0  # 1980, the first year of a zip file's dates
 _CHUNK = 512  # objects that are read before they are written
 # what zipfile raises for a damaged or encrypted file
@@ -77,7 +77,7 @@ class PublishedStore:
             try:
                 parts = urlsplit(uri)
             except ValueError as error:
-                raise UserError(f"{shown(uri)}: not a valid URL ({first_line(error)}); correct it") from None
+                raise UserError(f"{shown(uri)}: not a valid URL ({first_line(error)})") from None
             if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
                 raise UserError(
                     f"{shown(uri)}: the URL of a published run must have no user, password, query or fragment"
@@ -105,7 +105,7 @@ class PublishedStore:
                 raise self._changed(key)
             return data
         if key not in self._packed:
-            raise Absent(f"{shown(self.uri)}/{key}: no such object in the published run; correct the location")
+            raise Absent(f"{shown(self.uri)}/{key}: no such object in the published run")
         assert self._archive is not None
         check_size(f"{self.uri}/{key}", self._packed[key].size, limit or _MOST_BYTES)
         try:
@@ -199,8 +199,8 @@ class PublishedStore:
             key = one.filename
             if not re.fullmatch(_KEY, key) or key in found or key in self._files:
                 raise RunError(
-                    f"{shown(self.uri)}/{ARCHIVE} is damaged: {one_line(key, 80)!r} is no key or is there twice; ask "
-                    "its author for another copy"
+                    f"{shown(self.uri)}/{ARCHIVE} is damaged: {one_line(key, 80)!r} is not a valid key, or occurs "
+                    "twice; ask its author for another copy"
                 )
             try:
                 modified = datetime(*one.date_time, tzinfo=UTC).timestamp()

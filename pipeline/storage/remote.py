@@ -231,7 +231,7 @@ def paced(items: Generator[T], first: float, then: float | None = None) -> Gener
             try:
                 entry = ready.get(timeout=seconds)
             except queue.Empty:
-                raise Broken(f"the server sent too little in {seconds:.0f} s") from None
+                raise Broken(f"the connection is too slow: nothing arrived in {seconds:.0f} s") from None
             if entry is None:
                 return
             if isinstance(entry, BaseException):
@@ -259,7 +259,7 @@ def check_status(uri: str, status: int, detail: str = "") -> None:
     if status in (200, 206):
         return
     if status in (404, 410):
-        raise Absent(f"{place}: there is no such file ({answer}); correct the location")
+        raise Absent(f"{place}: there is no such file ({answer})")
     if status in (401, 403):
         raise Refused(f"{place}: access denied ({answer}); check the location, and your credentials and permissions")
     if status == 409:
@@ -268,7 +268,7 @@ def check_status(uri: str, status: int, detail: str = "") -> None:
         raise Changed("the file has changed since the download began")
     if status == 429 or status >= 500:
         raise Broken(f"the server answered {answer}")
-    raise UserError(f"{place}: the server answered {answer} instead of the file; correct the location")
+    raise UserError(f"{place}: the server answered {answer} instead of the file")
 
 
 @contextmanager
@@ -283,7 +283,7 @@ def http_errors(uri: str) -> Iterator[None]:
     except (UserError, Broken):
         raise
     except requests.exceptions.TooManyRedirects:
-        raise UserError(f"{place}: redirected in a circle; correct the location") from None
+        raise UserError(f"{place}: redirected in a circle") from None
     except requests.RequestException as error:
         reason = _root(error)
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -292,12 +292,12 @@ def http_errors(uri: str) -> Iterator[None]:
                 "location, or set REQUESTS_CA_BUNDLE"
             ) from None
         if isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN:
-            raise UserError(f"{place}: unknown host; correct the location, or check the network") from None
+            raise UserError(f"{place}: unknown host; check its name and the network") from None
         if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader):
-            raise UserError(f"{place}: not a valid URI ({type(error).__name__}); correct it") from None
+            raise UserError(f"{place}: not a valid URI ({type(error).__name__})") from None
         raise Broken(getattr(reason, "strerror", None) or type(reason).__name__) from None
     except ValueError:  # of a redirection's target, which requests does not check
-        raise UserError(f"{place}: not a valid URI, or redirected to an invalid one; correct it") from None
+        raise UserError(f"{place}: not a valid URI, or redirected to an invalid one") from None
 
 
 def _root(error: BaseException) -> BaseException:
@@ -339,7 +339,7 @@ def _meaning(uri: str, error: Exception) -> Exception:
         detail = ": ".join(one_line(found[1], 100) for found in (code, message) if found)
         return _answer_meaning(uri, int(status[1]), code[1].strip() if code else "", detail)
     if "kind: Timeout" in text or "TimedOut" in text:
-        return Broken(f"the server sent too little in {CALL_SECONDS:.0f} s")
+        return Broken(f"the connection is too slow: no complete answer in {CALL_SECONDS:.0f} s")
     if "kind: Connect" in text:
         host = re.search(r"performing \w+ \w+://([^\s/]*)", text)
         reason = re.search(r'(?:message|error): "([^"]*)"', text)

@@ -206,10 +206,7 @@ class BucketStore:
                     return ours
             self.failures += 1
             time.sleep(self._FIRST_PAUSE * 2**attempt)
-        raise RunError(
-            f"{shown(self.uri)}/{key}: not written, because of conflicts with other writes of it; run the same command "
-            "again"
-        )
+        raise RunError(f"{shown(self.uri)}/{key}: another process kept writing it; run the same command again")
 
     def replace(self, key: str, data: bytes) -> None:
         """Store a derived object, atomically replacing an older one."""

@@ -112,5 +112,5 @@ def read(store: Store, step: int, training: str | None = None) -> Checkpoint:
             f"{place}: damaged checkpoint ({first_line(error)}); delete it to resume from the one before it"
         ) from error
     if training is not None and history.training not in ("", training):
-        raise RunError(f"{place}: belongs to another training; delete it, or use another --out")
+        raise RunError(f"{place}: belongs to another training; use another --out")
     return Checkpoint(history, tensors)

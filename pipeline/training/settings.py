@@ -172,7 +172,7 @@ class TrainingSpec(Record):
             self._check_classifier()
         for key in ("pretrained", "new_last_layer"):
             if getattr(self.training, key) and self.task != "classifier":
-                raise ValueError(f"training.{key} = true, but task = {self.task!r}; remove it")
+                raise ValueError(f"training.{key} = true, but task = {self.task!r}")
         if self.denoiser.unet is not None and self.denoiser.unet.learn_sigma and self.task == "denoiser":
             raise ValueError("denoiser.unet.learn_sigma = true is not trained; use learn_sigma = false")
         return self

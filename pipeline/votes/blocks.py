@@ -270,20 +270,25 @@ class _Decoder:
             columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
             metadata = self._parse((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if metadata.votes_id != self._run.votes_id:
-            raise self._refusal(
-                key, f"belongs to another run (votes_id {metadata.votes_id[:32]}, not {self._run.votes_id})"
+            raise RunError(
+                f"{self._uri}/{key} belongs to another run (votes_id {metadata.votes_id[:32]}, not "
+                f"{self._run.votes_id}); move it elsewhere and {_CAST_AGAIN}"
             )
         classes, counts, labels = columns["class"], columns["votes"], columns["label"]
         for name, value in zip(BLOCK_COLUMNS, block, strict=True):
             if (columns[name] != value).any():
-                raise self._refusal(key, f"says {name} = {columns[name][0]} inside")
+                found = columns[name][0]
+                raise self._refusal(
+                    key, f"is damaged: its name and its contents differ in {name} ({value} and {found})"
+                )
         if counts.sum() != block.draws or (counts < 1).any():
             raise self._refusal(key, f"holds {counts.sum()} votes for {block.draws} draws")
         num_classes = self._run.num_classes
         if len(set(classes)) != len(classes) or (classes < 0).any() or (classes >= num_classes).any():
-            raise self._refusal(key, f"names a class twice or beyond the {num_classes} classes")
+            raise self._refusal(key, f"lists a class twice, or a class outside 0 to {num_classes - 1}")
         if (labels != labels[0]).any() or not -1 <= labels[0] < num_classes:
-            raise self._refusal(key, f"has label {labels[0]}, or several, for {num_classes} classes")
+            listed = ", ".join(map(str, sorted(set(labels))[:3]))
+            raise self._refusal(key, f"has the labels {listed}; a block has one label, from -1 to {num_classes - 1}")
         # copies: a view would keep all of the file's buffers
         sha256 = hashlib.sha256(data).hexdigest()
         return StoredBlock(block, int(labels[0]), classes.copy(), counts.copy(), metadata, sha256)

@@ -188,7 +188,7 @@ def compare(seal: Seal, found: Mapping[str, str], *, present: set[str]) -> list[
         if now is None:
             lines.append(f"{key} {'cannot be read' if key in present else 'is missing'}")
         elif other := of_hash.get(now):
-            lines.append(f"{key} was swapped: it is {other} of the seal")
+            lines.append(f"{key} has the contents that the seal lists for {other}")
         else:
             lines.append(f"{key} was changed")
     lines += [f"{key} was added" for key in sorted(present - seal.entries.keys())]
