@@ -241,7 +241,7 @@ def test_hostile_transformers_configurations_give_one_line(raw_spec, vit_folder,
     (vit_folder[0] / "config.json").write_text(json.dumps(content))
     spec = classifier_spec(raw_spec, arch="transformers", checkpoint=str(vit_folder[0]))
     for device in ("cpu", "meta"):
-        with pytest.raises(UserError, match=r"(vit|config\.json): .*; ") as error:
+        with pytest.raises(UserError, match=r"(vit|config\.json): ") as error:
             resolve_classifier(spec).build(torch.device(device), FP32, 3, 2)
         assert "\n" not in str(error.value)
 
