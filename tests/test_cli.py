@@ -228,7 +228,7 @@ def test_runs_that_are_not_comparable_are_shown_with_a_line_that_says_so(stored,
     assert "differ in n" not in caplog.text
     (stored.parent / "copy" / "orders" / "001.json").unlink()
     assert run("curve", stored, f"again={stored.parent / 'copy'}").exit_code == 0
-    assert "these curves differ in n (100, 200)" in caplog.text
+    assert "these curves also differ in n (100, 200)" in caplog.text
 
 
 LOG = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t{}\t1\t17.5\n20\t7\t5\t0.413\t0\t17.5\n"
