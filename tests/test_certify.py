@@ -304,7 +304,7 @@ def test_cost_claims_only_that_no_costly_class_wins():
     assert not top["correct"].any()
     exempt = certify(votes, certificate="cost", costly={1: [2]}, num_classes=3, **arguments)
     assert (exempt["status"] == "exempt").all()
-    with pytest.raises(ValueError, match="costly is missing"):
+    with pytest.raises(ValueError, match="needs costly"):
         certify(votes, certificate="cost", **arguments)
 
 

@@ -155,7 +155,7 @@ def test_post_hoc_orders_are_marked(home, spec, write):
     assert "POST HOC" not in write(home, specs=[spec])[1]
     shutil.rmtree(f"{home}/votes/estimation")
     shutil.copytree(f"{home}/votes/selection", f"{home}/votes/estimation")  # none of these is an estimation block
-    with pytest.raises(Exception, match="inside"):
+    with pytest.raises(Exception, match="its name and its contents differ in stage"):
         write(home)
 
 
