@@ -19,7 +19,7 @@ TREES = {
     if not any(parent.is_symlink() for parent in path.parents)  # diffsmooth/ contains links to the other folders
 }
 
-# "; correct it" is the mere opposite of the mistake, and "; restore it from a copy" is known to whoever has one
+# "; correct it" is the mere opposite of the mistake, and "; restore it from a copy" is known to everyone who has one
 STOCK_ENDING = re.compile(
     r"; (?:please )?(?:correct|fix|change|set|remove|omit|replace|restore|get|delete)"
     r" (?:it|them|the (?:file|files|path|location|value|key|option|module|function|name))"

@@ -223,7 +223,7 @@ def test_seals_of_two_drivers_are_both_kept():
 
 
 def test_a_block_that_was_cast_again_after_the_seal_is_read_again(home):
-    """Whoever deletes a sealed block and casts it again: the tables say what the blocks say, in any order of calls."""
+    """After a sealed block was deleted and cast again, the tables say what the blocks say, in any order of calls."""
     stored = StoredRun.open(str(home))
     (before,) = stored.read_blocks([Block(3, "estimation", 100, 200)])
     (home / BLOCK).unlink()
