@@ -100,23 +100,18 @@ def read_seals(store: Store) -> dict[str, Seal]:
     return {name: _read_seal(store, name) for name in seal_names(store)}
 
 
-def newest_seal(store: Store) -> Seal | None:
-    """The last seal of a run, without reading the earlier ones. Raises: RunError if it is damaged."""
-    names = seal_names(store)
-    return _read_seal(store, names[-1]) if names else None
-
-
 def unchanged_since_seal(store: Store, entries: Iterable[Entry]) -> dict[str, str]:
     """The sha256 of those of the listed objects that the newest seal has, by key, if they are older than that seal.
 
-    A sealed block that was deleted and cast again is newer: the seal says nothing about its votes.
+    A sealed block that was deleted and cast again is newer: the seal says nothing about its votes. Raises: RunError if
+    the seal is damaged.
     """
-    names = seal_names(store)
-    if not names:
+    written = {match[1]: one.modified for one in store.list("seals") if (match := _NAME.fullmatch(one.key))}
+    if not written:
         return {}
-    written = {entry.key: entry.modified for entry in store.list("seals")}.get(seal_key(names[-1]), 0.0)
-    sealed = _read_seal(store, names[-1]).entries
-    return {one.key: sealed[one.key] for one in entries if one.key in sealed and one.modified < written}
+    newest = max(written, key=int)
+    sealed = _read_seal(store, newest).entries
+    return {one.key: sealed[one.key] for one in entries if one.key in sealed and one.modified < written[newest]}
 
 
 def seal_names(store: Store) -> list[str]:
